@@ -1,0 +1,105 @@
+"""Find the file of models/ that knows a checkpoint, and load it.
+
+    model = models.load("checkpoints/some-folder", device="cuda", dtype=torch.bfloat16)
+
+A backbone is one file here; there is no list to edit. Each offers recognizes(config), load, Config, Training, Sampling,
+LAMBDAS and TINY, and its model the calls that DESIGN of the project names: encode, collate, forward, frames, generate, save.
+"""
+import importlib
+import os
+import pkgutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from models.parts import Invalid, checkpoint
+
+BACKBONES = {m.name: importlib.import_module(f"models.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "csm"}
+
+
+def backbones():
+    """{name: module} of every backbone."""
+    return dict(BACKBONES)
+
+
+def folder_of(path):
+    """The local folder (or single file) of a checkpoint: a path, or org/name in an existing hub cache. Never the network."""
+    if Path(path).expanduser().exists():
+        return Path(path).expanduser()
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
+        raise Invalid(f"no checkpoint at {path}")
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{parts[0]}--{parts[1]}"
+    ref = cache / "refs" / "main"
+    snapshots = sorted((cache / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime)
+    if ref.is_file() and (cache / "snapshots" / ref.read_text().strip()).is_dir():
+        return cache / "snapshots" / ref.read_text().strip()
+    if snapshots:
+        return snapshots[-1]
+    raise Invalid(f"no folder {path} and no copy of it in the hub cache at {cache}. Nothing is downloaded here; run\n"
+                  f"    hf download {path} --local-dir checkpoints/{parts[1]}\nand give checkpoints/{parts[1]}")
+
+
+def read_config(path):
+    """The dictionary in config.json or config.yaml; without one, {"tensors": names} so that names can tell."""
+    folder = path if path.is_dir() else path.parent
+    for name in ("config.json", "config.yaml"):
+        if (folder / name).is_file():
+            config = checkpoint.read_json(folder / name) if name.endswith("json") else yaml.safe_load((folder / name).read_text())
+            if not isinstance(config, dict):
+                raise Invalid(f"{folder / name} holds a {type(config).__name__}, expected a mapping")
+            return config
+    files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    if not files:
+        raise Invalid(f"{path} holds no config.json, no config.yaml and no weights; is it the right folder?")
+    return {"tensors": sorted(checkpoint.read(files[0]))}
+
+
+def find(path):
+    """The module of models/ whose checkpoints look like this one."""
+    config = read_config(folder_of(path))
+    known = [module for module in BACKBONES.values() if module.recognizes(config)]
+    if len(known) == 1:
+        return known[0]
+    for name in ("lora_config.json", "adapter_config.json"):
+        if (Path(path) / name).is_file():
+            raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
+    keys = ", ".join(map(str, config.get("tensors", config)))[:300]
+    said = f"{' and '.join(m.__name__ for m in known)} all recognize it" if known else "no backbone recognizes it"
+    raise Invalid(f"{path}: {said}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {keys}")
+
+
+def pick_device(name="auto", local_rank=0):
+    """torch.device of a name; auto is CUDA, else Apple's MPS, else the CPU."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps") from None
+        if device.type == "cuda" and not torch.cuda.is_available() or device.type == "mps" and not torch.backends.mps.is_available():
+            raise Invalid(f"device {name} is not there on this machine; use auto or cpu")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name, device):
+    """torch.dtype of a name; auto is bfloat16 on CUDA and float32 elsewhere."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    if name not in known:
+        raise Invalid(f"dtype {name!r} is not known; use auto, float32 or bfloat16")
+    return known[name]
+
+
+def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
+    """The model of a published folder, in eval mode. options: the backbone's Training; extra: paths of parts kept elsewhere."""
+    module = find(path)
+    folder = folder_of(path)
+    device = pick_device(device) if isinstance(device, str) else device
+    model = module.load(folder, device, dtype, options or {}, extra or {}, weights, allow_unused)
+    model.path, model.fingerprint = str(path), checkpoint.fingerprint(model)
+    return model

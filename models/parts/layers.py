@@ -1,0 +1,135 @@
+"""Transformer bricks that more than one backbone uses: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache.
+
+Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight: this order is what the published models compute."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rotary_frequencies(size, theta, factors=None):
+    """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv 2402.13753)."""
+    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    if factors is not None:
+        frequencies = frequencies / torch.tensor(factors, dtype=torch.float32, device="cpu")
+    return frequencies
+
+
+def rotary(positions, frequencies, scale=1.0):
+    """cos and sin of every position, (..., D) float32, for the half-split layout. positions: (L,) or (B, 1, L)."""
+    angle = positions[..., None].float() * frequencies
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos() * scale, angle.sin() * scale
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + D/2]) in float32 and cast back. x: (B, H, L, D)."""
+    a, b = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+def attend(q, k, v, causal=False, mask=None):
+    """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D), mask bool, (B, 1, 1, S) or (B, 1, L, S)."""
+    B, H, L, D = q.shape
+    G = k.shape[1]
+    if not causal and (mask is None or mask.shape[2] == 1):
+        # Every query sees the same keys, so the heads of a group stand in line as more queries of one head.
+        q = q.reshape(B, G, H // G * L, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, L, D)
+    k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+
+
+class Cache:
+    """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they write."""
+
+    def __init__(self, B, G, S, D, dtype, device):
+        self.k = torch.zeros(B, G, S, D, dtype=dtype, device=device)
+        self.v = torch.zeros(B, G, S, D, dtype=dtype, device=device)
+
+    def write(self, column, k, v):
+        """column: (L,) int64, where the L new positions go."""
+        self.k.index_copy_(2, column, k)
+        self.v.index_copy_(2, column, v)
+
+    def keep(self, rows):
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, kv_heads, head_size):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+
+    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None):
+        """x (B, L, C). turn: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
+        a single position then attends to the whole cache under `mask`, several attend to each other."""
+        B, L, _ = x.shape
+        q = self.q_proj(x).view(B, L, self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
+        k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
+        v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if cache is not None:
+            cache.write(column, k, v)
+            if L == 1:
+                k, v = cache.k, cache.v
+        y = attend(q, k, v, causal, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, L, self.heads * self.head_size))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer; each branch is added with weight `branch` (1 unless the model is mu-parametrised)."""
+
+    def __init__(self, width, hidden, heads, kv_heads, head_size, eps, branch=1.0):
+        super().__init__()
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = Attention(width, heads, kv_heads, head_size)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, hidden)
+        self.branch = branch
+
+    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None):
+        x = x + self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column) * self.branch
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.branch
+
+
+def run_layers(layers, x, turn=None, causal=False, mask=None, caches=None, column=None, recompute=False):
+    """Apply layers in turn. recompute: keep only each layer's input for backward (activation checkpointing)."""
+    for i, layer in enumerate(layers):
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(layer, x, turn, causal, mask, use_reentrant=False)
+        else:
+            x = layer(x, turn, causal, mask, caches[i] if caches else None, column)
+    return x
+

@@ -1,0 +1,824 @@
+"""VoxCPM 0.5B, 1.5 and 2: text in, continuous audio latents out, one patch of P latent frames per step.
+
+Four transformers of one kind share the work. The base LM reads text and earlier patches, a quantiser keeps the coarse
+part of its state (audio positions only), the residual LM adds the fine part; from both a small diffusion transformer
+(DiT) draws the next patch by flow matching, and a head says whether it was the last. A local encoder turns each patch
+into one vector for the LMs. There are no audio tokens and there is no sampling over a vocabulary.
+
+    position      0 ... S-2   S-1     S    ...   S+A-1            S text tokens with the 101, A patches
+    base LM in    text        101     patch 1 .. patch A          reference first where there is one: 103 ref 104 text
+    DiT predicts              patch 1 patch 2 .. (after A: stop)  position t is drawn from the state at t - 1
+
+Papers: arXiv 2509.24650 (VoxCPM), 2606.06928 (VoxCPM2). Checkpoints: openbmb/VoxCPM-0.5B, VoxCPM1.5, VoxCPM2.
+
+What differs from the original code, on purpose:
+- Losses are sums over target patches; local encoder and DiT see audio patches and target patches only. The original
+  runs both on every position and masks afterwards: the same loss for more than twice the work.
+- The token 102 that the original appends in training is counted in `length` but not fed: it stands after everything
+  that is predicted, so no loss and no gradient depends on it.
+- Rotary tables and the flow's running sample stay float32 in every dtype.
+- Streaming keeps the codec's state for both generations (the original re-decodes three patches in 0.5B and 1.5, and
+  only the first three come out exact); continuation cuts exactly the prompt patches that it decoded in front.
+- The length cap counts generated patches against the tokens of the target text only.
+- Truncation never removes the stop label: rows that are too long are the caller's to drop.
+
+Letters besides the usual: P latent frames per patch, D latent channels, A patches of a clip, M audio patches in a
+batch, N target patches in a batch.
+"""
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from models.parts import Invalid, audio, audiovae, checkpoint, opt
+from models.parts.layers import Cache, Layer, RMSNorm, rotary, rotary_frequencies, run_layers
+from models.parts.tokenizer import Tokenizer
+
+AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
+LAMBDAS = {"loss/diff": 1.0, "loss/stop": 1.0}
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class LMConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    max_position_embeddings: int = 32768
+    kv_channels: int | None = None  # head size; hidden / heads where absent
+    use_mup: bool = True  # the class default of the original; every published config says false
+    scale_emb: float = 1.0
+    scale_depth: float = 1.0
+
+    @property
+    def head_size(self):
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass
+class LocalConfig:
+    hidden_dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    kv_channels: int | None = None
+
+
+@dataclass
+class Config:
+    """config.json under its published names; entries that no code path here reads are left out."""
+
+    lm_config: LMConfig
+    encoder_config: LocalConfig
+    dit_config: LocalConfig
+    architecture: str = "voxcpm"
+    patch_size: int = 2
+    feat_dim: int = 64
+    residual_lm_num_layers: int = 6
+    residual_lm_no_rope: bool = False
+    scalar_quantization_latent_dim: int = 256
+    scalar_quantization_scale: int = 9
+    max_length: int = 4096
+    t_scheduler: str = "log-norm"  # of dit_config.cfm_config
+    audio_vae_config: dict | None = None
+
+    @property
+    def fused(self):  # what "voxcpm2" does: two conditioning tokens, a concatenating residual input, reference audio
+        return self.architecture == "voxcpm2"
+
+
+def read_config(raw, where):
+    """Config from the dictionary in config.json; a value that the published models never had is refused."""
+    def section(cls, values, name):
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
+                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        if missing:
+            raise Invalid(f"{where}: {name} lacks {', '.join(missing)}")
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    dit = raw.get("dit_config", {})
+    flow = dit.get("cfm_config", {})
+    if dit.get("dit_mean_mode") or dit.get("mean_mode"):
+        raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses and which is not built")
+    for key, known in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
+        if flow.get(key, known[0]) not in known:
+            raise Invalid(f"{where}: cfm_config.{key} is {flow[key]!r}; known are {', '.join(known)}")
+    if raw.get("architecture", "voxcpm") not in ("voxcpm", "voxcpm2"):
+        raise Invalid(f"{where}: architecture is {raw['architecture']!r}; known are voxcpm and voxcpm2")
+    values = dict(raw, lm_config=section(LMConfig, raw.get("lm_config", {}), "lm_config"),
+                  encoder_config=section(LocalConfig, raw.get("encoder_config", {}), "encoder_config"),
+                  dit_config=section(LocalConfig, dit, "dit_config"), t_scheduler=flow.get("t_scheduler", "log-norm"))
+    return section(Config, values, "config.json")
+
+
+TINY = Config(
+    LMConfig(32, 64, 2, 4, 2, 128, use_mup=False), LocalConfig(32, 64, 4, 1), LocalConfig(32, 64, 4, 1),
+    residual_lm_num_layers=1, scalar_quantization_latent_dim=8, feat_dim=8, max_length=512)
+
+
+@dataclass
+class Training:
+    """The `backbone:` section of a training config."""
+
+    training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
+    float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
+
+
+@dataclass
+class Sampling:
+    """What `generate` takes besides text, prompts, seed and noise."""
+
+    cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
+    inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range")
+    min_len: int = opt(2, "patches after which the stop head is first asked")
+    max_len: int = opt(4096, "patches at most")
+    length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")
+    retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+class Stack(nn.Module):
+    """MiniCPM4 layers with a final norm: both LMs, the local encoder and the DiT. (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, lm, width, hidden, heads, head_size, num_layers, vocab_size=0, use_rope=True):
+        super().__init__()
+        branch = lm.scale_depth / math.sqrt(num_layers) if lm.use_mup else 1.0
+        if vocab_size:
+            self.embed_tokens = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width, hidden, heads, lm.num_key_value_heads, head_size, lm.rms_norm_eps, branch)
+                                    for _ in range(num_layers))
+        self.norm = RMSNorm(width, lm.rms_norm_eps)
+        self.lm, self.head_size, self.use_rope = lm, head_size, use_rope
+        self.recompute = False
+
+    def make_rotary(self, device):
+        """Frequencies are divided by LongRoPE's factors at every length; 'long' ones only past the original length."""
+        scaling, factors, self.turn_scale = self.lm.rope_scaling, None, 1.0
+        if scaling:
+            original = scaling.get("original_max_position_embeddings", self.lm.max_position_embeddings)
+            ratio = self.lm.max_position_embeddings / original
+            factors = scaling["long_factor" if ratio > 1 else "short_factor"]
+            self.turn_scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+            if len(factors) != self.head_size // 2:
+                raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; expected {self.head_size // 2}")
+        frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
+        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+
+    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None):
+        turn = None
+        if self.use_rope:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)
+            turn = rotary(positions, self.frequencies, self.turn_scale)
+        x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training)
+        return self.norm(x)
+
+    def caches(self, B, S, x):
+        heads = self.layers[0].self_attn.kv_heads
+        return [Cache(B, heads, S, self.head_size, x.dtype, x.device) for _ in self.layers]
+
+
+class LocalEncoder(nn.Module):
+    """One vector per patch: a special token in front of its P frames, then what stands at that token. (M, P, D) -> (M, C)."""
+
+    def __init__(self, lm, c, feat_dim):
+        super().__init__()
+        self.special_token = nn.Parameter(torch.zeros(1, 1, 1, c.hidden_dim))
+        self.in_proj = nn.Linear(feat_dim, c.hidden_dim)
+        self.encoder = Stack(lm, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels or c.hidden_dim // c.num_heads, c.num_layers)
+
+    def forward(self, patches):
+        x = self.in_proj(patches)
+        x = torch.cat([self.special_token[0].expand(len(x), 1, -1), x], 1)  # (M, P + 1, C)
+        return self.encoder(x)[:, 0]
+
+
+class TimeMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoid(t, size):
+    """Embedding of flow time, (N,) -> (N, size), sines before cosines, in the dtype of t.
+
+    In bf16 the phases are coarse (near 1 the angle moves in steps of 4). The published models were most likely trained
+    so, hence it is what happens with bf16 weights unless float32_time says otherwise.
+    """
+    half = size // 2
+    k = torch.arange(half, dtype=t.dtype, device=t.device)
+    angle = 1000 * t[:, None] * torch.exp(k * (-math.log(10000) / (half - 1)))
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class DiT(nn.Module):
+    """Velocity of the flow for one patch: [condition and time] [previous patch] [noisy patch] -> last P positions."""
+
+    def __init__(self, lm, c, feat_dim, fused):
+        super().__init__()
+        self.in_proj, self.cond_proj = nn.Linear(feat_dim, c.hidden_dim), nn.Linear(feat_dim, c.hidden_dim)
+        self.out_proj = nn.Linear(c.hidden_dim, feat_dim)
+        self.time_mlp, self.delta_time_mlp = TimeMLP(c.hidden_dim), TimeMLP(c.hidden_dim)
+        self.decoder = Stack(lm, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels or c.hidden_dim // c.num_heads, c.num_layers)
+        self.width, self.fused, self.float32_time = c.hidden_dim, fused, False
+
+    def forward(self, x, mu, t, cond):
+        """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) float32 in [0, 1], 1 is noise -> (N, P, D)."""
+        P, dtype = x.shape[1], x.dtype
+        t = t if self.float32_time else t.to(dtype)
+        time = self.time_mlp(sinusoid(t, self.width).to(dtype))
+        # The step size is always given as zero, yet what its MLP makes of a zero was trained and is added.
+        time = time + self.delta_time_mlp(sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype))
+        if self.fused:
+            head = torch.cat([mu.view(len(mu), 2, self.width), time[:, None]], 1)  # (N, 3, C)
+        else:
+            head = (mu + time)[:, None]  # (N, 1, C)
+        x = torch.cat([head, self.cond_proj(cond), self.in_proj(x)], 1)
+        return self.out_proj(self.decoder(x)[:, -P:])
+
+
+class Flow(nn.Module):
+    """Holds the DiT under its published name and integrates its velocity from noise (time 1) to data (time 0)."""
+
+    def __init__(self, estimator):
+        super().__init__()
+        self.estimator = estimator
+
+    def grid(self, steps, dtype, device):
+        """Times from 1 to 0, denser near 1 ("sway" with coefficient one), rounded as the original rounds them."""
+        t = torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
+        return (t + (torch.cos(torch.pi / 2 * t) - 1 + t)).float()
+
+    def solve(self, z, mu, cond, steps, cfg_value):
+        """Euler steps with guidance. z (B, P, D) float32 noise, mu (B, .), cond (B, P, D) -> (B, P, D) float32.
+
+        The condition `cond` stays in both branches, only mu is zeroed. The branch without mu is first rescaled to fit
+        the other ("CFG-Zero*", arXiv 2503.18886), and the first 4 % of the steps, at least one, do nothing.
+        """
+        t = self.grid(steps, mu.dtype, z.device)
+        mu, cond = torch.cat([mu, torch.zeros_like(mu)]), torch.cat([cond, cond])
+        x = z
+        for i in range(max(1, int((steps + 1) * 0.04)), steps):
+            now = t[i].expand(2 * len(z))
+            with_mu, without = self.estimator(torch.cat([x, x]).to(mu.dtype), mu, now, cond).float().chunk(2)
+            a, b = with_mu.flatten(1), without.flatten(1)
+            scale = ((a * b).sum(1) / (b.square().sum(1) + 1e-8))[:, None, None]
+            velocity = scale * without + cfg_value * (with_mu - scale * without)
+            x = x - (t[i] - t[i + 1]) * velocity
+        return x
+
+
+class Quantizer(nn.Module):
+    """Finite scalar quantisation: 2 x 9 + 1 levels per channel, straight-through in training. (.., C) -> (.., C)."""
+
+    def __init__(self, width, latent, levels):
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(width, latent), nn.Linear(latent, width)
+        self.levels = levels
+
+    def forward(self, x):
+        y = torch.tanh(self.in_proj(x))
+        q = torch.round(y * self.levels) / self.levels
+        return self.out_proj(y + (q - y).detach() if self.training else q)
+
+
+class VoxCPM(nn.Module):
+    backbone = "voxcpm"
+    namings = ("published",)
+    speaker_input = False
+    lora_dropout_after = True  # the original drops out the update, not its input
+    native_adapter = "voxcpm"
+    adapter_namings = {"voxcpm": "published", "peft": "published"}
+
+    def __init__(self, config):
+        super().__init__()
+        c, lm = config, config.lm_config
+        self.config = c
+        H, W = lm.hidden_size, c.dit_config.hidden_dim
+
+        def stack(layers, vocab_size=0, use_rope=True):
+            return Stack(lm, H, lm.intermediate_size, lm.num_attention_heads, lm.head_size, layers, vocab_size, use_rope)
+
+        self.base_lm = stack(lm.num_hidden_layers, lm.vocab_size)
+        self.residual_lm = stack(c.residual_lm_num_layers, use_rope=not c.residual_lm_no_rope)
+        self.feat_encoder = LocalEncoder(lm, c.encoder_config, c.feat_dim)
+        self.feat_decoder = Flow(DiT(lm, c.dit_config, c.feat_dim, c.fused))
+        self.fsq_layer = Quantizer(H, c.scalar_quantization_latent_dim, c.scalar_quantization_scale)
+        self.enc_to_lm_proj = nn.Linear(c.encoder_config.hidden_dim, H)
+        self.lm_to_dit_proj, self.res_to_dit_proj = nn.Linear(H, W), nn.Linear(H, W)
+        if c.fused:
+            self.fusion_concat_proj = nn.Linear(2 * H, H)
+        self.stop_proj, self.stop_head = nn.Linear(H, H), nn.Linear(H, 2, bias=False)
+        self.training_options = Training()
+        self.finish = []
+
+    # ---------------------------------------------------------------------------------- data: text, audio, batches
+
+    @property
+    def codec(self):
+        return self._frozen[0]  # in a list, so that it is neither trained nor saved nor cast with the model
+
+    @property
+    def device(self):
+        return self.stop_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.stop_head.weight.dtype
+
+    def encode_text(self, text, speaker=None):
+        """Token ids without BOS, EOS or markers; multi-character Chinese pieces become single characters."""
+        if speaker is not None:
+            raise Invalid(f"speaker {speaker!r}: this backbone has no speaker input; train one adapter per speaker"
+                          + (", or give a reference clip" if self.config.fused else ""))
+        text = re.sub(r"\s+", " ", text.replace("\n", " "))
+        pieces = []
+        for piece in self.tokenizer.pieces(text):
+            bare = piece.replace("▁", "")
+            pieces += list(bare) if bare in self.split_pieces else [piece]  # the marker goes with the split
+        return [self.tokenizer.vocab.get(p, 0) for p in pieces]  # 0 is <unk>
+
+    def encode_audio(self, source, start=None, end=None):
+        """Latents (T, D) of a path or of (n,) samples at `sample_rate`, padded with zeros to a whole number of patches."""
+        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
+        return self.codec.encode(F.pad(wave, (0, -len(wave) % (self.config.patch_size * self.codec.hop)))).cpu()
+
+    def _patches(self, source, start=None, end=None, left=False):
+        """(A, P, D) patches of a path, of samples (n,) or of latents (T, D). Audio is padded to whole patches: on the right
+        in training and for a reference, on the left for a prompt to be continued; latents lose their odd frames there."""
+        P, D = self.config.patch_size, self.config.feat_dim
+        if torch.is_tensor(source) and source.ndim == 2:
+            T = len(source) - len(source) % P
+            if T == 0 or source.shape[1] != D:
+                raise Invalid(f"latents of shape {list(source.shape)}: expected (T, {D}) with at least {P} frames")
+            return (source[-T:] if left else source[:T]).float().cpu().view(-1, P, D)
+        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
+        if left:
+            wave = F.pad(wave, (-len(wave) % (P * self.codec.hop), 0))
+        return self.encode_audio(wave).view(-1, P, D)
+
+    def encode(self, row):
+        """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row with text and audio."""
+        ids = self.encode_text(row["text"])
+        if not ids:
+            raise Invalid(f"text {row['text']!r} has no tokens")
+        example = {"text": torch.tensor(ids + [AUDIO_START]),
+                   "latents": self._patches(row["audio"], row.get("start"), row.get("end"))}
+        if row.get("ref_audio") is not None:
+            self._check_reference()
+            example["ref_latents"] = self._patches(row["ref_audio"])
+        return example
+
+    def _check_reference(self):
+        if not self.config.fused:
+            raise Invalid("reference audio: this checkpoint (architecture voxcpm) has no place for it; use VoxCPM2, or give "
+                          "the clip together with its transcript as a prompt to be continued")
+
+    def length(self, example):
+        """Positions of the LMs, as the original counts them: text with 101, patches, 102, and the reference with its two marks."""
+        reference = len(example["ref_latents"]) + 2 if "ref_latents" in example else 0
+        return len(example["text"]) + len(example["latents"]) + 1 + reference
+
+    def collate(self, examples, seeds=None):
+        """Batch and counts. Draws per row, from its own seed: noise, time, keep. seeds=None: fixed by content, all kept."""
+        c = self.config
+        P, D = c.patch_size, c.feat_dim
+        L = max(self.length(e) for e in examples) - 1
+        tokens = torch.zeros(len(examples), L, dtype=torch.long)
+        patches, place, target, cond, noise, time, keep, rows = [], [], [], [], [], [], [], []
+        M = 0
+        for b, e in enumerate(examples):
+            ref, latents, at = e.get("ref_latents"), e["latents"].float(), 0
+            if ref is not None:
+                tokens[b, 0], tokens[b, len(ref) + 1] = REF_START, REF_END
+                patches.append(ref.float())
+                place.append(b * L + 1 + torch.arange(len(ref)))
+                at, M = len(ref) + 2, M + len(ref)
+            tokens[b, at : at + len(e["text"])] = e["text"]
+            A = len(latents)
+            patches.append(latents)
+            place.append(b * L + at + len(e["text"]) + torch.arange(A))
+            target.append(M + torch.arange(A))
+            cond.append(torch.cat([torch.zeros(1, P, D), latents[:-1]]))
+            rows.append(torch.full((A,), b))
+            M += A
+            fixed = seeds is None
+            g = torch.Generator().manual_seed(zlib.crc32(e["text"].numpy().tobytes()) if fixed else seeds[b])
+            noise.append(torch.randn(A, P, D, generator=g))
+            u = torch.randn(A, generator=g) if c.t_scheduler == "log-norm" else torch.rand(A, generator=g)
+            time.append(torch.sigmoid(u - 0.4) if c.t_scheduler == "log-norm" else u)
+            dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
+            keep.append(torch.ones(A, dtype=torch.bool) if fixed else ~dropped)
+        ends = torch.tensor([len(e["latents"]) for e in examples])
+        place, target, rows = torch.cat(place), torch.cat(target), torch.cat(rows)
+        stop = torch.zeros(len(target), dtype=torch.long)
+        stop[ends.cumsum(0) - 1] = 1  # the last patch of a clip, not the position after it
+        step = torch.cat([torch.arange(n) for n in ends])
+        batch = {"tokens": tokens, "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
+                 "cond": torch.cat(cond), "stop": stop, "row": rows, "step": step, "ends": ends,
+                 "noise": torch.cat(noise), "time": torch.cat(time), "keep": torch.cat(keep)}
+        return batch, self.counts(batch)
+
+    def counts(self, batch):
+        N, P = len(batch["target"]), self.config.patch_size
+        return {"loss/diff": N * P, "loss/stop": N, "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+
+    # ---------------------------------------------------------------------------------- training
+
+    def forward(self, batch):
+        """Sums of the losses over target patches (loss/diff: also over their P frames), float32."""
+        dtype = self.dtype
+        patches = batch["patches"].to(dtype)
+        tokens, place = batch["tokens"], batch["place"]
+        embed = self.enc_to_lm_proj(self.feat_encoder(patches))  # (M, H)
+        x = self._embed(tokens).flatten(0, 1).index_copy(0, place, embed).view(*tokens.shape, -1)  # (B, L, H)
+        e, r = self._language_models(x, embed, place, causal=True)
+        before = batch["before"]  # shifted by one: a patch is predicted from the position before it
+        lm_h, res_h = e.flatten(0, 1)[before], r.flatten(0, 1)[before]  # (N, H)
+
+        clean = batch["patches"][batch["target"]]  # (N, P, D) float32
+        t = batch["time"][:, None, None]
+        noisy = (1 - t) * clean + t * batch["noise"]
+        mu = self._condition(lm_h, res_h) * batch["keep"][:, None].to(dtype)
+        velocity = self.feat_decoder.estimator(noisy.to(dtype), mu, batch["time"], batch["cond"].to(dtype))
+        diff = (velocity.float() - (batch["noise"] - clean)).square().mean(-1).sum()
+
+        logits = self._stop_logits(lm_h).float()
+        out = {"loss/diff": diff, "loss/stop": F.cross_entropy(logits, batch["stop"], reduction="sum")}
+        with torch.no_grad():
+            says = logits.argmax(-1)
+            out["metric/stop_accuracy"] = (says == batch["stop"]).float().sum()
+            first = torch.where(says == 1, batch["step"], batch["ends"][batch["row"]])  # where it would stop, or never
+            stops = batch["ends"].scatter_reduce(0, batch["row"], first, "amin")
+            out["metric/stop_frame_error"] = (stops - (batch["ends"] - 1)).abs().float().sum()
+        return out
+
+    def _embed(self, tokens):
+        x = self.base_lm.embed_tokens(tokens)
+        return x * self.config.lm_config.scale_emb if self.config.lm_config.use_mup else x
+
+    def _language_models(self, x, embed, place, caches=(None, None), **how):
+        """Base LM, quantiser at the audio positions `place` (flat), residual LM. x (B, L, H), embed (M, H) at `place`."""
+        e = self.base_lm(x, caches=caches[0], **how)
+        flat = e.flatten(0, 1)
+        e = flat.index_copy(0, place, self.fsq_layer(flat[place]).to(flat.dtype)).view_as(e)
+        heard = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # what was heard, zero on text
+        r = self.fusion_concat_proj(torch.cat([e, heard], -1)) if self.config.fused else e + heard
+        return e, self.residual_lm(r, caches=caches[1], **how)
+
+    def _condition(self, lm_h, res_h):
+        a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
+        return torch.cat([a, b], -1) if self.config.fused else a + b
+
+    def _stop_logits(self, lm_h):
+        return self.stop_head(F.silu(self.stop_proj(lm_h)))
+
+    def sample_request(self, row):
+        """What a validation sample of a row is conditioned on, besides its text."""
+        return {"prompts": [(None, row["ref_audio"], None)]} if row.get("ref_audio") else {}
+
+    @property
+    def frame_rate(self):
+        """Patches per second of audio."""
+        return self.sample_rate / self.codec.hop / self.config.patch_size
+
+    @property
+    def max_length(self):
+        return self.config.max_length
+
+    def set_recompute(self, on):
+        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
+        for stack in self.stacks():
+            stack.recompute = on
+
+    def stacks(self):
+        return [m for m in self.modules() if isinstance(m, Stack)]
+
+    def blocks(self):
+        """The modules that torch.compile takes one by one."""
+        return [m for m in self.modules() if isinstance(m, Layer)]
+
+    def lora_targets(self, settings):
+        """Module names for the words enable_lm, enable_dit, enable_proj and their lists. With none of them: both LMs and the DiT.
+
+        The local encoder is never among them: no other tool could read such an adapter. `target_modules` reaches it.
+        """
+        s = settings
+        lm, dit = s.enable_lm, s.enable_dit
+        if not (lm or dit or s.enable_proj) and (lm, dit, s.enable_proj) == (None, None, None):
+            lm = dit = True
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        projections = ["enc_to_lm_proj", "lm_to_dit_proj", "res_to_dit_proj"] + ["fusion_concat_proj"] * self.config.fused
+        wanted = [("target_modules_lm", ("base_lm.", "residual_lm."), s.target_modules_lm or attention)] if lm else []
+        wanted += [("target_modules_dit", ("feat_decoder.estimator.",), s.target_modules_dit or attention)] if dit else []
+        wanted += [("target_proj_modules", ("",), s.target_proj_modules or projections)] if s.enable_proj else []
+        linears = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)]
+        names = []
+        for key, roots, words in wanted:
+            for word in words:
+                hits = [n for n in linears if n.split(".")[-1] == word and n.startswith(roots) and (roots != ("",) or "." not in n)]
+                if not hits:
+                    known = sorted({n.split(".")[-1] for n in linears if n.startswith(roots) and (roots != ("",) or "." not in n)})
+                    raise Invalid(f"lora.{key}: {word!r} matches no Linear there; known are {', '.join(known)}")
+                names += hits
+        return names
+
+    embeddings = ("base_lm.embed_tokens",)  # what lora.train_embeddings trains
+
+    def adapter_words(self, modules, values):
+        """lora_config.json's words for wrapped modules: the original builds its layers from these, then fills them by name."""
+        def last(*roots):
+            return sorted({m.split(".")[-1] for m in modules if m.startswith(roots)})
+
+        lm, dit, proj = last("base_lm.", "residual_lm."), last("feat_decoder.estimator."), sorted(m for m in modules if "." not in m)
+        return {"enable_lm": bool(lm), "enable_dit": bool(dit), "enable_proj": bool(proj), **values,
+                "target_modules_lm": lm, "target_modules_dit": dit, "target_proj_modules": proj}
+
+    # ---------------------------------------------------------------------------------- generation
+
+    def _request(self, text, prompts=(), speaker=None, seed=None, noise=None):
+        """Token ids (-1 where a patch stands), patches and cap of one request."""
+        ids_of, patches, ids, spoken = self.encode_text, [], [], ""
+        references = [p for p in prompts if p[0] is None]
+        turns = [p for p in prompts if p[0] is not None]
+        if len(references) > 1:
+            raise Invalid(f"{len(references)} reference clips: this backbone takes one")
+        for prompt in references:
+            self._check_reference()
+            patches.append(self._patches(prompt[1]))
+            ids += [REF_START] + [-1] * len(patches[-1]) + [REF_END]
+        for prompt in turns:
+            spoken += prompt[0]
+        target = ids_of(text, speaker)
+        if not target:
+            raise Invalid(f"text {text!r} has no tokens")
+        ids += ids_of(spoken + text) + [AUDIO_START]
+        context = [self._patches(prompt[1], left=True) for prompt in turns]
+        ids += [-1] * sum(len(p) for p in context)
+        prefix = torch.cat(context) if context else torch.zeros(0, self.config.patch_size, self.config.feat_dim)
+        if noise is not None and noise.shape[1:] != prefix.shape[1:]:
+            raise Invalid(f"noise has shape {list(noise.shape)}, expected (patches, {prefix.shape[1]}, {prefix.shape[2]})")
+        return dict(ids=ids, patches=torch.cat(patches + [prefix]), warm=prefix[-(3 if self.config.fused else 2):],
+                    tokens=len(target), seed=seed, noise=noise)
+
+    def _cap(self, request, s):
+        """Patches at most: by the text's length, by max_len, by what fits the model."""
+        cap = min(int(s.length_ratio * request["tokens"] + 10), s.max_len, self.config.max_length - len(request["ids"]))
+        if cap < 1:
+            raise Invalid(f"prompt and text take {len(request['ids'])} positions, the model has {self.config.max_length}")
+        return cap
+
+    @torch.no_grad()
+    def _run(self, requests, s):
+        """Yields (i, patch (P, D)) of every request, one forward per step for all that still speak; sets self.finish."""
+        c, device, dtype = self.config, self.device, self.dtype
+        B, L = len(requests), max(len(r["ids"]) for r in requests)
+        caps = [self._cap(r, s) for r in requests]
+        self.finish = ["cap"] * B
+        tokens = torch.zeros(B, L, dtype=torch.long)
+        pad = torch.tensor([L - len(r["ids"]) for r in requests])
+        for b, r in enumerate(requests):  # padded on the left, so that all rows end at the same column
+            tokens[b, L - len(r["ids"]):] = torch.tensor(r["ids"])
+        place = (tokens.flatten() == -1).nonzero().flatten().to(device)
+        patches = torch.cat([r["patches"] for r in requests]).to(device, dtype)
+        cond = torch.stack([r["patches"][-1] if r["ids"][-1] == -1 else torch.zeros(c.patch_size, c.feat_dim) for r in requests])
+        cond = cond.to(device, dtype)
+        draws = [torch.Generator().manual_seed(r["seed"] if r["seed"] is not None else int.from_bytes(os.urandom(4), "little")) for r in requests]
+
+        pad, column = pad.to(device), torch.arange(L, device=device)
+        S = L + max(caps)
+        seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
+        mask = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
+        positions = (column[None] - pad[:, None]).clamp(min=0)[:, None]  # (B, 1, L)
+        embed = self.enc_to_lm_proj(self.feat_encoder(patches))
+        x = self._embed(tokens.clamp(min=0).to(device)).flatten(0, 1).index_copy(0, place, embed).view(B, L, -1)
+        caches = self.base_lm.caches(B, S, x), self.residual_lm.caches(B, S, x)
+        e, r = self._language_models(x, embed, place, caches, mask=mask, positions=positions, column=column)
+        lm_h, res_h = e[:, -1], r[:, -1]
+
+        rows = list(range(B))
+        for n in range(max(caps)):
+            z = torch.stack([self._noise(requests[i], n, draws[i]) for i in rows]).to(device)
+            patch = self.feat_decoder.solve(z, self._condition(lm_h, res_h), cond, s.inference_timesteps, s.cfg_value)
+            stop = self._stop_logits(lm_h).argmax(-1).tolist() if n > s.min_len else [0] * len(rows)
+            going = []
+            for k, i in enumerate(rows):
+                if stop[k]:
+                    self.finish[i] = "end"
+                elif n + 1 < caps[i]:
+                    going.append(k)
+                yield i, patch[k]
+            if not going:
+                return
+            if len(going) < len(rows):
+                rows = [rows[k] for k in going]
+                keep = torch.tensor(going, device=device)
+                patch, pad, seen = patch[keep], pad[keep], seen[keep]
+                for cache in caches[0] + caches[1]:
+                    cache.keep(keep)
+            cond = patch.to(dtype)
+            lm_h, res_h = self._step(cond, seen, pad, torch.tensor([L + n], device=device), caches)
+
+    def _step(self, patch, seen, pad, column, caches):
+        """One position: the newest patch (B, P, D) goes in at `column` (1,), the states that predict the next come out."""
+        mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
+        how = dict(mask=mask, positions=(column - pad)[:, None, None], column=column)
+        x = self.enc_to_lm_proj(self.feat_encoder(patch))[:, None]  # (B, 1, H)
+        e = self.fsq_layer(self.base_lm(x, caches=caches[0], **how))
+        r = self.fusion_concat_proj(torch.cat([e, x], -1)) if self.config.fused else e + x
+        return e[:, 0], self.residual_lm(r, caches=caches[1], **how)[:, 0]
+
+    def _noise(self, request, n, generator):
+        if request["noise"] is None:
+            return torch.randn(self.config.patch_size, self.config.feat_dim, generator=generator)
+        if n >= len(request["noise"]):
+            raise Invalid(f"noise holds {len(request['noise'])} patches and patch {n} is asked for; give more, or set max_len")
+        return request["noise"][n].float().cpu()
+
+    def _takes(self, requests, s):
+        """_run, and again with the next seed for requests whose take reached its length_ratio, the last one being kept."""
+        if not s.retries:
+            yield from self._run(requests, s)
+            return
+        left, finish = list(range(len(requests))), ["cap"] * len(requests)
+        for attempt in range(s.retries + 1):
+            takes = {i: [] for i in left}
+            tried = [dict(requests[i], seed=None if requests[i]["seed"] is None else requests[i]["seed"] + attempt) for i in left]
+            for k, patch in self._run(tried, s):
+                takes[left[k]].append(patch)
+            bad = [i for i in left if len(takes[i]) >= s.length_ratio * requests[i]["tokens"] and attempt < s.retries]
+            for k, i in enumerate(left):
+                finish[i] = self.finish[k]
+                if i not in bad:
+                    yield from ((i, patch) for patch in takes[i])
+            left = bad
+            if not left:
+                break
+        self.finish = finish
+
+    def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
+        """Latent patches (P, D) float32, one by one, before the codec; self.finish is then ["end"] or ["cap"]."""
+        s = Sampling(**sampling)
+        for _, patch in self._takes([self._request(text, prompts, speaker, seed, noise)], s):
+            yield patch.cpu()
+
+    def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
+        """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole."""
+        for _, chunk in self.generate_batch([dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)], **sampling):
+            yield chunk
+
+    @torch.no_grad()
+    def generate_batch(self, requests, **sampling):
+        """Yields (i, chunk). The first chunk is one patch, later ones grow to 16: the codec's cost per call is mostly fixed."""
+        s = Sampling(**sampling)
+        requests = [self._request(**r) for r in requests]
+        codec = self.codec.to(self.device)
+        streams = [codec.stream() for _ in requests]
+        for stream, r in zip(streams, requests):
+            if len(r["warm"]):  # the codec remembers: the last patches of the prompt are decoded first and cut off
+                stream.decode(r["warm"].flatten(0, 1).to(self.device))
+        waiting, size = [[] for _ in requests], [1] * len(requests)
+        for i, patch in self._takes(requests, s):
+            waiting[i].append(patch)
+            if len(waiting[i]) >= size[i]:
+                yield i, streams[i].decode(torch.cat(waiting[i])).cpu()
+                waiting[i], size[i] = [], min(2 * size[i], 16)
+        for i, patches in enumerate(waiting):
+            if patches:
+                yield i, streams[i].decode(torch.cat(patches)).cpu()
+
+    # ---------------------------------------------------------------------------------- names and files
+
+    def published_name(self, parameter, naming=None):
+        """The name of a parameter in the published file: here its own."""
+        return parameter
+
+    def published_rows(self, parameter, naming=None):
+        """Row order of the published weight, None where it is ours."""
+        return None
+
+    def published_state_dict(self, naming=None, merged=False):
+        """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32."""
+        out = {}
+        for name, p in self.named_parameters():
+            if ".lora_" in name:
+                continue
+            holder = self.get_submodule(name.rpartition(".")[0])
+            add = merged and hasattr(holder, "merged")
+            out[name] = holder.merged(name.rpartition(".")[2]) if add else p.detach()
+        return out
+
+    def save(self, folder, naming=None, merged=False):
+        """Write a folder in the published layout: model.safetensors, config.json, the codec and the tokenizer as they were read."""
+        if not merged and any(".lora_" in n for n, _ in self.named_parameters()):
+            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.cpu().contiguous() for k, v in self.published_state_dict(naming, merged).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        for path in self.files:
+            if path.parent.resolve() != folder.resolve():
+                shutil.copyfile(path, folder / path.name)
+        return folder
+
+    @property
+    def codec_key(self):
+        """Names the frozen codec and how it is used: cached latents with another key are of another codec."""
+        if self._codec_key is None:
+            path = next(p for p in self.files if p.name.startswith("audiovae"))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            self._codec_key = f"audiovae-{digest}-{self.sample_rate}-{self.config.patch_size}"
+        return self._codec_key
+
+    @property
+    def encode_key(self):
+        """Names everything else that `encode` reads."""
+        path = next(p for p in self.files if p.name == "tokenizer.json")
+        return f"{self.codec_key}-{zlib.crc32(path.read_bytes()):08x}-{self.config.architecture}"
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
+
+
+def recognizes(config):
+    return {"lm_config", "encoder_config", "dit_config", "patch_size"} <= set(config)
+
+
+def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
+    """The model in eval mode from a published folder. extra: paths of codec and tokenizer kept elsewhere.
+
+    dtype None keeps the file's. weights names the file to read where several stand side by side; "scratch" draws them.
+    """
+    folder, extra = Path(folder), extra or {}
+    config = read_config(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    codec_path = _first(folder, extra.get("codec"), ("audiovae.safetensors", "audiovae.pth"), "the codec")
+    tokenizer_path = _first(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
+    if weights != "scratch":
+        path = _first(folder, folder / weights if weights else None, ("model.safetensors", "pytorch_model.bin"), "the model's weights")
+    with torch.device("meta"):
+        model = VoxCPM(config)
+    if weights == "scratch":
+        model.to_empty(device="cpu")
+        draw(model)
+        model.to(device, dtype or torch.float32)
+    else:
+        stored = checkpoint.read(path)
+        dtype = dtype or checkpoint.main_dtype(stored)
+        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(path))
+    for stack in model.stacks():
+        stack.make_rotary(device)
+    model.tokenizer = Tokenizer(tokenizer_path)
+    model.split_pieces = {p for p in model.tokenizer.vocab if len(p) >= 2 and all("一" <= ch <= "鿿" for ch in p)}
+    codec = audiovae.load(codec_path, config.audio_vae_config, audiovae.V2 if config.fused else audiovae.V1)
+    if codec.latent_dim != config.feat_dim:
+        raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, config.json says feat_dim {config.feat_dim}")
+    model._frozen = [codec]
+    model.sample_rate, model.out_sample_rate = codec.sample_rate, codec.out_sample_rate
+    model.files = [codec_path, tokenizer_path] + [folder / n for n in COMPANIONS if n != "tokenizer.json" and (folder / n).is_file()]
+    model._codec_key = None
+    model.training_options = Training(**(options or {}))
+    model.feat_decoder.estimator.float32_time = model.training_options.float32_time
+    return model.eval()
+
+
+def _first(folder, given, names, what):
+    for path in [Path(given)] if given else [folder / n for n in names]:
+        if path.is_file():
+            return path
+    raise Invalid(f"{what}: no file at {given}" if given else f"{folder} has no {' or '.join(names)}, so {what} cannot be loaded")
+
+
+def draw(model):
+    """Weights as PyTorch draws them, which is how the original starts; the special token is standard normal."""
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+    nn.init.normal_(model.feat_encoder.special_token)
