@@ -1,0 +1,381 @@
+"""Text to token ids and back, from a published tokenizer.json: byte-pair encoding (arXiv 1508.07909) by hand.
+
+    text -> added tokens cut out -> normalised -> cut into words -> characters, merged pair by pair -> ids
+
+Two kinds are read. Byte-level (Llama 3, Qwen 2, GPT-2): a pattern cuts the text into words, and the characters that
+are merged stand for the 256 bytes. SentencePiece style (MiniCPM, Llama 2): a space becomes U+2581, and a character
+that the vocabulary lacks becomes its UTF-8 bytes, written <0x..>, or the unknown token, or nothing where the file
+names none. Ids equal those of the `tokenizers` library. What else a tokenizer.json may hold is refused by name when
+it is opened; only its `truncation` and `padding` are passed over, being settings of one call of whoever saved it.
+"""
+import heapq
+import json
+import re
+import unicodedata
+from array import array
+from pathlib import Path
+
+from models.parts import Invalid
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+CACHED_WORDS, CACHED_LENGTH = 1 << 16, 256  # a longer word is merged anew each time; a full cache starts over
+
+# GPT-2 writes byte b as chr(b) where that is visible; the other 68 become, in order, U+0100 and up.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
+CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the patterns
+
+
+class StandIn(dict):
+    """For str.translate: every character becomes an ASCII one that the published patterns treat alike.
+
+    Python's re has no \\p{L}, but it can run a pattern on this stand-in, whose positions are those of the text.
+    ASCII stands for itself, since contractions and newlines are spelled out. Under re.ASCII, \\s leaves out U+001C to
+    U+001F, which Python counts as white space and Unicode does not.
+    """
+
+    def __missing__(self, code):
+        kind = unicodedata.category(chr(code))[0]
+        if code < 128:
+            char = chr(code)
+        elif code == 0x17F:
+            char = "S"  # the long s is an s when case is ignored: 'ſ is a contraction for Llama 3, not for GPT-2
+        else:
+            char = "\t" if chr(code) in WHITE else {"L": "a", "N": "0"}.get(kind, "!")
+        self[code] = char
+        return char
+
+
+def runnable(published):
+    """A published pattern as one for stand-in text: \\p{L} and \\p{N} become ASCII ranges."""
+    in_brackets = re.compile(r"\[\^[^\]]+\]")
+    pattern = in_brackets.sub(lambda m: m[0].replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), published)
+    return re.compile(pattern.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"), re.ASCII)
+
+
+STAND_IN = StandIn()
+PATTERNS = {published: runnable(published) for published in (GPT2, QWEN2, LLAMA3)}
+
+
+def split(text, published):
+    """Cut text into words. Each of the three patterns covers any text without a gap."""
+    return [text[m.start():m.end()] for m in PATTERNS[published].finditer(text.translate(STAND_IN))]
+
+
+# ------------------------------------------------------------------------------------------------ the tokenizer
+
+
+class Tokenizer:
+    """A tokenizer.json, given as a path or as the parsed dictionary.
+
+    `vocab` maps piece -> id, added tokens included; `unk_id` is None where the file names no unknown token.
+    """
+
+    def __init__(self, source):
+        self.name, spec = "tokenizer.json", source
+        if not isinstance(source, dict):
+            self.name = str(source)
+            try:
+                spec = json.loads(Path(source).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as e:
+                raise Invalid(f"{source} is not a readable tokenizer.json ({e}). Copy it from the checkpoint again.") from None
+        model = spec.get("model") if isinstance(spec, dict) else None
+        if not model or model.get("type", "BPE") != "BPE" or not model.keys() >= {"vocab", "merges"}:
+            raise Invalid(f"{self.name}: the model is {model and model.get('type')!r}; supported is BPE with vocab and merges")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            self._allow(f"model.{key}", model.get(key) or None, [None])
+        self.normalizers = self._steps(spec.get("normalizer"), "normalizer")
+        self.pre_tokenizers = self._steps(spec.get("pre_tokenizer"), "pre_tokenizer")
+        self.decoders = self._steps(spec.get("decoder"), "decoder")
+        self.post_processors = self._steps(spec.get("post_processor"), "post_processor")
+
+        self.model_vocab = model["vocab"]  # what merging can reach
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if any(len(pair) != 2 for pair in pairs):
+            raise Invalid(f"{self.name}: merges must be pairs, written 'a b' or ['a', 'b']")
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(pairs)}
+        self.unk_token = model.get("unk_token")
+        for piece in {p for a, b in pairs for p in (a, b, a + b)} | {self.unk_token} - {None}:
+            if piece not in self.model_vocab:
+                raise Invalid(f"{self.name}: {piece!r} occurs in a merge or as unknown token, but not in the vocabulary. "
+                              "The file is damaged; copy it from the checkpoint again.")
+        self.unk_id = self.model_vocab.get(self.unk_token)
+        self.fuse_unk, self.ignore_merges = model.get("fuse_unk"), model.get("ignore_merges")
+        byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
+        self.byte_pieces = [p if model.get("byte_fallback") and p in self.model_vocab else None for p in byte_pieces]
+        self.cache = {}
+
+        added = spec.get("added_tokens", [])
+        self.vocab = self.model_vocab | {token["content"]: token["id"] for token in added}
+        self.piece = {i: piece for piece, i in self.vocab.items()}
+        self.special_ids = {token["id"] for token in added if token["special"]}
+        # A normalised token is searched in its normalised form, which has the marker in front if Prepend adds one.
+        self.raw_tokens = {token["content"]: token for token in added if not token["normalized"]}
+        self.normal_tokens = {self._normalize(token["content"]): token for token in added if token["normalized"]}
+        self.find_raw, self.find_normal = find_longest(self.raw_tokens), find_longest(self.normal_tokens)
+
+    def encode(self, text, special=False, template=False) -> list[int]:
+        """Text to ids. Special tokens that stand in the text are plain characters, unless special=True.
+
+        template=True puts the file's own first and last tokens around the ids. Added tokens that the file does not
+        call special are ordinary words, found either way.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise Invalid(f"character {e.start} of the text is U+{ord(text[e.start]):04X}, half of a surrogate pair and no "
+                          "character. Read the text in the encoding that it was written in.") from None
+        ids = []
+        for start, part, token in cut(text, self.find_raw, self.raw_tokens, special):
+            if token is not None:
+                ids.append(token)
+                continue
+            for inner, part, token in cut(self._normalize(part), self.find_normal, self.normal_tokens, special):
+                if token is not None:
+                    ids.append(token)
+                    continue
+                for word in self._words(part, start + inner == 0):
+                    ids += self._encode_word(word)
+        for step in self.post_processors:
+            if template and step["type"] == "TemplateProcessing":
+                around = [step["special_tokens"][item["SpecialToken"]["id"]]["ids"] if "SpecialToken" in item else ids
+                          for item in step["single"]]
+                ids = [i for part in around for i in part]
+        return ids
+
+    def pieces(self, text, special=False) -> list[str]:
+        """The pieces of encode's ids; what the vocabulary lacks shows as <0x..> per byte or as the unknown token."""
+        return [self.piece[i] for i in self.encode(text, special)]
+
+    def id(self, piece) -> int | None:
+        return self.vocab.get(piece)
+
+    def decode(self, ids, special=False) -> str:
+        """Ids to text. Special tokens are left out, unless special=True."""
+        ids = list(map(int, ids))
+        unknown = [i for i in ids if i not in self.piece]
+        if unknown:
+            raise Invalid(f"{self.name} has no token with id {unknown[0]}, only {len(self.piece)} tokens. Is it this model's?")
+        tokens = [self.piece[i] for i in ids if special or i not in self.special_ids]
+        for step in self.decoders:
+            tokens = decode_step(step, tokens)
+        return ("" if self.decoders else " ").join(tokens)
+
+    # -------------------------------------------------------------------------------------------- reading the file
+
+    def _allow(self, what, found, allowed, known=None):
+        if found not in allowed:
+            raise Invalid(f"{self.name}: {what} is {found!r}, which is not supported; known: "
+                          f"{known or ', '.join(map(str, allowed))}. Is this the tokenizer of a model that is supported?")
+
+    def _steps(self, step, where) -> list[dict]:
+        """One part of the pipeline as a flat list of steps, each checked to be of a kind that this file carries out."""
+        if step is None:
+            return []
+        if step["type"] == "Sequence":
+            inner = step[{"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
+                          "post_processor": "processors"}[where]]
+            return [s for one in inner for s in self._steps(one, where)]
+        self._allow(f"{where} type", step["type"], {
+            "normalizer": ["Prepend", "Replace", "NFC"],
+            "pre_tokenizer": ["Split", "ByteLevel", "Metaspace"],
+            "decoder": ["ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"],
+            "post_processor": ["TemplateProcessing", "ByteLevel"]}[where])
+        if step["type"] == "Replace":
+            self._allow(f"{where} Replace pattern", list(step["pattern"]), [["String"]])
+        if step["type"] == "Split":
+            self._allow("pre_tokenizer Split pattern", step["pattern"].get("Regex", step["pattern"]), list(PATTERNS),
+                        "the patterns of GPT-2, Llama 3 and Qwen 2")
+            self._allow("pre_tokenizer Split behavior, invert", (step["behavior"], step["invert"]),
+                        [("Isolated", False), ("Removed", True)])  # the same cuts, as the pattern leaves no gap
+        if step["type"] == "Metaspace":  # files from before prepend_scheme say add_prefix_space
+            scheme = step.get("prepend_scheme", "never" if step.get("add_prefix_space") is False else "always")
+            return [{"split": True, **step, "prepend_scheme": scheme}]
+        return [step]
+
+    # -------------------------------------------------------------------------------------------- from text to words
+
+    def _normalize(self, text):
+        for step in self.normalizers:
+            if step["type"] == "Prepend":
+                text = step["prepend"] + text if text else ""
+            elif step["type"] == "Replace":
+                text = text.replace(step["pattern"]["String"], step["content"])
+            else:  # the library's table is of Unicode 9: marks that are newer may stand in another order there
+                text = unicodedata.normalize("NFC", text)
+        return text
+
+    def _words(self, text, at_start):
+        """Text between added tokens, cut into the words that are merged one by one."""
+        words = [text]
+        for step in self.pre_tokenizers:
+            cut_words = []
+            for i, word in enumerate(words):
+                if step["type"] == "Split":
+                    cut_words += split(word, step["pattern"]["Regex"])
+                elif step["type"] == "ByteLevel":
+                    if step["add_prefix_space"] and not word.startswith(" "):
+                        word = " " + word
+                    parts = split(word, GPT2) if step.get("use_regex", True) else [word]
+                    cut_words += [part.encode().decode("latin-1").translate(BYTE_TO_CHAR) for part in parts]
+                else:
+                    marker, scheme = step["replacement"], step["prepend_scheme"]
+                    word = word.replace(" ", marker)
+                    if not word.startswith(marker) and (scheme == "always" or scheme == "first" and at_start and i == 0):
+                        word = marker + word
+                    cut_words += re.split(f"(?!^)(?={re.escape(marker)})", word) if step["split"] else [word]
+            words = cut_words
+        return words
+
+    # -------------------------------------------------------------------------------------------- from words to ids
+
+    def _encode_word(self, word) -> list[int]:
+        if self.ignore_merges and word in self.model_vocab:
+            return [self.model_vocab[word]]
+        ids = self.cache.get(word)
+        if ids is None:
+            ids = [self.model_vocab[piece] for piece in merge_pairs(self._symbols(word), self._rank)]
+            if len(word) < CACHED_LENGTH:
+                if len(self.cache) >= CACHED_WORDS:
+                    self.cache.clear()
+                self.cache[word] = ids
+        return ids
+
+    def _rank(self, a, b):
+        return self.ranks.get((a, b))
+
+    def _symbols(self, word) -> list[str]:
+        """One symbol per character, or its bytes, or the unknown token, one for a whole run if they are fused."""
+        symbols, waiting = [], []  # the library appends an unknown late, behind bytes that follow it, so this must too
+        for char in word:
+            if char in self.model_vocab:
+                symbols += [*waiting, char]
+                waiting = []
+                continue
+            in_bytes = [self.byte_pieces[b] for b in char.encode()]
+            if None not in in_bytes:
+                symbols += in_bytes
+            elif self.unk_token is not None:
+                symbols += [] if self.fuse_unk else waiting
+                waiting = [self.unk_token]
+        return symbols + waiting
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def merge_pairs(symbols, rank) -> list[str]:
+    """Merge the neighbours of lowest rank(left, right), leftmost first, until every rank is None.
+
+    Places wait in one bucket per rank, named by the symbol on the left; the symbols are a linked list. One queue of
+    all places would do too, but then a word of 100,000 characters costs 16 times one of 10,000.
+    """
+    symbols = [None, *symbols, None]  # None: an edge, or a symbol that its left neighbour took in
+    before, after = array("l", range(-1, len(symbols) - 1)), array("l", range(1, len(symbols) + 1))
+    buckets, queue = {}, []
+
+    def wait(left, right):
+        if symbols[left] is not None and symbols[right] is not None:
+            r = rank(symbols[left], symbols[right])
+            if r is not None:
+                if r not in buckets:
+                    heapq.heappush(queue, r)
+                buckets.setdefault(r, []).append(left)
+
+    for place in range(1, len(symbols) - 2):
+        wait(place, place + 1)
+    while queue:
+        lowest = heapq.heappop(queue)
+        places = sorted(buckets.pop(lowest))
+        for n, left in enumerate(places):
+            if queue and queue[0] <= lowest:  # the last merge made way for an earlier one; few files have such
+                if lowest not in buckets:
+                    heapq.heappush(queue, lowest)
+                buckets.setdefault(lowest, []).extend(places[n:])
+                break
+            right = after[left]
+            if symbols[left] is None or symbols[right] is None or rank(symbols[left], symbols[right]) != lowest:
+                continue  # one of the two has been merged since
+            far = after[right]
+            symbols[left], symbols[right] = symbols[left] + symbols[right], None
+            after[left], before[far] = far, left
+            wait(before[left], left)
+            wait(left, far)
+    return [s for s in symbols if s is not None]
+
+
+# ------------------------------------------------------------------------------------------------ added tokens, decoding
+
+
+def find_longest(tokens):
+    """A pattern that finds the leftmost of these texts, and the longest of those that begin there."""
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def cut(text, finder, tokens, special):
+    """Cut added tokens out of text; yields (start, text, None) and (start, None, id) in turn."""
+    done = 0
+    for match in finder.finditer(text):
+        token, (start, stop) = tokens[match[0]], match.span()
+        if token["special"] and not special:
+            continue
+        if token["single_word"] and (in_word(text[max(start - 1, 0):start]) or in_word(text[stop:stop + 1])):
+            continue
+        if token["lstrip"]:
+            start = done + len(text[done:start].rstrip(WHITE))
+        while token["rstrip"] and stop < len(text) and text[stop] in WHITE:
+            stop += 1
+        if done < start:
+            yield done, text[done:start], None
+        yield start, None, token["id"]
+        done = stop
+    if done < len(text):
+        yield done, text[done:], None
+
+
+def in_word(char):
+    """What \\w means in Unicode's terms: Python's own takes superscripts and leaves out combining marks."""
+    kind = unicodedata.category(char) if char else ""
+    return kind[:1] in ("L", "M") or kind in ("Nd", "Nl", "Pc") or char in ("\u200c", "\u200d")
+
+
+def decode_step(step, tokens):
+    kind = step["type"]
+    if kind == "ByteLevel":  # a token with other characters than the 256, such as an added one, is text already
+        parts = [bytes(CHAR_TO_BYTE[c] for c in t) if all(c in CHAR_TO_BYTE for c in t) else t.encode() for t in tokens]
+        return [b"".join(parts).decode(errors="replace")]
+    if kind == "Metaspace":
+        first = " " if step["prepend_scheme"] == "never" else ""
+        return [t.replace(step["replacement"], " " if i else first) for i, t in enumerate(tokens)]
+    if kind == "Replace":
+        return [t.replace(step["pattern"]["String"], step["content"]) for t in tokens]
+    if kind == "Fuse":
+        return ["".join(tokens)]
+    if kind == "Strip":
+        out = []
+        for t in tokens:
+            left = len(t[:step["start"]]) - len(t[:step["start"]].lstrip(step["content"]))
+            stop = max(len(t) - step["stop"], 0)
+            out.append(t[left:stop + len(t[stop:].rstrip(step["content"]))])
+        return out
+    out, run = [], b""  # ByteFallback: a run of <0x..> is decoded whole, or becomes one replacement mark per byte
+    for t in [*tokens, None]:
+        if t is not None and re.fullmatch("<0x[0-9A-Fa-f]{2}>", t):
+            run += bytes.fromhex(t[3:5])
+            continue
+        try:
+            out += [run.decode()] if run else []
+        except UnicodeDecodeError:
+            out += ["\ufffd"] * len(run)
+        out += [] if t is None else [t]
+        run = b""
+    return out
