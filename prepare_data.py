@@ -1,6 +1,6 @@
 """Recordings and transcripts, in whatever shape they lie, into rows that can be trained on.
 
-    python prepare_data.py --input my_voice/ --output_dir data --ckpt_dir checkpoints/VoxCPM1.5
+    python prepare_data.py --input my_voice/ --output_dir data --ckpt_dir checkpoints/base
 
     input ──reader──▶ raw rows ──canonical──▶ rows ──measure──▶ cut, trim, check ──split──▶ train.jsonl val.jsonl
                                                           └──▶ report.html report.json        └──model.encode──▶ cache/
@@ -235,7 +235,7 @@ def recognise(path, shape="auto"):
             shape = "jsonl"
         elif tabs == {2} and bars == {1}:
             shape = "tsv"
-        elif bars == {2} or bars <= {2, 3} and all(len(c) < 3 or not c[2] or same_words(c[1], c[2]) for c in cells):
+        elif bars <= {2, 3} and 2 * sum(len(c) < 3 or not c[2] or same_words(c[1], c[2]) for c in cells) >= len(cells):
             shape = "ljspeech"
         elif bars == {3} and all(c[1].lower() in LANGUAGES for c in cells) or bars == {4} and all(c[2].lower() in LANGUAGES for c in cells):
             shape = "list"

@@ -58,9 +58,9 @@ def read(path) -> dict[str, Stored]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as e:
         raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run code "
-                      f"({str(e).splitlines()[0]}). Ask its author for a safetensors file.") from None
+                      f"({_first_line(e)}). Ask its author for a safetensors file.") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise Invalid(f"{path} is damaged or not a PyTorch file ({str(e).splitlines()[0]}). Copy it again.") from None
+        raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
     while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
         inner = [w for w in WRAPPERS if isinstance(state.get(w), dict)]
         parts = {f"{part}.{str(k).removeprefix('module.')}": v for part, tensors in state.items() if isinstance(tensors, dict)
@@ -74,6 +74,10 @@ def read(path) -> dict[str, Stored]:
         state = {k.removeprefix("module."): v for k, v in state.items()}
     tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
     return {k: Stored(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()}
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _is_zip(path):
@@ -164,9 +168,8 @@ def fill(model, stored, rename=None, unused=None, dtype=torch.float32, device="c
         holder, _, leaf = own.rpartition(".")
         holder = model.get_submodule(holder)
         value = stored[name].load()
-        value = value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-        if value.device.type == "cpu":  # a tensor that is still a window into the file would follow the file
-            value = value.clone(memory_format=torch.contiguous_format)
+        # copy: on the CPU the same dtype would otherwise stay a window into the file and follow what happens to it
+        value = value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         if leaf in holder._parameters:
             holder._parameters[leaf] = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         else:
@@ -249,11 +252,11 @@ def write_step(root, step, write, state) -> Path:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(tmp, root / name)
-    except OSError as e:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # torch.save tells of a full disk by a RuntimeError
         free = shutil.disk_usage(root).free
         need = sum(p.stat().st_size for p in tmp.rglob("*") if p.is_file())
         shutil.rmtree(tmp, ignore_errors=True)
-        raise Invalid(f"could not save {root / name}: {e}. {need / 1e6:.1f} MB were written, {free / 1e6:.1f} MB are free. "
+        raise Invalid(f"could not save {root / name}: {_first_line(e)}. {need / 1e6:.1f} MB were written, {free / 1e6:.1f} MB are free. "
                       "Earlier checkpoints are untouched.") from e
     _flush(root)
     point(root, name)

@@ -22,8 +22,14 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
-WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+PARTS = {  # a part of the file: how it names its steps where there are several, and the kinds of step known here
+    "normalizer": ("normalizers", ["Prepend", "Replace", "NFC"]),
+    "pre_tokenizer": ("pretokenizers", ["Split", "ByteLevel", "Metaspace"]),
+    "decoder": ("decoders", ["ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"]),
+    "post_processor": ("processors", ["TemplateProcessing", "ByteLevel"]),
+}
 CACHED_WORDS, CACHED_LENGTH = 1 << 16, 256  # a longer word is merged anew each time; a full cache starts over
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 # GPT-2 writes byte b as chr(b) where that is visible; the other 68 become, in order, U+0100 and up.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -44,13 +50,11 @@ class StandIn(dict):
     """
 
     def __missing__(self, code):
-        kind = unicodedata.category(chr(code))[0]
-        if code < 128:
-            char = chr(code)
-        elif code == 0x17F:
+        char = chr(code)
+        if code >= 128:
+            char = "\t" if char in WHITE else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+        if code == 0x17F:
             char = "S"  # the long s is an s when case is ignored: 'ſ is a contraction for Llama 3, not for GPT-2
-        else:
-            char = "\t" if chr(code) in WHITE else {"L": "a", "N": "0"}.get(kind, "!")
         self[code] = char
         return char
 
@@ -87,27 +91,26 @@ class Tokenizer:
             try:
                 spec = json.loads(Path(source).read_text(encoding="utf-8"))
             except (OSError, ValueError) as e:
-                raise Invalid(f"{source} is not a readable tokenizer.json ({e}). Copy it from the checkpoint again.") from None
+                raise Invalid(f"{source} cannot be read as JSON: {e}. Copy it from the checkpoint again.") from None
         model = spec.get("model") if isinstance(spec, dict) else None
         if not model or model.get("type", "BPE") != "BPE" or not model.keys() >= {"vocab", "merges"}:
-            raise Invalid(f"{self.name}: the model is {model and model.get('type')!r}; supported is BPE with vocab and merges")
+            raise Invalid(f"{self.name}: the model is {model and model.get('type')!r}; expected BPE, with vocab and merges")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             self._allow(f"model.{key}", model.get(key) or None, [None])
-        self.normalizers = self._steps(spec.get("normalizer"), "normalizer")
-        self.pre_tokenizers = self._steps(spec.get("pre_tokenizer"), "pre_tokenizer")
-        self.decoders = self._steps(spec.get("decoder"), "decoder")
-        self.post_processors = self._steps(spec.get("post_processor"), "post_processor")
+        self.normalizers, self.pre_tokenizers, self.decoders, self.post_processors = (
+            self._steps(spec.get(part), part) for part in PARTS)
 
         self.model_vocab = model["vocab"]  # what merging can reach
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        if any(len(pair) != 2 for pair in pairs):
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if any(len(pair) != 2 for pair in merges):
             raise Invalid(f"{self.name}: merges must be pairs, written 'a b' or ['a', 'b']")
-        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(pairs)}
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         self.unk_token = model.get("unk_token")
-        for piece in {p for a, b in pairs for p in (a, b, a + b)} | {self.unk_token} - {None}:
-            if piece not in self.model_vocab:
-                raise Invalid(f"{self.name}: {piece!r} occurs in a merge or as unknown token, but not in the vocabulary. "
-                              "The file is damaged; copy it from the checkpoint again.")
+        needed = {p for a, b in merges for p in (a, b, a + b)} | {self.unk_token}
+        missing = sorted(needed - self.model_vocab.keys() - {None})
+        if missing:
+            raise Invalid(f"{self.name}: {missing[0]!r} occurs in a merge or as unknown token, but not in the "
+                          "vocabulary. The file is damaged; copy it from the checkpoint again.")
         self.unk_id = self.model_vocab.get(self.unk_token)
         self.fuse_unk, self.ignore_merges = model.get("fuse_unk"), model.get("ignore_merges")
         byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
@@ -129,11 +132,7 @@ class Tokenizer:
         template=True puts the file's own first and last tokens around the ids. Added tokens that the file does not
         call special are ordinary words, found either way.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            raise Invalid(f"character {e.start} of the text is U+{ord(text[e.start]):04X}, half of a surrogate pair and no "
-                          "character. Read the text in the encoding that it was written in.") from None
+        check_characters(text)
         ids = []
         for start, part, token in cut(text, self.find_raw, self.raw_tokens, special):
             if token is not None:
@@ -147,9 +146,9 @@ class Tokenizer:
                     ids += self._encode_word(word)
         for step in self.post_processors:
             if template and step["type"] == "TemplateProcessing":
-                around = [step["special_tokens"][item["SpecialToken"]["id"]]["ids"] if "SpecialToken" in item else ids
-                          for item in step["single"]]
-                ids = [i for part in around for i in part]
+                known = step["special_tokens"]
+                parts = [known[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else ids for p in step["single"]]
+                ids = [i for part in parts for i in part]
         return ids
 
     def pieces(self, text, special=False) -> list[str]:
@@ -164,7 +163,8 @@ class Tokenizer:
         ids = list(map(int, ids))
         unknown = [i for i in ids if i not in self.piece]
         if unknown:
-            raise Invalid(f"{self.name} has no token with id {unknown[0]}, only {len(self.piece)} tokens. Is it this model's?")
+            raise Invalid(f"{self.name} has no token with id {unknown[0]}, only {len(self.piece)} tokens. "
+                          "Is it the tokenizer of this model?")
         tokens = [self.piece[i] for i in ids if special or i not in self.special_ids]
         for step in self.decoders:
             tokens = decode_step(step, tokens)
@@ -177,29 +177,24 @@ class Tokenizer:
             raise Invalid(f"{self.name}: {what} is {found!r}, which is not supported; known: "
                           f"{known or ', '.join(map(str, allowed))}. Is this the tokenizer of a model that is supported?")
 
-    def _steps(self, step, where) -> list[dict]:
-        """One part of the pipeline as a flat list of steps, each checked to be of a kind that this file carries out."""
+    def _steps(self, step, part) -> list[dict]:
+        """A part of the file as a flat list of steps, each of a kind that this module carries out."""
+        several, kinds = PARTS[part]
         if step is None:
             return []
         if step["type"] == "Sequence":
-            inner = step[{"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
-                          "post_processor": "processors"}[where]]
-            return [s for one in inner for s in self._steps(one, where)]
-        self._allow(f"{where} type", step["type"], {
-            "normalizer": ["Prepend", "Replace", "NFC"],
-            "pre_tokenizer": ["Split", "ByteLevel", "Metaspace"],
-            "decoder": ["ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"],
-            "post_processor": ["TemplateProcessing", "ByteLevel"]}[where])
+            return [s for one in step[several] for s in self._steps(one, part)]
+        self._allow(f"{part} type", step["type"], kinds)
         if step["type"] == "Replace":
-            self._allow(f"{where} Replace pattern", list(step["pattern"]), [["String"]])
+            self._allow(f"{part} Replace pattern", list(step["pattern"]), [["String"]])
         if step["type"] == "Split":
-            self._allow("pre_tokenizer Split pattern", step["pattern"].get("Regex", step["pattern"]), list(PATTERNS),
+            self._allow(f"{part} Split pattern", step["pattern"].get("Regex", step["pattern"]), list(PATTERNS),
                         "the patterns of GPT-2, Llama 3 and Qwen 2")
-            self._allow("pre_tokenizer Split behavior, invert", (step["behavior"], step["invert"]),
-                        [("Isolated", False), ("Removed", True)])  # the same cuts, as the pattern leaves no gap
+            self._allow(f"{part} Split behavior, invert", (step["behavior"], step["invert"]),
+                        [("Isolated", False), ("Removed", True)])  # the same cuts, as the patterns leave no gap
         if step["type"] == "Metaspace":  # files from before prepend_scheme say add_prefix_space
-            scheme = step.get("prepend_scheme", "never" if step.get("add_prefix_space") is False else "always")
-            return [{"split": True, **step, "prepend_scheme": scheme}]
+            scheme = "never" if step.get("add_prefix_space") is False else "always"
+            step = {"prepend_scheme": scheme, "split": True, **step}
         return [step]
 
     # -------------------------------------------------------------------------------------------- from text to words
@@ -210,7 +205,7 @@ class Tokenizer:
                 text = step["prepend"] + text if text else ""
             elif step["type"] == "Replace":
                 text = text.replace(step["pattern"]["String"], step["content"])
-            else:  # the library's table is of Unicode 9: marks that are newer may stand in another order there
+            else:  # the library's table is of Unicode 9; it may order combining marks that are newer differently
                 text = unicodedata.normalize("NFC", text)
         return text
 
@@ -218,22 +213,22 @@ class Tokenizer:
         """Text between added tokens, cut into the words that are merged one by one."""
         words = [text]
         for step in self.pre_tokenizers:
-            cut_words = []
+            parts = []
             for i, word in enumerate(words):
                 if step["type"] == "Split":
-                    cut_words += split(word, step["pattern"]["Regex"])
+                    parts += split(word, step["pattern"]["Regex"])
                 elif step["type"] == "ByteLevel":
                     if step["add_prefix_space"] and not word.startswith(" "):
                         word = " " + word
-                    parts = split(word, GPT2) if step.get("use_regex", True) else [word]
-                    cut_words += [part.encode().decode("latin-1").translate(BYTE_TO_CHAR) for part in parts]
+                    cut_words = split(word, GPT2) if step.get("use_regex", True) else [word]
+                    parts += [w.encode().decode("latin-1").translate(BYTE_TO_CHAR) for w in cut_words]
                 else:
                     marker, scheme = step["replacement"], step["prepend_scheme"]
                     word = word.replace(" ", marker)
-                    if not word.startswith(marker) and (scheme == "always" or scheme == "first" and at_start and i == 0):
-                        word = marker + word
-                    cut_words += re.split(f"(?!^)(?={re.escape(marker)})", word) if step["split"] else [word]
-            words = cut_words
+                    wanted = scheme == "always" or scheme == "first" and at_start and i == 0
+                    word = marker + word if wanted and not word.startswith(marker) else word
+                    parts += re.split(f"(?!^)(?={re.escape(marker)})", word) if step["split"] else [word]
+            words = parts
         return words
 
     # -------------------------------------------------------------------------------------------- from words to ids
@@ -257,12 +252,11 @@ class Tokenizer:
         """One symbol per character, or its bytes, or the unknown token, one for a whole run if they are fused."""
         symbols, waiting = [], []  # the library appends an unknown late, behind bytes that follow it, so this must too
         for char in word:
+            in_bytes = [self.byte_pieces[b] for b in char.encode()]
             if char in self.model_vocab:
                 symbols += [*waiting, char]
                 waiting = []
-                continue
-            in_bytes = [self.byte_pieces[b] for b in char.encode()]
-            if None not in in_bytes:
+            elif None not in in_bytes:
                 symbols += in_bytes
             elif self.unk_token is not None:
                 symbols += [] if self.fuse_unk else waiting
@@ -283,42 +277,52 @@ def merge_pairs(symbols, rank) -> list[str]:
     before, after = array("l", range(-1, len(symbols) - 1)), array("l", range(1, len(symbols) + 1))
     buckets, queue = {}, []
 
-    def wait(left, right):
-        if symbols[left] is not None and symbols[right] is not None:
-            r = rank(symbols[left], symbols[right])
-            if r is not None:
-                if r not in buckets:
-                    heapq.heappush(queue, r)
-                buckets.setdefault(r, []).append(left)
+    def rank_at(left):
+        a, b = symbols[left], symbols[after[left]]
+        return None if a is None or b is None else rank(a, b)
+
+    def wait(places, r):
+        if r not in buckets:
+            heapq.heappush(queue, r)
+        buckets.setdefault(r, []).extend(places)
 
     for place in range(1, len(symbols) - 2):
-        wait(place, place + 1)
+        if (r := rank_at(place)) is not None:
+            wait([place], r)
     while queue:
         lowest = heapq.heappop(queue)
         places = sorted(buckets.pop(lowest))
         for n, left in enumerate(places):
-            if queue and queue[0] <= lowest:  # the last merge made way for an earlier one; few files have such
-                if lowest not in buckets:
-                    heapq.heappush(queue, lowest)
-                buckets.setdefault(lowest, []).extend(places[n:])
+            if queue and queue[0] <= lowest:  # the last merge made way for one that comes first; few files have such
+                wait(places[n:], lowest)
                 break
-            right = after[left]
-            if symbols[left] is None or symbols[right] is None or rank(symbols[left], symbols[right]) != lowest:
+            if rank_at(left) != lowest:
                 continue  # one of the two has been merged since
-            far = after[right]
+            right = after[left]
             symbols[left], symbols[right] = symbols[left] + symbols[right], None
-            after[left], before[far] = far, left
-            wait(before[left], left)
-            wait(left, far)
+            after[left] = after[right]
+            before[after[right]] = left
+            for place in (before[left], left):
+                if (r := rank_at(place)) is not None:
+                    wait([place], r)
     return [s for s in symbols if s is not None]
 
 
-# ------------------------------------------------------------------------------------------------ added tokens, decoding
+# ------------------------------------------------------------------------------------------------ added tokens
 
 
-def find_longest(tokens):
+def check_characters(text):
+    """Raise Invalid for half of a surrogate pair, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise Invalid(f"character {e.start} of the text is U+{ord(text[e.start]):04X}, half of a surrogate pair and no "
+                      "character. Read the text in the encoding that it was written in.") from None
+
+
+def find_longest(texts):
     """A pattern that finds the leftmost of these texts, and the longest of those that begin there."""
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)")
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or "(?!)")
 
 
 def cut(text, finder, tokens, special):
@@ -348,11 +352,16 @@ def in_word(char):
     return kind[:1] in ("L", "M") or kind in ("Nd", "Nl", "Pc") or char in ("\u200c", "\u200d")
 
 
-def decode_step(step, tokens):
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def decode_step(step, tokens) -> list[str]:
     kind = step["type"]
     if kind == "ByteLevel":  # a token with other characters than the 256, such as an added one, is text already
         parts = [bytes(CHAR_TO_BYTE[c] for c in t) if all(c in CHAR_TO_BYTE for c in t) else t.encode() for t in tokens]
         return [b"".join(parts).decode(errors="replace")]
+    if kind == "ByteFallback":
+        return join_bytes(tokens)
     if kind == "Metaspace":
         first = " " if step["prepend_scheme"] == "never" else ""
         return [t.replace(step["replacement"], " " if i else first) for i, t in enumerate(tokens)]
@@ -360,14 +369,14 @@ def decode_step(step, tokens):
         return [t.replace(step["pattern"]["String"], step["content"]) for t in tokens]
     if kind == "Fuse":
         return ["".join(tokens)]
-    if kind == "Strip":
-        out = []
-        for t in tokens:
-            left = len(t[:step["start"]]) - len(t[:step["start"]].lstrip(step["content"]))
-            stop = max(len(t) - step["stop"], 0)
-            out.append(t[left:stop + len(t[stop:].rstrip(step["content"]))])
-        return out
-    out, run = [], b""  # ByteFallback: a run of <0x..> is decoded whole, or becomes one replacement mark per byte
+    char = re.escape(step["content"])  # Strip: up to `start` of them in front, up to `stop` behind
+    edges = re.compile(f"\\A{char}{{0,{step['start']}}}(.*?){char}{{0,{step['stop']}}}\\Z", re.DOTALL)
+    return [edges.match(t)[1] for t in tokens]
+
+
+def join_bytes(tokens) -> list[str]:
+    """Each run of <0x..> becomes one text, or one replacement mark per byte if the run is not UTF-8."""
+    out, run = [], b""
     for t in [*tokens, None]:
         if t is not None and re.fullmatch("<0x[0-9A-Fa-f]{2}>", t):
             run += bytes.fromhex(t[3:5])

@@ -1,0 +1,536 @@
+"""Mimi: 24 kHz speech as 12.5 frames per second of up to 32 codes, and back. Causal throughout, so it also streams.
+
+    wav (n,) ─pad to whole frames─▶ SEANet ─▶ (512, 2T) ─▶ transformer ─▶ halve ─▶ (512, T) ─▶ split residual VQ ─▶ codes (K, T)
+    codes (K, T) ─▶ centroids, summed ─▶ (512, T) ─▶ double ─▶ transformer ─▶ SEANet ─▶ wav (1920 T,)
+
+Paper: arXiv 2410.00037. Weights: kyutai/mimi (transformers naming, which is ours) and the tokenizer-*.safetensors file of
+kyutai/moshiko-pytorch-bf16 (moshi naming, interleaved rotary, q, k and v in one matrix).
+
+Every causal layer takes `state`, a dict from module to what it has to remember. A whole clip is one chunk with a fresh
+dict, so streaming and batch are the same arithmetic. Letters: B batch, C channels, T frames, K codebooks, n samples.
+"""
+import math
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.parts import Invalid
+from models.parts.checkpoint import Stored, fill
+from models.parts.layers import rotary, rotary_frequencies, rotate
+
+
+@dataclass
+class Config:
+    """Widths, kernels and counts are read from tensor shapes (`config_of`); the rest is what the shapes do not tell."""
+
+    channels: list  # of the encoder's residual blocks, outermost first: 64, 128, 256, 512
+    ratios: list  # of the encoder's strided convolutions, outermost first: 4, 5, 6, 8
+    compress: int  # a residual block is this much narrower inside
+    residual_layers: int
+    kernels: tuple  # first, residual, last
+    hidden: int
+    ffn: int
+    layers: int
+    kv_width: int
+    stride: int  # between SEANet and codes
+    upsample_groups: int
+    codebook_size: int
+    codebook_dim: int
+    projected: bool
+    semantic: int
+    acoustic: int
+    num_attention_heads: int = 8
+    head_dim: int = 64
+    sliding_window: int = 250
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    dilation_growth_rate: int = 2
+    sampling_rate: int = 24000
+
+    @property
+    def frame(self):  # samples per frame: 1920 = 4 * 5 * 6 * 8 * 2
+        return math.prod(self.ratios) * self.stride
+
+
+# ------------------------------------------------------------------------------------------------ layers with a memory
+
+
+class CausalConv(nn.Module):
+    """Convolution that sees only the past: its memory is the last `left` inputs, zeros at the start of a clip."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, bias=True, repeat=False):
+        super().__init__()
+        self.conv = nn.Conv1d(c_in, c_out, kernel, stride, dilation=dilation, bias=bias)
+        self.left = (kernel - 1) * dilation + 1 - stride
+        self.repeat = repeat  # the one layer that starts with its first input repeated, not with zeros
+
+    def forward(self, x, state):  # (B, C, t) -> (B, C', t / stride)
+        past = state.get(self)
+        if past is None:
+            past = x[..., :1].expand(-1, -1, self.left) if self.repeat else x.new_zeros(*x.shape[:2], self.left)
+        x = torch.cat([past, x], -1)
+        state[self] = x[..., x.shape[-1] - self.left :]
+        return self.conv(x)
+
+
+class CausalConvTranspose(nn.Module):
+    """Its memory is the tail of its output that later inputs still add to, without the bias."""
+
+    def __init__(self, c_in, c_out, kernel, stride, groups=1, bias=True):
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(c_in, c_out, kernel, stride, groups=groups, bias=bias)
+        self.stride = stride
+
+    def forward(self, x, state):  # (B, C, t) -> (B, C', t * stride)
+        y = self.conv(x)
+        done = x.shape[-1] * self.stride
+        tail = y[..., done:]
+        past = state.get(self)
+        if past is not None:
+            overlap = min(past.shape[-1], y.shape[-1])
+            y = torch.cat([y[..., :overlap] + past, y[..., overlap:]], -1)
+            tail = y[..., done:]
+        state[self] = tail if self.conv.bias is None else tail - self.conv.bias[:, None]
+        return y[..., :done]
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width, inner, kernel, dilation):
+        super().__init__()
+        convs = CausalConv(width, inner, kernel, dilation=dilation), CausalConv(inner, width, 1)
+        self.block = nn.ModuleList([nn.ELU(), convs[0], nn.ELU(), convs[1]])
+
+    def forward(self, x, state):
+        y = self.block[1](F.elu(x), state)
+        return x + self.block[3](F.elu(y), state)
+
+
+class SEANet(nn.Module):
+    """A chain of the layers above; ELU stands between them as its own entry, since the published names count it."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, state):
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, nn.ELU) else layer(x, state)
+        return x
+
+
+def seanet_encoder(c):
+    layers = [CausalConv(1, c.channels[0], c.kernels[0])]
+    for i, (width, ratio) in enumerate(zip(c.channels, c.ratios)):
+        for j in range(c.residual_layers):
+            layers += [ResidualBlock(width, width // c.compress, c.kernels[1], c.dilation_growth_rate**j)]
+        layers += [nn.ELU(), CausalConv(width, 2 * width, 2 * ratio, ratio)]
+    return SEANet(layers + [nn.ELU(), CausalConv(2 * c.channels[-1], c.hidden, c.kernels[2])])
+
+
+def seanet_decoder(c):
+    layers = [CausalConv(c.hidden, 2 * c.channels[-1], c.kernels[0])]
+    for width, ratio in zip(reversed(c.channels), reversed(c.ratios)):
+        layers += [nn.ELU(), CausalConvTranspose(2 * width, width, 2 * ratio, ratio)]
+        for j in range(c.residual_layers):
+            layers += [ResidualBlock(width, width // c.compress, c.kernels[1], c.dilation_growth_rate**j)]
+    return SEANet(layers + [nn.ELU(), CausalConv(c.channels[0], 1, c.kernels[2])])
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Attention(nn.Module):
+    """Each step sees itself and the `window - 1` steps before it; that many keys are the memory.
+
+    One key fewer would be overwritten by the second step of a frame before the first has read it (moshi's ring of 250
+    entries does that: past ten seconds its stream drifts away from its own batch result).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim, self.window = c.head_dim, c.sliding_window
+        inner = c.num_attention_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden, inner, bias=False)
+        self.k_proj = nn.Linear(c.hidden, c.kv_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden, c.kv_width, bias=False)
+        self.o_proj = nn.Linear(inner, c.hidden, bias=False)
+
+    def forward(self, x, turn, state):  # (B, t, C) -> (B, t, C)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if self in state:
+            past_k, past_v = state[self]
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        past, t = k.shape[2] - q.shape[2], q.shape[2]
+        first = max(0, k.shape[2] - (self.window - 1))
+        state[self] = k[:, :, first:], v[:, :, first:]
+        if q.shape[1] != k.shape[1]:
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+        out = []
+        for start in range(0, t, 1024):  # blocks of queries: a long clip must not build a t x t mask
+            stop = min(start + 1024, t)
+            low = max(0, past + start - self.window + 1)
+            i = torch.arange(past + start, past + stop, device=x.device)[:, None]
+            j = torch.arange(low, past + stop, device=x.device)[None]
+            near = (i - j >= 0) & (i - j < self.window)
+            out.append(F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, low : past + stop], v[:, :, low : past + stop], attn_mask=near))
+        return self.o_proj(torch.cat(out, 2).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden, c.ffn, bias=False)
+        self.fc2 = nn.Linear(c.ffn, c.hidden, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), FeedForward(c)
+        self.input_layernorm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
+        self.self_attn_layer_scale, self.mlp_layer_scale = LayerScale(c.hidden), LayerScale(c.hidden)
+
+    def forward(self, x, turn, state):
+        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, state))
+        return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.register_buffer("frequencies", None, persistent=False)  # made in load: a meta buffer holds no numbers
+
+    def forward(self, x, state):  # (B, C, t) -> (B, C, t)
+        x = x.transpose(1, 2)
+        start = state.get(self, 0)
+        state[self] = start + x.shape[1]
+        turn = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.frequencies)
+        for layer in self.layers:
+            x = layer(x, turn, state)
+        return x.transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ quantizer
+
+
+class Codebook(nn.Module):
+    """The file holds running sums and counts of a moving average; the centroids are their quotient."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.register_buffer("cluster_usage", torch.empty(c.codebook_size))
+        self.register_buffer("embed_sum", torch.empty(c.codebook_size, c.codebook_dim))
+        self.register_buffer("centroids", None, persistent=False)  # these two are made in load
+        self.register_buffer("half_norm", None, persistent=False)
+
+    def nearest(self, x):  # (B, T, D) -> (B, T); |x - c|^2 without the part that is the same for every c
+        return (x @ self.centroids.T - self.half_norm).argmax(-1)
+
+
+class Entry(nn.Module):  # the published names have one more level
+    def __init__(self, c):
+        super().__init__()
+        self.codebook = Codebook(c)
+
+
+class ResidualQuantizer(nn.Module):
+    def __init__(self, c, codebooks):
+        super().__init__()
+        self.layers = nn.ModuleList(Entry(c) for _ in range(codebooks))
+        self.input_proj = nn.Conv1d(c.hidden, c.codebook_dim, 1, bias=False) if c.projected else nn.Identity()
+        self.output_proj = nn.Conv1d(c.codebook_dim, c.hidden, 1, bias=False) if c.projected else nn.Identity()
+
+    def encode(self, x, codebooks):  # (B, C, T) -> (B, codebooks, T)
+        rest, codes = self.input_proj(x).transpose(1, 2), []
+        for layer in self.layers[:codebooks]:
+            codes.append(layer.codebook.nearest(rest))
+            rest = rest - layer.codebook.centroids[codes[-1]]
+        return torch.stack(codes, 1)
+
+    def decode(self, codes):  # (B, codebooks, T) -> (B, C, T)
+        total = sum(layer.codebook.centroids[c] for layer, c in zip(self.layers, codes.unbind(1)))
+        return self.output_proj(total.transpose(1, 2))
+
+
+class SplitQuantizer(nn.Module):
+    """Codebook 0 carries meaning, the others sound. Both chains start from the same latent; their outputs are added."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.semantic_residual_vector_quantizer = ResidualQuantizer(c, c.semantic)
+        self.acoustic_residual_vector_quantizer = ResidualQuantizer(c, c.acoustic)
+        self.semantic = c.semantic
+
+    def encode(self, x, codebooks):
+        codes = [self.semantic_residual_vector_quantizer.encode(x, self.semantic)]
+        if codebooks > self.semantic:
+            codes.append(self.acoustic_residual_vector_quantizer.encode(x, codebooks - self.semantic))
+        return torch.cat(codes, 1)
+
+    def decode(self, codes):
+        x = self.semantic_residual_vector_quantizer.decode(codes[:, : self.semantic])
+        if codes.shape[1] > self.semantic:
+            x = x + self.acoustic_residual_vector_quantizer.decode(codes[:, self.semantic :])
+        return x
+
+
+# ------------------------------------------------------------------------------------------------ the codec
+
+
+class Mimi(nn.Module):
+    def __init__(self, config, codebooks=None):
+        super().__init__()
+        c = self.config = config
+        self.codebooks = codebooks or c.semantic + c.acoustic  # that encode gives; decode takes this many or fewer
+        self.encoder, self.decoder = seanet_encoder(c), seanet_decoder(c)
+        self.encoder_transformer, self.decoder_transformer = Transformer(c), Transformer(c)
+        self.downsample = CausalConv(c.hidden, c.hidden, 2 * c.stride, c.stride, bias=False, repeat=True)
+        self.upsample = CausalConvTranspose(c.hidden, c.hidden, 2 * c.stride, c.stride, c.upsample_groups, bias=False)
+        self.quantizer = SplitQuantizer(c)
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """(n,) -> (K, ceil(n / 1920)) int64.
+
+        The wave is padded with zeros to whole frames first. Upstream versions that pad inside each convolution instead
+        disagree with each other in the codes of the last frame; on whole frames all of them agree.
+        """
+        c = self.config
+        if wav.dim() != 1 or not len(wav):
+            raise Invalid(f"Mimi encodes mono audio (n,) with at least one sample, got shape {list(wav.shape)}")
+        x = wav.to(self.downsample.conv.weight.device, torch.float32)
+        x = F.pad(x, (0, -len(x) % c.frame))[None, None]
+        with exact():
+            x = self.encoder_transformer(self.encoder(x, {}), {})
+            return self.quantizer.encode(self.downsample(x, {}), self.codebooks)[0]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """(K, T) -> (1920 T,), not clipped."""
+        return self.stream().decode(codes)
+
+    def stream(self):
+        """An object whose decode takes a clip in chunks of any number of frames; the outputs joined are the whole."""
+        return Stream(self)
+
+    def fingerprint(self):
+        """A number that changes with any weight or setting, and not with the naming of the file."""
+        crc = zlib.crc32(repr((self.config, self.codebooks)).encode())
+        for name, x in sorted(self.state_dict().items()):
+            crc = zlib.crc32(x.cpu().contiguous().numpy(), zlib.crc32(name.encode(), crc))
+        return f"{crc:08x}"
+
+
+class Stream:
+    def __init__(self, codec):
+        self.codec, self.state = codec, {}
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """(K, T) -> (1920 T,), or (B, K, T) -> (B, 1920 T)."""
+        codec = self.codec
+        most, size = codec.config.semantic + codec.config.acoustic, codec.config.codebook_size
+        if codes.dim() not in (2, 3) or not 1 <= codes.shape[-2] <= most:
+            raise Invalid(f"Mimi decodes codes (K, T) with 1 to {most} codebooks, got shape {list(codes.shape)}")
+        x = codes.to(codec.downsample.conv.weight.device, torch.int64)
+        if not x.shape[-1]:
+            return torch.zeros(*x.shape[:-2], 0, device=x.device)
+        x = x.reshape(-1, *x.shape[-2:])
+        if int(x.min()) < 0 or int(x.max()) >= size:
+            raise Invalid(f"Mimi has the codes 0 to {size - 1}, got {int(x.min())} to {int(x.max())}; ids above are special "
+                          "ids of the language model, which sampling leaves out with mask_special on")
+        with exact():
+            x = codec.upsample(codec.quantizer.decode(x), self.state)
+            x = codec.decoder(codec.decoder_transformer(x, self.state), self.state)
+        return x.reshape(*codes.shape[:-2], -1)
+
+
+def exact():
+    """No TF32 in convolutions: ten bits of mantissa change codes. cuDNN uses it unless told."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+# moshi's names and ours, # for a number. A decoder layer's convolution is `convtr` in moshi where it is transposed.
+MOSHI = (
+    ("encoder.model.#.conv.conv.", "encoder.layers.#.conv."),
+    ("encoder.model.#.block.#.conv.conv.", "encoder.layers.#.block.#.conv."),
+    ("decoder.model.#.conv.conv.", "decoder.layers.#.conv."),
+    ("decoder.model.#.convtr.convtr.", "decoder.layers.#.conv."),
+    ("decoder.model.#.block.#.conv.conv.", "decoder.layers.#.block.#.conv."),
+    ("downsample.conv.conv.conv.", "downsample.conv."),
+    ("upsample.convtr.convtr.convtr.", "upsample.conv."),
+    ("encoder_transformer.transformer.layers.", "encoder_transformer.layers."),
+    ("decoder_transformer.transformer.layers.", "decoder_transformer.layers."),
+    ("quantizer.rvq_first.vq.layers.#._codebook.", "quantizer.semantic_residual_vector_quantizer.layers.#.codebook."),
+    ("quantizer.rvq_rest.vq.layers.#._codebook.", "quantizer.acoustic_residual_vector_quantizer.layers.#.codebook."),
+    ("quantizer.rvq_first.", "quantizer.semantic_residual_vector_quantizer."),
+    ("quantizer.rvq_rest.", "quantizer.acoustic_residual_vector_quantizer."),
+)
+MOSHI_LEAVES = ((".out_proj.", ".o_proj."), (".linear1.", ".mlp.fc1."), (".linear2.", ".mlp.fc2."), (".norm1.", ".input_layernorm."),
+                (".norm2.", ".post_attention_layernorm."), (".layer_scale_1.", ".self_attn_layer_scale."),
+                (".layer_scale_2.", ".mlp_layer_scale."), ("._initialized", ".initialized"), (".embedding_sum", ".embed_sum"))
+OLDER = ((".inited", ".initialized"), (".cluster_size", ".cluster_usage"), (".embed_avg", ".embed_sum"))  # both namings had these once
+UNUSED = {r".*\.initialized": "a flag of codebook training"}
+
+
+def half_split(w, heads):
+    """Rows of a q or k matrix (or of a LoRA B) from interleaved to half-split rotary order. (heads * D, ...)."""
+    return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def interleaved(w, heads):
+    """The way back."""
+    return w.reshape(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def naming_of(names):
+    """"moshi", "transformers" or None, told by the keys alone."""
+    if any(n.startswith("encoder.model.") for n in names):
+        return "moshi"
+    return "transformers" if any(n.startswith("encoder.layers.") for n in names) else None
+
+
+def ours(stored, heads):
+    """{published name: Stored} of either naming -> the same under our names, with q and k half-split."""
+    moshi, out = naming_of(stored) == "moshi", {}
+    for name, tensor in stored.items():
+        for old, new in OLDER + (MOSHI_LEAVES if moshi else ()):
+            name = name.replace(old, new)
+        for theirs, own in MOSHI if moshi else ():
+            pattern = re.escape(theirs).replace(r"\#", r"(\d+)").replace("#", r"(\d+)")
+            m = re.match(pattern, name)
+            if m:
+                numbers = iter(m.groups())
+                name = re.sub("#", lambda _: next(numbers), own) + name[m.end() :]
+                break
+        m = re.fullmatch(r"(.*\.self_attn\.)(?:in_proj_weight|in_proj\.weight|in_projs\.0\.weight)", name)
+        if moshi and m:
+            rows = tensor.shape[0] // 3
+            for i, part in enumerate("qkv"):
+                def load(i=i, tensor=tensor, rows=rows):
+                    w = tensor.load()[i * rows : (i + 1) * rows]
+                    return w if i == 2 else half_split(w, heads)
+                out[f"{m[1]}{part}_proj.weight"] = Stored((rows, *tensor.shape[1:]), tensor.dtype, load)
+        else:
+            out[re.sub(r"\.out_projs\.0\.", ".o_proj.", name)] = tensor
+    return out
+
+
+def published(codec, naming="transformers"):
+    """{name: tensor} as the published file of that naming has it."""
+    state = codec.state_dict()
+    for name in [n for n in state if n.endswith(".cluster_usage")]:
+        state[name.replace("cluster_usage", "initialized")] = torch.ones(1)
+    if naming == "transformers":
+        return state
+    heads, last, out = codec.config.num_attention_heads, len(codec.decoder.layers) - 1, {}
+    for name, w in state.items():
+        m = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.weight", name)
+        if m and m[2] != "q":
+            continue  # written with q
+        if m:
+            q, k, v = (state[f"{m[1]}{part}_proj.weight"] for part in "qkv")
+            w, name = torch.cat([interleaved(q, heads), interleaved(k, heads), v]), m[1] + "in_proj_weight"
+        for theirs, own in MOSHI:
+            m = re.match(re.escape(own).replace(r"\#", r"(\d+)").replace("#", r"(\d+)"), name)
+            if m and own == "decoder.layers.#.conv." and ("convtr" in theirs) != (0 < int(m[1]) < last):
+                continue
+            if m:
+                numbers = iter(m.groups())
+                name = re.sub("#", lambda _: next(numbers), theirs) + name[m.end() :]
+                break
+        for theirs, own in MOSHI_LEAVES:
+            name = name.replace(own, theirs)
+        out[name] = w
+    return out
+
+
+def config_of(stored, settings):
+    """Config of a file with our names: shapes first, then `settings` (a transformers codec_config, or {})."""
+    def shape(name):
+        if name not in stored:
+            raise Invalid(f"not a Mimi codec: no tensor {name}; it has names such as {', '.join(list(stored)[:3])}")
+        return stored[name].shape
+
+    def count(pattern):
+        return len({m[1] for n in stored if (m := re.match(pattern, n))})
+
+    for key, expected in (("use_causal_conv", True), ("use_conv_shortcut", False), ("hidden_act", "gelu"), ("pad_mode", "constant"),
+                          ("trim_right_ratio", 1.0), ("attention_bias", False), ("audio_channels", 1)):
+        if settings.get(key, expected) != expected:
+            raise Invalid(f"codec_config: {key} is {settings[key]!r}; every published Mimi has {expected!r}, and nothing else is read")
+    plain = [i for i in range(200) if f"encoder.layers.{i}.conv.weight" in stored]
+    strided, vq = plain[1:-1], "quantizer.{}_residual_vector_quantizer.".format
+    first = shape(f"encoder.layers.{plain[0] if plain else 0}.conv.weight")
+    block, down = shape("encoder.layers.1.block.1.conv.weight"), shape("downsample.conv.weight")
+    q = shape("encoder_transformer.layers.0.self_attn.q_proj.weight")
+    heads = settings.get("num_attention_heads", 8)
+    known = {k: settings[k] for k in ("sliding_window", "norm_eps", "dilation_growth_rate", "sampling_rate") if k in settings}
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta", settings.get("rope_theta", 10000.0))
+    return Config(
+        channels=[shape(f"encoder.layers.{i}.conv.weight")[1] for i in strided],
+        ratios=[shape(f"encoder.layers.{i}.conv.weight")[2] // 2 for i in strided],
+        compress=block[1] // block[0],
+        residual_layers=count(r"encoder\.layers\.(\d+)\.block\.") // len(strided),
+        kernels=(first[2], block[2], shape(f"encoder.layers.{plain[-1]}.conv.weight")[2]),
+        hidden=q[1], ffn=shape("encoder_transformer.layers.0.mlp.fc1.weight")[0],
+        layers=count(r"encoder_transformer\.layers\.(\d+)\."),
+        kv_width=shape("encoder_transformer.layers.0.self_attn.k_proj.weight")[0],
+        stride=down[2] // 2, upsample_groups=q[1] // shape("upsample.conv.weight")[1],
+        codebook_size=shape(vq("semantic") + "layers.0.codebook.embed_sum")[0],
+        codebook_dim=shape(vq("semantic") + "layers.0.codebook.embed_sum")[1],
+        projected=vq("semantic") + "input_proj.weight" in stored,
+        semantic=count(vq("semantic") + r"layers\.(\d+)\."), acoustic=count(vq("acoustic") + r"layers\.(\d+)\."),
+        num_attention_heads=heads, head_dim=q[0] // heads, rope_theta=theta, **known)
+
+
+def settings_of(c):
+    """The transformers codec_config of a Config."""
+    return {"model_type": "mimi", "num_filters": c.channels[0], "upsampling_ratios": list(reversed(c.ratios)), "compress": c.compress,
+            "num_residual_layers": c.residual_layers, "kernel_size": c.kernels[0], "residual_kernel_size": c.kernels[1],
+            "last_kernel_size": c.kernels[2], "hidden_size": c.hidden, "intermediate_size": c.ffn, "num_hidden_layers": c.layers,
+            "num_attention_heads": c.num_attention_heads, "num_key_value_heads": c.kv_width // c.head_dim, "head_dim": c.head_dim,
+            "upsample_groups": c.upsample_groups, "codebook_size": c.codebook_size, "codebook_dim": c.codebook_dim,
+            "vector_quantization_hidden_dimension": c.codebook_dim, "num_quantizers": c.semantic + c.acoustic,
+            "num_semantic_quantizers": c.semantic, "sliding_window": c.sliding_window, "norm_eps": c.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "sampling_rate": c.sampling_rate,
+            "dilation_growth_rate": c.dilation_growth_rate}
+
+
+def load(stored, settings=None, codebooks=None, device="cpu", allow_unused=False, what="Mimi"):
+    """A frozen float32 codec from {published name: Stored} of either naming; `settings` is a transformers codec_config."""
+    settings = settings or {}
+    stored = ours(stored, settings.get("num_attention_heads", 8))
+    config = config_of(stored, settings)
+    if codebooks and not config.semantic < codebooks <= config.semantic + config.acoustic:
+        raise Invalid(f"{what} has {config.semantic + config.acoustic} codebooks, but {codebooks} are wanted")
+    with torch.device("meta"):
+        codec = Mimi(config, codebooks)
+    fill(codec, stored, unused=UNUSED, device=device, allow_unused=allow_unused, what=what)
+    for module in codec.modules():
+        if isinstance(module, Codebook):
+            # The clamp is upstream's divisor: a centroid that was never used becomes huge, and stays unused.
+            module.centroids = module.embed_sum / module.cluster_usage.clamp(min=1e-5)[:, None]
+            module.half_norm = module.centroids.square().sum(-1) / 2
+        if isinstance(module, Transformer):
+            module.frequencies = rotary_frequencies(config.head_dim, config.rope_theta).to(device)
+    return codec.eval().requires_grad_(False)

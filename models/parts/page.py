@@ -1,0 +1,140 @@
+"""One HTML page that needs nothing but itself: tables, histograms and lines as inline SVG, and sound in the page.
+
+    html = page("Data", section("Clips", facts({"hours": 2.7}), histogram(seconds, "duration in seconds"), table(...)))
+
+Every function returns a piece of HTML; text that is passed in is escaped, pieces are put together as they are. No
+script, no font, no address of another file: the page can be mailed. It fits a telephone (400 px) as well as a desk.
+"""
+import base64
+import html
+import io
+import math
+
+import soundfile
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --ink: #2b6cb0; --soft: #8882 }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; padding: 12px; overflow-wrap: anywhere }
+h1 { font-size: 1.5em; margin: .4em 0 } h2 { font-size: 1.15em; border-bottom: 1px solid var(--line); margin: 1.6em 0 .6em }
+p { margin: .5em 0 } .quiet { opacity: .7 }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 14px }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px }
+.facts div { background: var(--soft); border-radius: 6px; padding: 6px 10px } .facts b { display: block; font-size: 1.2em }
+.wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
+th, td { text-align: left; vertical-align: top; padding: 3px 8px; border-bottom: 1px solid var(--line); min-width: 4em }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } figure { margin: 0 } figcaption { font-size: .9em }
+svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: currentColor }
+audio { width: 200px; max-width: 100%; height: 32px }
+"""
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#97266d", "#4a5568", "#b7791f")
+
+
+def escape(value):
+    """Text for HTML; what is no character (a lone surrogate) is shown as U+FFFD, since no file can hold it."""
+    return html.escape(str(value).encode("utf-8", "replace").decode().replace("\0", "\ufffd"))
+
+
+def page(title, *pieces):
+    """The whole document as text."""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
+            + "\n".join(pieces) + "\n</body></html>\n")
+
+
+def section(title, *pieces):
+    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(pieces) + "</section>"
+
+
+def grid(*pieces):
+    """Pieces side by side where there is room."""
+    return '<div class="grid">' + "".join(pieces) + "</div>"
+
+
+def text(words, quiet=False):
+    return f'<p class="quiet">{escape(words)}</p>' if quiet else f"<p>{escape(words)}</p>"
+
+
+def facts(pairs):
+    """{name: value} as a row of boxes."""
+    return '<div class="facts">' + "".join(f"<div><b>{escape(number(v))}</b>{escape(k)}</div>" for k, v in pairs.items()) + "</div>"
+
+
+class Piece(str):
+    """HTML that is ready, such as a player in a table's cell."""
+
+
+def table(headers, rows, empty="none", limit=500):
+    """Rows of cells; numbers stand on the right, a Piece goes in as it is. More than `limit` rows are counted, not shown."""
+    if not rows:
+        return text(empty, quiet=True)
+    right = [all(isinstance(r[i], (int, float)) for r in rows[:limit]) for i in range(len(headers))]
+    css = ['class="n"' if r else "" for r in right]
+    head = "".join(f"<th {c}>{escape(h)}</th>" for c, h in zip(css, headers))
+    body = "".join("<tr>" + "".join(f"<td {c}>{v if isinstance(v, Piece) else escape(number(v))}</td>" for c, v in zip(css, row))
+                   + "</tr>\n" for row in rows[:limit])
+    more = text(f"and {len(rows) - limit} more", quiet=True) if len(rows) > limit else ""
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>{more}'
+
+
+def number(value):
+    """A float with four digits that mean something; anything else as it is."""
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e6 else value
+
+
+def bins(values, count=24):
+    """Edges and counts of a histogram; the outermost 0.5 % on each side are put into the first and last bin."""
+    values = sorted(v for v in values if math.isfinite(v))
+    if not values:
+        return [0.0, 1.0], [0]
+    cut = len(values) // 200
+    low, high = values[cut], values[-1 - cut]
+    count = 1 if low == high else count
+    edges = [low + (high - low) * i / count for i in range(count)] + [high]
+    counts = [0] * count
+    for v in values:
+        counts[min(count - 1, max(0, int((v - low) / (high - low or 1) * count)))] += 1
+    return edges, counts
+
+
+def histogram(values, label):
+    edges, counts = bins(values)
+    top, width = max(max(counts), 1), 280 / len(counts)
+    bars = "".join(f'<rect x="{10 + i * width:.1f}" y="{110 - 90 * c / top:.1f}" width="{max(width - 1, 1):.1f}" '
+                   f'height="{90 * c / top:.1f}" fill="{COLOURS[0]}"><title>{edges[i]:.4g} to {edges[i + 1]:.4g}: {c}</title></rect>'
+                   for i, c in enumerate(counts) if c)
+    axis = (f'<path d="M10 110H290" stroke="currentColor" fill="none"/><text x="10" y="124">{edges[0]:.4g}</text>'
+            f'<text x="290" y="124" text-anchor="end">{edges[-1]:.4g}</text><text x="10" y="14">{top}</text>')
+    return f'<figure><svg viewBox="0 0 300 130" role="img">{bars}{axis}</svg><figcaption>{escape(label)}</figcaption></figure>'
+
+
+def chart(series, label, x_label="step"):
+    """{name: [(x, y), ...]} as lines in one frame."""
+    points = [p for line in series.values() for p in line if math.isfinite(p[1])]
+    if not points:
+        return text(f"{label}: no values", quiet=True)
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+
+    def place(x, y):
+        return f"{40 + 550 * (x - x0) / (x1 - x0 or 1):.1f},{150 - 135 * (y - y0) / (y1 - y0 or 1):.1f}"
+
+    drawn, legend = "", ""
+    for i, (name, line) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(place(*p) for p in line if math.isfinite(p[1]))
+        dots = "".join(f'<circle r="2.5" cx="{c.split(",")[0]}" cy="{c.split(",")[1]}" fill="{colour}"/>' for c in path.split()[:200])
+        drawn += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>' + (dots if len(line) < 60 else "")
+        legend += f'<span style="color:{colour}">&#9632;</span> {escape(name)} '
+    axis = (f'<path d="M40 15V150H590" stroke="currentColor" fill="none"/><text x="36" y="20" text-anchor="end">{y1:.3g}</text>'
+            f'<text x="36" y="150" text-anchor="end">{y0:.3g}</text><text x="40" y="165">{escape(x_label)} {x0:g}</text>'
+            f'<text x="590" y="165" text-anchor="end">{x1:g}</text>')
+    return f'<figure><svg viewBox="0 0 600 170" role="img">{axis}{drawn}</svg><figcaption>{escape(label)}: {legend}</figcaption></figure>'
+
+
+def player(wave, rate):
+    """(n,) samples in [-1, 1] as a player that holds its sound (PCM 16)."""
+    data = io.BytesIO()
+    soundfile.write(data, (wave * 32767).round().clamp(-32768, 32767).short().numpy(), int(rate), format="WAV", subtype="PCM_16")
+    coded = base64.b64encode(data.getvalue()).decode()
+    return Piece(f'<audio controls preload="none" src="data:audio/wav;base64,{coded}"></audio>')

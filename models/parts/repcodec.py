@@ -1,0 +1,151 @@
+"""RepCodec, the semantic codec of MaskGCT and IndexTTS2: normalised w2v-BERT vectors to one code per frame, and back.
+
+    features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8) ─nearest of 8192─▶ codes (B, T)
+    codes (B, T) ─▶ codebook rows (B, T, 8) ─out_project─▶ vectors (B, T, 1024)
+
+Nearest means nearest in direction: latents and codebook are normalised for the search alone, the rows that go on are
+the raw ones (arXiv 2110.04627). Paper: arXiv 2409.00750; checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
+Attributes bear the published names. Always float32, as every codec here.
+"""
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.parts import Invalid, checkpoint
+
+UNUSED = {r"decoder\..*": "rebuilds w2v-BERT's vectors; IndexTTS2 2.0 goes on from the codebook's"}
+EPS = 1e-6  # of every LayerNorm
+
+
+def masked(x, mask):
+    return x if mask is None else x * mask
+
+
+class ConvNext(nn.Module):
+    """ConvNeXt block (arXiv 2201.03545) in one dimension. (B, C, T); mask zeroes what lies behind the end of a row."""
+
+    def __init__(self, width, inner, kernel):
+        super().__init__()
+        self.dwconv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width, EPS)
+        self.pwconv1 = nn.Linear(width, inner)
+        self.pwconv2 = nn.Linear(inner, width)
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x, mask):
+        y = self.norm(self.dwconv(masked(x, mask)).transpose(1, 2))
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        return x + y.transpose(1, 2)
+
+
+class Backbone(nn.Module):
+    """(B, T, C) -> (B, T, width)"""
+
+    def __init__(self, channels, width, inner, layers, kernel, block_kernel):
+        super().__init__()
+        self.embed = nn.Conv1d(channels, width, kernel, padding=kernel // 2)
+        self.norm = nn.LayerNorm(width, EPS)
+        self.convnext = nn.ModuleList([ConvNext(width, inner, block_kernel) for _ in range(layers)])
+        self.final_layer_norm = nn.LayerNorm(width, EPS)
+
+    def forward(self, x, mask):
+        x = self.embed(masked(x.transpose(1, 2), mask))
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        for block in self.convnext:
+            x = block(x, mask)
+        return self.final_layer_norm(x.transpose(1, 2))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, channels, bins, size):
+        super().__init__()
+        self.in_project = nn.Conv1d(channels, size, 1)
+        self.codebook = nn.Embedding(bins, size)
+        self.out_project = nn.Conv1d(size, channels, 1)
+
+    def encode(self, x):
+        """(B, T, C) -> (B, T). Between unit vectors the smallest distance is the largest product."""
+        z = F.linear(x, self.in_project.weight[..., 0], self.in_project.bias)
+        return (F.normalize(z, dim=-1) @ F.normalize(self.codebook.weight, dim=-1).T).argmax(-1)
+
+    def decode(self, codes):
+        return F.linear(self.codebook(codes), self.out_project.weight[..., 0], self.out_project.bias)
+
+
+class Quantizers(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.quantizers = nn.ModuleList([Quantizer(*sizes)])
+
+
+class RepCodec(nn.Module):
+    """quantize: (B, T, C) -> codes (B, T) int64 and vectors (B, T, C). vectors: codes (B, T) -> (B, T, C)."""
+
+    def __init__(self, backbone, channels, bins, size):
+        super().__init__()
+        self.encoder = nn.Sequential(Backbone(**backbone), nn.Linear(backbone["width"], channels))
+        self.quantizer = Quantizers(channels, bins, size)
+        self.bins = bins
+
+    @property
+    def device(self):
+        return self.encoder[1].weight.device
+
+    @torch.no_grad()
+    def encode(self, features, lengths=None):
+        """The vectors that are quantised. lengths: frames of each row; a row comes out as it would alone."""
+        x = features.to(self.device, torch.float32)
+        mask = None
+        if lengths is not None and min(lengths) < x.shape[1]:
+            lengths = torch.as_tensor(lengths, device=self.device)
+            mask = (torch.arange(x.shape[1], device=self.device) < lengths[:, None])[:, None]  # (B, 1, T)
+        backbone, out = self.encoder
+        return out(backbone(x, mask))
+
+    def quantize(self, features, lengths=None):
+        codes = self.quantizer.quantizers[0].encode(self.encode(features, lengths))
+        return codes, self.vectors(codes)
+
+    @torch.no_grad()
+    def vectors(self, codes):
+        """What upstream calls vq2emb, for any batch; upstream's call answers only for the first row."""
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.bins:
+            raise Invalid(f"semantic codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... {int(codes.max())}. "
+                          "Cut at the stop code first.")
+        return self.quantizer.quantizers[0].decode(codes.to(self.device))
+
+
+def build(stored, what):
+    """A codec on the meta device with the widths of the stored tensors."""
+    def size(name, axis):
+        if name not in stored:
+            raise Invalid(f"{what}: no tensor {name}. Is this semantic_codec/model.safetensors of amphion/MaskGCT? "
+                          f"Its names begin with {', '.join(sorted(stored)[:3])}.")
+        return stored[name].shape[axis]
+
+    block = "encoder.0.convnext.0."
+    backbone = dict(channels=size("encoder.0.embed.weight", 1), width=size("encoder.0.embed.weight", 0),
+                    inner=size(block + "pwconv1.weight", 0), kernel=size("encoder.0.embed.weight", 2),
+                    block_kernel=size(block + "dwconv.weight", 2),
+                    layers=sum(bool(re.fullmatch(r"encoder\.0\.convnext\.\d+\.gamma", name)) for name in stored))
+    bins, latent = (size("quantizer.quantizers.0.codebook.weight", axis) for axis in (0, 1))
+    with torch.device("meta"):
+        return RepCodec(backbone, size("encoder.1.weight", 0), bins, latent)
+
+
+def load(path, device="cpu", allow_unused=False):
+    """The codec from its weight file, or from a folder that holds it as model.safetensors or semantic_codec/model.safetensors."""
+    path = Path(path)
+    if path.is_dir():
+        names = ("semantic_codec_model.safetensors", "semantic_codec/model.safetensors", "model.safetensors")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise Invalid(f"{path} holds none of {', '.join(names)}. Expected the semantic codec of amphion/MaskGCT.")
+        path = found[0]
+    stored = checkpoint.fold_weight_norm(checkpoint.read(path))
+    codec = build(stored, str(path))
+    checkpoint.fill(codec, stored, None, UNUSED, device=device, allow_unused=allow_unused, what=str(path))
+    return codec.requires_grad_(False).eval()

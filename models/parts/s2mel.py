@@ -1,0 +1,383 @@
+"""IndexTTS2's semantic-to-mel model: codes of 50 Hz and the language model's states in, an 80-bin mel at 86 Hz out.
+
+    S = codebook vectors (B, n, 1024) + gpt_layer(states (B, n, 1280))
+      -> length regulator: stretched to floor(1.72 n) frames, four convolutions                     (B, T, 512)
+      -> behind the prompt's condition; a diffusion transformer predicts the flow from noise to mel,
+         25 Euler steps, each with and without the condition (guidance)                             (B, 80, T)
+
+Reads s2mel.pth of IndexTeam/IndexTTS-2: only its weights, none of the optimizer state that makes up two thirds of
+the file. Flow matching: arXiv 2210.02747. Frozen here; nothing trains it.
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.parts import Invalid, checkpoint
+from models.parts.layers import RMSNorm, rotary, rotary_frequencies, rotate
+
+
+@dataclass
+class Config:
+    """Read off the tensors, but for the first; the comments are the published values."""
+
+    heads: int  # 8
+    mels: int  # 80
+    content: int  # 512, the regulator's output
+    style: int  # 192, the speaker embedding
+    width: int  # 512
+    hidden: int  # 1536
+    depth: int  # 13
+    frequencies: int  # 128, of the time embedding
+    wavenet: int  # 512
+    wavenet_layers: int  # 8
+    wavenet_kernel: int  # 5
+    semantic: int  # 1024, what enters the regulator
+    regulator: int  # 512
+    regulator_convs: int  # 4
+    gpt_layer: tuple  # (1280, 256, 128, 1024)
+
+
+# ------------------------------------------------------------------------------------------------ length regulator
+
+
+class Regulator(nn.Module):
+    """Stretches a sequence to a number of frames and smooths it. (B, n, semantic) -> (B, frames, content)"""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.content_in_proj = nn.Linear(c.semantic, c.regulator)
+        stages = []
+        for _ in range(c.regulator_convs):
+            stages += [nn.Conv1d(c.regulator, c.regulator, 3, padding=1), nn.GroupNorm(1, c.regulator), nn.Mish()]
+        self.model = nn.Sequential(*stages, nn.Conv1d(c.regulator, c.content, 1))
+
+    def forward(self, x, frames):
+        x = F.interpolate(self.content_in_proj(x).transpose(1, 2), size=frames, mode="nearest")
+        return self.model(x).transpose(1, 2)
+
+
+def frames_for(codes, ratio=1.72):
+    """How many mel frames a number of codes becomes. 22050 / 256 / 50 would be 1.7227; the published code says 1.72."""
+    return int(codes * ratio)
+
+
+# ------------------------------------------------------------------------------------------------ diffusion transformer
+
+
+class TimeEmbedding(nn.Module):
+    """(B,) in [0, 1] -> (B, width). cos comes before sin."""
+
+    def __init__(self, frequencies, width):
+        super().__init__()
+        self.register_buffer("freqs", torch.empty(frequencies))
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angle = 1000 * t[:, None] * self.freqs
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+
+
+class AdaptiveNorm(nn.Module):
+    """RMSNorm whose result is multiplied by w (not by 1 + w) and shifted, both from the time embedding."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.project_layer = nn.Linear(width, 2 * width)
+        self.norm = RMSNorm(width, 1e-5)
+
+    def forward(self, x, time):
+        weight, bias = self.project_layer(time)[:, None].chunk(2, -1)
+        return weight * self.norm(x) + bias
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)  # q | k | v; q and k in half-split order after loading
+        self.wo = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, turn, mask):
+        B, T, C = x.shape
+        q, k, v = self.wqkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(rotate(q, *turn), rotate(k, *turn), v, attn_mask=mask)
+        return self.wo(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, receives):
+        super().__init__()
+        self.skip_in_linear = nn.Linear(2 * config.width, config.width) if receives else None
+        self.attention_norm = AdaptiveNorm(config.width)
+        self.attention = Attention(config.width, config.heads)
+        self.ffn_norm = AdaptiveNorm(config.width)
+        self.feed_forward = FeedForward(config.width, config.hidden)
+
+    def forward(self, x, time, turn, mask):
+        x = x + self.attention(self.attention_norm(x, time), turn, mask)
+        return x + self.feed_forward(self.ffn_norm(x, time))
+
+
+class Transformer(nn.Module):
+    """Full attention; the first half of the blocks hands its outputs to the second half, last out first in."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(config, i > config.depth // 2) for i in range(config.depth)])
+        self.norm = AdaptiveNorm(config.width)
+
+    def forward(self, x, time, turn, mask):
+        handed = []
+        for i, block in enumerate(self.layers):
+            if block.skip_in_linear is not None:
+                x = block.skip_in_linear(torch.cat([x, handed.pop()], -1))
+            x = block(x, time, turn, mask)
+            if i < len(self.layers) // 2:
+                handed.append(x)
+        return self.norm(x, time)
+
+
+class WaveNet(nn.Module):
+    """Gated convolutions (arXiv 1609.03499), reflected at both ends. (B, C, T) -> (B, C, T)
+
+    Only the time conditions it; the speaker does not, although the published config has a flag that says so.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, n, self.reach = config.wavenet, config.wavenet_layers, config.wavenet_kernel // 2
+        self.cond_layer = nn.Conv1d(C, 2 * C * n, 1)
+        self.in_layers = nn.ModuleList([nn.Conv1d(C, 2 * C, config.wavenet_kernel) for _ in range(n)])
+        self.res_skip_layers = nn.ModuleList([nn.Conv1d(C, 2 * C if i < n - 1 else C, 1) for i in range(n)])
+
+    def forward(self, x, time, lengths):
+        conditions = self.cond_layer(time[..., None]).chunk(len(self.in_layers), 1)
+        skipped = 0
+        for i, (conv, out, condition) in enumerate(zip(self.in_layers, self.res_skip_layers, conditions)):
+            a, b = (conv(self.reflect(x, lengths)) + condition).chunk(2, 1)
+            y = out(torch.tanh(a) * torch.sigmoid(b))
+            if i < len(self.in_layers) - 1:
+                residual, y = y.chunk(2, 1)
+                x = x + residual
+            skipped = skipped + y
+        return skipped
+
+    def reflect(self, x, lengths):
+        """Reflect each row at its own ends, so that a row comes out the same alone and beside longer ones."""
+        at = torch.arange(-self.reach, x.shape[-1] + self.reach, device=x.device).abs()
+        last = lengths[:, None] - 1
+        at = (last - (last - at).abs()).abs()  # beyond the reflection lies padding, and nobody reads it
+        return x.gather(2, at[:, None].expand(-1, x.shape[1], -1))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, time_width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_width, 2 * width))
+
+    def forward(self, x, time):
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, -1)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """The flow at time t: from a noisy mel, the prompt's mel, the speaker and the content to its velocity."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, self.config = config, config
+        self.cond_projection = nn.Linear(c.content, c.width)
+        self.cond_x_merge_linear = nn.Linear(2 * c.mels + c.width + c.style, c.width)
+        self.t_embedder = TimeEmbedding(c.frequencies, c.width)
+        self.transformer = Transformer(c)
+        self.skip_linear = nn.Linear(c.width + c.mels, c.width)
+        self.conv1 = nn.Linear(c.width, c.wavenet)  # a convolution by name only
+        self.t_embedder2 = TimeEmbedding(c.frequencies, c.wavenet)
+        self.wavenet = WaveNet(c)
+        self.res_projection = nn.Linear(c.width, c.wavenet)
+        self.final_layer = FinalLayer(c.wavenet, c.width)
+        self.conv2 = nn.Conv1d(c.wavenet, c.mels, 1)
+
+    def forward(self, x, prompt, lengths, t, style, content):
+        """x, prompt (B, M, T), lengths (B,), t (B,), style (B, S), content (B, T, C) -> (B, M, T)"""
+        T, x, head = x.shape[-1], x.transpose(1, 2), self.config.width // self.config.heads
+        frames = torch.arange(T, device=x.device)
+        mask = None if bool((lengths == T).all()) else (frames < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+        turn = rotary(frames, rotary_frequencies(head, 10000.0).to(x.device))
+        time = self.t_embedder(t)
+        speaker = style[:, None].expand(-1, T, -1)
+        h = self.cond_x_merge_linear(torch.cat([x, prompt.transpose(1, 2), self.cond_projection(content), speaker], -1))
+        h = self.transformer(h, time, turn, mask)
+        h = self.skip_linear(torch.cat([h, x], -1))
+        y = self.wavenet(self.conv1(h).transpose(1, 2), self.t_embedder2(t), lengths)
+        y = self.final_layer(y.transpose(1, 2) + self.res_projection(h), time)
+        return self.conv2(y.transpose(1, 2))
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+class S2Mel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gpt_layer = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(config.gpt_layer, config.gpt_layer[1:])])  # no activation
+        self.length_regulator = Regulator(config)
+        self.cfm = nn.ModuleDict({"estimator": DiT(config)})
+
+    @torch.no_grad()
+    def content(self, vectors, states=None, frames=None):
+        """Codebook vectors (B, n, semantic), for generated codes with their states (B, n, gpt) -> (B, frames, content).
+
+        Rows have equal length. For a prompt: no states, and as many frames as its mel has.
+        """
+        if states is not None:
+            vectors = vectors + self.gpt_layer(states)
+        return self.length_regulator(vectors, frames or frames_for(vectors.shape[1]))
+
+    @torch.no_grad()
+    def solve(self, content, prompt, style, noise, lengths=None, prompt_lengths=None, steps=25, cfg_rate=0.7):
+        """The mel that the noise flows to, prompt and target together; cut the prompt's frames off. -> (B, M, T)
+
+        content (B, T, C): the prompt's first, then the target's; prompt (B, M, Tp); style (B, S); noise (B, M, T),
+        standard normal. lengths, prompt_lengths (B,): frames of each row where they differ. A row comes out the same
+        alone and in a batch. The prompt's columns are zero at the start and after every step: the model sees the
+        prompt as a condition, not in x. cfg_rate 0 asks for no guidance and half the work.
+        """
+        B, T = content.shape[:2]
+        if noise.shape != (B, self.config.mels, T):
+            raise Invalid(f"noise is {list(noise.shape)}, expected [{B}, {self.config.mels}, {T}]: one column for each of the "
+                          f"{prompt.shape[-1]} prompt frames and of the target frames")
+        device, reach = content.device, self.cfm["estimator"].wavenet.reach
+        lengths = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)
+        if int(lengths.min()) <= reach:
+            raise Invalid(f"prompt and target have {int(lengths.min())} mel frames together, at least {reach + 1} are needed")
+        ends = torch.full((B,), prompt.shape[-1], device=device) if prompt_lengths is None else torch.as_tensor(prompt_lengths, device=device)
+        own = torch.arange(T, device=device) >= ends[:, None, None]  # (B, 1, T), False within the prompt
+        prompt = F.pad(prompt, (0, T - prompt.shape[-1])) * ~own
+        x = noise * own
+        times = torch.linspace(0, 1, steps + 1, device=device)
+        t = times[0]
+        if cfg_rate > 0:  # the second half sees no prompt, speaker or content, only zeros
+            style, content, prompt = (torch.cat([v, torch.zeros_like(v)]) for v in (style, content, prompt))
+            lengths = lengths.repeat(2)
+        for i in range(steps):
+            step = times[i + 1] - times[i]
+            if cfg_rate > 0:
+                given, free = self.cfm["estimator"](torch.cat([x, x]), prompt, lengths, t.expand(2 * B), style, content).chunk(2)
+                flow = (1 + cfg_rate) * given - cfg_rate * free
+            else:
+                flow = self.cfm["estimator"](x, prompt, lengths, t.expand(B), style, content)
+            x = (x + step * flow) * own
+            t = t + step
+        return x * (torch.arange(T, device=device) < lengths[:B, None, None])
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+FIXED = {  # what the published config says and this file computes
+    "dit_type": "DiT", "length_regulator.is_discrete": False, "length_regulator.vector_quantize": False,
+    "length_regulator.f0_condition": False, "length_regulator.n_codebooks": 1, "DiT.style_condition": True,
+    "DiT.final_layer_type": "wavenet", "DiT.is_causal": False, "DiT.long_skip_connection": True,
+    "DiT.uvit_skip_connection": True, "DiT.time_as_token": False, "DiT.style_as_token": False,
+    "DiT.zero_prompt_speech_token": False, "wavenet.style_condition": True, "wavenet.dilation_rate": 1}
+
+
+def mel_settings(config):
+    """Arguments for audio.mel_spectrogram from the `s2mel:` section of config.yaml. No upper limit is the text "None" there."""
+    numbers = config["preprocess_params"]
+    spect = numbers["spect_params"]
+    if spect.get("fmax", "None") not in (None, "None"):
+        raise Invalid(f"s2mel.preprocess_params.spect_params.fmax is {spect['fmax']!r}; only 'None' was ever published")
+    return dict(rate=numbers["sr"], n_fft=spect["n_fft"], hop=spect["hop_length"], win=spect["win_length"],
+                n_mels=spect["n_mels"], fmin=float(spect.get("fmin", 0)))
+
+
+def config_of(stored, section, what="checkpoint"):
+    """The widths from the shapes of the tensors, the number of heads from the `s2mel:` section of config.yaml."""
+    def setting(name):
+        value = section
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def shape(name):
+        if name not in stored:
+            raise Invalid(f"{what} has no tensor {name}. Is this s2mel.pth of IndexTTS-2?")
+        return stored[name].shape
+
+    def count(pattern):
+        return len({m[1] for m in (re.match(pattern, name) for name in stored) if m})
+
+    for name, value in FIXED.items():
+        if setting(name) not in (None, value):
+            raise Invalid(f"config.yaml: s2mel.{name} is {setting(name)!r}; only {value!r} was ever published and is supported")
+    if not setting("DiT.num_heads"):
+        raise Invalid("config.yaml: s2mel.DiT.num_heads is missing; the tensors do not tell it")
+    e, blocks = "cfm.estimator.", "cfm.estimator.transformer.layers."
+    width, mels = shape(blocks + "0.attention.wqkv.weight")[1], shape(e + "conv2.weight")[0]
+    convs = count(r"length_regulator\.model\.(\d+)\.weight") // 2  # each has a norm beside it; the last one has none
+    linears = [shape(f"gpt_layer.{i}.weight") for i in range(count(r"gpt_layer\.(\d+)\."))]
+    return Config(
+        heads=int(setting("DiT.num_heads")), mels=mels, content=shape(e + "cond_projection.weight")[1], style=shape(e + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
+        width=width, hidden=shape(blocks + "0.feed_forward.w1.weight")[0], depth=count(re.escape(blocks) + r"(\d+)\."),
+        frequencies=shape(e + "t_embedder.freqs")[0], wavenet=shape(e + "conv1.weight")[0],
+        wavenet_layers=count(re.escape(e) + r"wavenet\.in_layers\.(\d+)\."),
+        wavenet_kernel=shape(e + "wavenet.in_layers.0.conv.conv.weight")[2],
+        semantic=shape("length_regulator.content_in_proj.weight")[1], regulator=shape("length_regulator.content_in_proj.weight")[0],
+        regulator_convs=convs, gpt_layer=(linears[0][1], *(s[0] for s in linears)))
+
+
+def unused(depth):
+    """Published tensors that no output depends on."""
+    early = "|".join(str(i) for i in range(depth // 2 + 1))
+    return {
+        r"cfm\.estimator\.input_pos": "the positions 0 to 16383, counted here when they are needed",
+        r"cfm\.estimator\.x_embedder\..*": "the noisy mel enters through cond_x_merge_linear",
+        r"cfm\.estimator\.cond_embedder\..*": "for codes instead of vectors",
+        r"cfm\.estimator\.content_mask_embedder\..*": "left over from an earlier form of condition dropping",
+        rf"cfm\.estimator\.transformer\.layers\.({early})\.skip_in_linear\..*": "only the later blocks receive a skip",
+        r"length_regulator\.embedding\..*": "for codes instead of vectors",
+        r"length_regulator\.mask_token": "for codes instead of vectors"}
+
+
+def rename(name):
+    return name.replace(".conv.conv.", ".")
+
+
+def half_split(weight, heads):
+    """Rows of the published q | k | v, where rotary pairs are neighbours, into the order that layers.rotate turns."""
+    q, k, v = weight.chunk(3)
+    q, k = (w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) for w in (q, k))
+    return torch.cat([q, k, v])
+
+
+def load(path, section, device="cpu", allow_unused=False):
+    """The model in s2mel.pth, frozen, float32. section: `s2mel:` of config.yaml."""
+    stored = {name.removeprefix("net."): value for name, value in checkpoint.read(path).items()}
+    stored = checkpoint.fold_weight_norm(stored)
+    config = config_of(stored, section, path)
+    for name, old in stored.items():
+        if name.endswith("attention.wqkv.weight"):
+            stored[name] = checkpoint.Stored(old.shape, old.dtype, lambda old=old: half_split(old.load(), config.heads))
+    with torch.device("meta"):
+        model = S2Mel(config)
+    checkpoint.fill(model, stored, rename, unused(config.depth), device=device, allow_unused=allow_unused, what=str(path))
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,191 @@
+"""w2v-BERT 2.0: 16 kHz speech as 50 vectors per second, read from the middle of a conformer.
+
+    features (T, 160), see audio.w2vbert_features ─LayerNorm, Linear─▶ state 0 ─layer 0─▶ state 1 ─ ... ─layer 16─▶ state 17 (T, 1024)
+
+IndexTTS2 takes hidden state 17 of 24, so the layers behind it are not even built. A layer is half a feed-forward,
+attention, convolution, half a feed-forward, each added to its input, and a norm. Attention knows positions only by a
+learned vector for each distance, at most 64 back and 8 ahead; the convolution sees no later frame. Paper: arXiv
+2108.06209 and 2312.05187; checkpoint: facebook/w2v-bert-2.0. Attributes bear the published names.
+
+B batch, T frames of 50 Hz, C channels, H heads, D head size.
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.parts import Invalid, checkpoint
+
+# What the arithmetic below is; config.json may state these keys with no other value.
+FIXED = dict(hidden_act="swish", position_embeddings_type="relative_key", add_adapter=False, use_intermediate_ffn_before_adapter=False)
+
+
+class FeatureProjection(nn.Module):
+    def __init__(self, features, width, eps):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(features, eps)
+        self.projection = nn.Linear(features, width)
+
+    def forward(self, x):
+        return self.projection(self.layer_norm(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(width, inner)
+        self.output_dense = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.output_dense(F.silu(self.intermediate_dense(x)))
+
+
+class Attention(nn.Module):
+    """scores = (q·k + q·E[distance]) / sqrt(D), where distance = key - query clamped to [-left, right]."""
+
+    def __init__(self, width, heads, left, right):
+        super().__init__()
+        self.heads, self.left, self.right = heads, left, right
+        self.linear_q = nn.Linear(width, width)
+        self.linear_k = nn.Linear(width, width)
+        self.linear_v = nn.Linear(width, width)
+        self.linear_out = nn.Linear(width, width)
+        self.distance_embedding = nn.Embedding(left + right + 1, width // heads)
+
+    def forward(self, x, rows, mask):
+        """rows: (T, T), which row of the embedding belongs to a query and a key. mask: (B, T) bool of the keys, or None."""
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.linear_q, self.linear_k, self.linear_v))
+        by_distance = q @ self.distance_embedding.weight.T * q.shape[-1] ** -0.5  # (B, H, T, left + right + 1)
+        bias = by_distance.gather(-1, rows.expand(*q.shape[:2], -1, -1))  # (B, H, T, T)
+        if mask is not None:
+            bias = bias.masked_fill_(~mask[:, None, None], float("-inf"))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D)
+        return self.linear_out(x.transpose(1, 2).flatten(2))
+
+
+class ConvModule(nn.Module):
+    """Padded on the left only, so that no frame sees a later one. Nothing has a bias but the norms."""
+
+    def __init__(self, width, kernel, eps):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(width, eps)
+        self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=False)
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width, bias=False)
+        self.depthwise_layer_norm = nn.LayerNorm(width, eps)
+        self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=False)
+
+    def forward(self, x, mask):
+        x = self.layer_norm(x)
+        if mask is not None:
+            x = x * mask[..., None]
+        x = F.glu(F.linear(x, self.pointwise_conv1.weight[..., 0]), -1)  # a kernel of 1 is a Linear
+        x = self.depthwise_conv(F.pad(x.transpose(1, 2), (self.depthwise_conv.kernel_size[0] - 1, 0)))
+        x = F.silu(self.depthwise_layer_norm(x.transpose(1, 2)))
+        return F.linear(x, self.pointwise_conv2.weight[..., 0])
+
+
+class Layer(nn.Module):
+    def __init__(self, width, inner, heads, left, right, kernel, eps):
+        super().__init__()
+        self.ffn1_layer_norm = nn.LayerNorm(width, eps)
+        self.ffn1 = FeedForward(width, inner)
+        self.self_attn_layer_norm = nn.LayerNorm(width, eps)
+        self.self_attn = Attention(width, heads, left, right)
+        self.conv_module = ConvModule(width, kernel, eps)
+        self.ffn2_layer_norm = nn.LayerNorm(width, eps)
+        self.ffn2 = FeedForward(width, inner)
+        self.final_layer_norm = nn.LayerNorm(width, eps)
+
+    def forward(self, x, rows, mask):
+        x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))
+        x = x + self.self_attn(self.self_attn_layer_norm(x), rows, mask)
+        x = x + self.conv_module(x, mask)
+        x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))
+        return self.final_layer_norm(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers, **sizes):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(**sizes) for _ in range(layers)])
+
+
+class W2vBert(nn.Module):
+    """features (B, T, 160) -> hidden state `layers`, (B, T, C)"""
+
+    def __init__(self, features, layers, **sizes):
+        super().__init__()
+        self.feature_projection = FeatureProjection(features, sizes["width"], sizes["eps"])
+        self.encoder = Encoder(layers, **sizes)
+        self.left, self.right = sizes["left"], sizes["right"]
+
+    @property
+    def device(self):
+        return self.feature_projection.projection.weight.device
+
+    @torch.no_grad()
+    def forward(self, features, lengths=None):
+        """lengths: how many frames of each row attention may look at (see audio.w2vbert_valid); all without it.
+
+        A row comes out as it would alone. Frames behind its length are computed as well: of an odd number of filter
+        bank frames the last row is such a one, and IndexTTS2 keeps it.
+        """
+        x = self.feature_projection(features.to(self.device, torch.float32))
+        T, mask = x.shape[1], None
+        at = torch.arange(T, device=self.device)
+        if lengths is not None and min(lengths) < T:
+            mask = at < torch.as_tensor(lengths, device=self.device)[:, None]  # (B, T)
+            x = x * mask[..., None]
+        rows = (at - at[:, None]).clamp(-self.left, self.right) + self.left
+        for layer in self.encoder.layers:
+            x = layer(x, rows, mask)
+        return x
+
+
+def build(stored, config, layers, what):
+    """A model on the meta device with the widths of the stored tensors and `layers` layers."""
+    def size(name, axis):
+        if name not in stored:
+            raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? Its names begin with {', '.join(sorted(stored)[:3])}.")
+        return stored[name].shape[axis]
+
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise Invalid(f"{what}: {key} is {config[key]!r}; only {value!r}, as in facebook/w2v-bert-2.0, is known here")
+    first = "encoder.layers.0."
+    width, distances = size(first + "self_attn.linear_q.weight", 0), size(first + "self_attn.distance_embedding.weight", 0)
+    left, right = config.get("left_max_position_embeddings", 64), config.get("right_max_position_embeddings", 8)
+    held = next(i for i in range(len(stored) + 1) if f"encoder.layers.{i}.ffn1_layer_norm.weight" not in stored)
+    if held < layers:
+        raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted. Is this facebook/w2v-bert-2.0 (24 layers)?")
+    if left + right + 1 != distances:
+        raise Invalid(f"{what}: {distances} distances are stored, but config.json speaks of {left} back and {right} ahead")
+    with torch.device("meta"):
+        return W2vBert(size("feature_projection.layer_norm.weight", 0), layers, width=width, left=left, right=right,
+                       inner=size(first + "ffn1.intermediate_dense.weight", 0), eps=config.get("layer_norm_eps", 1e-5),
+                       heads=width // size(first + "self_attn.distance_embedding.weight", 1),
+                       kernel=size(first + "conv_module.depthwise_conv.weight", 2))
+
+
+def unused(stored, layers):
+    """Names that nobody reads when the model stops at hidden state `layers`, with the reasons."""
+    held = {int(name.split(".")[2]) for name in stored if name.startswith("encoder.layers.")}
+    behind = {rf"encoder\.layers\.{i}\..*": f"lies behind hidden state {layers}" for i in held if i >= layers}
+    return {"masked_spec_embed": "stands for masked frames in training", **behind}
+
+
+def load(path, layers=17, device="cpu", allow_unused=False):
+    """w2v-BERT up to hidden state `layers`, from its folder or weight file; config.json is looked for beside it."""
+    path = Path(path)
+    if path.is_dir():
+        names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise Invalid(f"{path} holds none of {', '.join(names)}. Expected a copy of facebook/w2v-bert-2.0.")
+        path = found[0]
+    config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    stored = checkpoint.read(path)
+    model = build(stored, config, layers, str(path))
+    checkpoint.fill(model, stored, None, unused(stored, layers), device=device, allow_unused=allow_unused, what=str(path))
+    return model.requires_grad_(False).eval()

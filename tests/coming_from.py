@@ -1,0 +1,50 @@
+"""The README's "Coming from ..." table, from tests/coming_from.yaml: python -m tests.coming_from prints it."""
+import shlex
+from pathlib import Path
+
+import yaml
+
+SCRIPTS = {"train": "train.py", "prepare": "prepare_data.py", "infer": "infer.py", "merge": "merge_lora.py"}
+
+
+def tools():
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def entries():
+    """One dict per row: tool, backbone, theirs, ours; script where the row runs here, with key and value for a flag."""
+    for tool in tools():
+        about = {"tool": tool["tool"], "backbone": tool["backbone"]}
+        for row in tool["names"]:
+            yield {**about, **row}
+        for flag, script, key, value in tool["flags"]:
+            yield {**about, "theirs": flag, "ours": f"--{key}", "script": script, "key": key, "value": value}
+
+
+def arguments(command):
+    """What follows the program's name in a printed command."""
+    words = shlex.split(command)
+    return words[next(i for i, word in enumerate(words) if word.startswith("--")):]
+
+
+def table():
+    """Markdown: per tool its commands, files and names, then the flags that are accepted as they are."""
+    lines = []
+    for tool in tools():
+        comes = f" These rows need the {tool['backbone']} backbone, which is to come." if tool.get("to_come") else ""
+        lines += [f"**{tool['tool']}** ({tool['home']}), with the {tool['backbone']} backbone.{comes}", ""]
+        lines += ["| there | here |", "|---|---|"]
+        for row in tool["names"]:
+            theirs, ours = (" ".join(row[k].split()).replace("|", "\\|") for k in ("theirs", "ours"))
+            lines.append(f"| `{theirs}` | {ours} |")
+        for script in SCRIPTS:
+            flags = [(flag, key) for flag, where, key, _ in tool["flags"] if where == script]
+            if flags:
+                known = [f"`{flag}`" + (f" (`{key}`)" if flag[2:].replace("-", "_") != key else "") for flag, key in flags]
+                lines.append(f"| flags that {SCRIPTS[script]} takes as they are | {', '.join(known)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,224 @@
+"""What must hold for every backbone: a new one joins by tests/tiny_<name>.py with VARIANTS and write(folder, variant)."""
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora
+import models
+
+CASES = [(name, variant) for name in sorted(models.backbones())
+         for variant in importlib.import_module(f"tests.tiny_{name}").VARIANTS]
+LORA = {"r": 4, "alpha": 8.0}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(c))
+def folder(request, tmp_path_factory):
+    name, variant = request.param
+    path = tmp_path_factory.mktemp("-".join(request.param)) / "base"
+    importlib.import_module(f"tests.tiny_{name}").write(path, variant)
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    return models.load(folder)
+
+
+def wave(model, seconds, pitch=220):
+    t = torch.arange(int(seconds * model.sample_rate)) / model.sample_rate
+    g = torch.Generator().manual_seed(pitch)
+    return 0.3 * torch.sin(6.2832 * pitch * t) + 0.05 * torch.randn(len(t), generator=g)
+
+
+def examples(model, *seconds):
+    texts = ["Hello there, how are you?", "Good.", "A third sentence, longer than the others are.", "Four words make this."]
+    return [model.encode({"audio": model.encode_audio(wave(model, s, 200 + 30 * i)), "text": texts[i % 4]}) for i, s in enumerate(seconds)]
+
+
+def losses(model, batch):
+    return {k: v for k, v in model(batch).items() if k.startswith("loss/")}
+
+
+def gradients(model, micro):
+    """Gradients of the mean losses of micro-batches, as the training script weighs them."""
+    model.zero_grad()
+    total = {k: sum(c[k] for _, c in micro) for k in micro[0][1]}
+    for batch, _ in micro:
+        sum(v / max(total[k], 1) for k, v in losses(model, batch).items()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, tolerance):
+    assert a.keys() == b.keys() and a
+    scale = max(float(v.abs().max()) for v in b.values())
+    for k in a:
+        assert torch.allclose(a[k], b[k], rtol=tolerance, atol=tolerance * scale), k
+
+
+def perturb(model, std=0.05):
+    g = torch.Generator().manual_seed(0)
+    for _, m in sorted(lora.lora_modules(model).items()):
+        m.lora_B.data = torch.randn(m.lora_B.shape, generator=g) * std
+
+
+def test_padding_changes_nothing(model):
+    short = examples(model, 0.9)[0]
+    alone, counts = model.collate([short], seeds=[7])
+    alone = model(alone)
+    for more in (1, 7, 64):
+        other = examples(model, 0.9 + more * 0.16)[0]
+        both, both_counts = model.collate([short, other], seeds=[7, 8])
+        both, second = model(both), model(model.collate([other], seeds=[8])[0])
+        for k in alone:
+            assert torch.allclose(both[k], alone[k] + second[k], rtol=1e-5), k
+        assert both_counts["loss/" + list(counts)[0].split("/")[1]] > counts[list(counts)[0]]
+
+
+def test_one_batch_equals_four_micro_batches(model):
+    model.requires_grad_(True)
+    clips, seeds = examples(model, 0.5, 1.3, 0.8, 2.0, 0.6, 1.1, 0.9, 1.6), list(range(8))
+    whole = gradients(model, [model.collate(clips, seeds)])
+    parts = gradients(model, [model.collate(clips[i : i + 2], seeds[i : i + 2]) for i in range(0, 8, 2)])
+    assert_same(parts, whole, 1e-5)
+
+
+def test_counts_of_a_batch_are_the_sums_of_its_parts(model):
+    clips = examples(model, 0.7, 1.4)
+    _, both = model.collate(clips, [1, 2])
+    parts = [model.collate([c], [s])[1] for c, s in zip(clips, (1, 2))]
+    assert both == {k: parts[0][k] + parts[1][k] for k in both}
+
+
+def test_draws_depend_on_the_row_and_its_seed_only(model):
+    a, b = examples(model, 0.7, 1.4)
+    first = losses(model, model.collate([a], [5])[0])
+    assert first == losses(model, model.collate([a], [5])[0])
+    fixed, again = (losses(model, model.collate([a, b])[0]) for _ in range(2))
+    assert fixed == again
+
+
+def test_what_is_saved_is_what_was_loaded(model, tmp_path):
+    again = models.load(model.save(tmp_path / "copy"))
+    a, b = model.published_state_dict(), again.published_state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert again.fingerprint == model.fingerprint
+
+
+def test_a_fresh_adapter_changes_nothing(model):
+    batch, _ = model.collate(examples(model, 0.8), [1])
+    before = model(batch)
+    assert lora.apply_lora_to_model(model, LORA)
+    after = model(batch)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_only_adapter_parameters_get_gradients(model):
+    lora.apply_lora_to_model(model, LORA)
+    perturb(model)
+    got = gradients(model, [model.collate(examples(model, 0.8, 1.5), [1, 2])])
+    assert set(got) == {n for n, _ in model.named_parameters() if ".lora_" in n}
+    assert all(g.abs().max() > 0 for g in got.values())
+
+
+def test_merged_equals_unmerged(model, tmp_path):
+    batch, _ = model.collate(examples(model, 0.8, 1.5), [1, 2])
+    base = losses(model, batch)
+    lora.apply_lora_to_model(model, LORA)
+    perturb(model)
+    adapted = losses(model, batch)
+    model.save(tmp_path / "merged", merged=True)
+    saved = losses(models.load(tmp_path / "merged"), batch)
+    assert losses(model, batch) == adapted  # saving left the model as it was
+    lora.merge_lora_weights(model)
+    merged = losses(model, batch)
+    assert not lora.lora_modules(model)
+    for k in base:
+        assert torch.allclose(merged[k], adapted[k], rtol=1e-5) and torch.allclose(saved[k], adapted[k], rtol=1e-5)
+    assert max(float((adapted[k].detach() / base[k].detach() - 1).abs()) for k in base) > 100 * 1e-5
+
+
+def test_adapters_survive_saving_in_every_format(model, folder, tmp_path):
+    batch, _ = model.collate(examples(model, 0.8), [1])
+    lora.apply_lora_to_model(model, LORA)
+    perturb(model)
+    adapted = losses(model, batch)
+    for kind in ("native", *model.adapter_namings):
+        lora.save_lora_weights(model, tmp_path / kind, format=kind)
+        other = models.load(folder)
+        loaded, skipped = lora.load_lora_weights(other, tmp_path / kind)
+        assert len(loaded) == 2 * len(lora.lora_modules(model)) and not skipped
+        now = losses(other, batch)
+        assert all(torch.allclose(now[k], adapted[k], rtol=1e-6) for k in now), kind
+
+
+def test_chunks_joined_are_the_whole(model):
+    whole = torch.cat(list(model.generate("Hello there.", seed=1, max_len=9, min_len=8)))
+    batch = {0: [], 1: []}
+    requests = [dict(text="Hello there.", seed=1), dict(text="Another sentence that is longer.", seed=2)]
+    for i, chunk in model.generate_batch(requests, max_len=9, min_len=8):
+        batch[i].append(chunk)
+    assert len(batch[0]) > 1, "the first chunk comes before the end"
+    assert torch.allclose(torch.cat(batch[0]), whole, atol=1e-4)
+    assert len(model.finish) == 2 and set(model.finish) <= {"end", "cap"}
+
+
+def test_frames_replay_with_a_seed(model):
+    a, b, c = (torch.stack([f.float() for f in model.frames("Hello there.", seed=s, max_len=5, min_len=4)]) for s in (3, 3, 4))
+    assert torch.equal(a, b) and a.shape[0] == 5
+    assert not torch.equal(a, c)
+
+
+def test_encoding_and_decoding_keep_the_length(model):
+    n = int(1.03 * model.sample_rate)
+    back = model.codec.decode(model.codec.encode(wave(model, 1.03)))
+    seconds = len(back) / model.out_sample_rate
+    assert n / model.sample_rate <= seconds + 1e-6 < n / model.sample_rate + 0.1
+
+
+def test_overfits_two_clips(model):
+    """Three steps lower the loss, fifty bring it far below its start."""
+    model.requires_grad_(True)
+    model.train()
+    clips = examples(model, 0.6, 0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    seen = []
+    for _ in range(50):
+        batch, counts = model.collate(clips, [1, 2])
+        loss = sum(v / counts[k] for k, v in losses(model, batch).items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    assert seen[3] < seen[0] and seen[-1] < 0.7 * seen[0]
+
+
+def test_every_tensor_of_the_checkpoint_acts(model, folder):
+    """Noise on any one weight changes a loss or what is generated; what changes nothing would be on the known-unused list."""
+    clips = examples(model, 0.8)
+    batch, _ = model.collate(clips, [1])
+
+    def outcome():
+        with torch.no_grad():
+            return [v.item() for v in losses(model, batch).values()]
+
+    before = outcome()
+    idle = []
+    for name, p in model.named_parameters():
+        kept = p.detach().clone()
+        p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * (kept.std() if kept.numel() > 1 else 1)
+        if outcome() == before:
+            idle.append(name)
+        p.data = kept
+    assert not [n for n in idle if not any(n.startswith(k) for k in getattr(model, "idle_in_losses", ()))]
+
+
+def test_foreign_folders_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "something_else", "hidden": 3}')
+    with pytest.raises(models.Invalid, match="no backbone recognizes it.*model_type"):
+        models.load(tmp_path)
+    with pytest.raises(models.Invalid, match="no checkpoint at"):
+        models.load(Path(tmp_path) / "nowhere")
+    with pytest.raises(models.Invalid, match="hf download org/none"):
+        models.load("org/none")
