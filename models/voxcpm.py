@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.parts import Invalid, audio, audiovae, checkpoint, opt
-from models.parts.layers import Cache, Layer, RMSNorm, rotary, rotary_frequencies, run_layers
+from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, rotary_frequencies, run_layers
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
@@ -164,7 +164,7 @@ class Stack(nn.Module):
         super().__init__()
         branch = lm.scale_depth / math.sqrt(num_layers) if lm.use_mup else 1.0
         if vocab_size:
-            self.embed_tokens = nn.Embedding(vocab_size, width)
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.randn(vocab_size, width), freeze=False)  # as nn.Embedding, whose draw imports a compiler on meta
         self.layers = nn.ModuleList(Layer(width, hidden, heads, lm.num_key_value_heads, head_size, lm.rms_norm_eps, branch)
                                     for _ in range(num_layers))
         self.norm = RMSNorm(width, lm.rms_norm_eps)
@@ -184,13 +184,13 @@ class Stack(nn.Module):
         frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
 
-    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None):
+    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=slice(None)):
         turn = None
         if self.use_rope:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)
             turn = rotary(positions, self.frequencies, self.turn_scale)
-        x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training)
+        x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training, keep)
         return self.norm(x)
 
     def caches(self, B, S, x):
@@ -210,7 +210,7 @@ class LocalEncoder(nn.Module):
     def forward(self, patches):
         x = self.in_proj(patches)
         x = torch.cat([self.special_token[0].expand(len(x), 1, -1), x], 1)  # (M, P + 1, C)
-        return self.encoder(x)[:, 0]
+        return self.encoder(x, keep=slice(0, 1))[:, 0]
 
 
 class TimeMLP(nn.Module):
@@ -257,7 +257,7 @@ class DiT(nn.Module):
         else:
             head = (mu + time)[:, None]  # (N, 1, C)
         x = torch.cat([head, self.cond_proj(cond), self.in_proj(x)], 1)
-        return self.out_proj(self.decoder(x)[:, -P:])
+        return self.out_proj(self.decoder(x, keep=slice(-P, None)))
 
 
 class Flow(nn.Module):
@@ -406,39 +406,41 @@ class VoxCPM(nn.Module):
         """Batch and counts. Draws per row, from its own seed: noise, time, keep. seeds=None: fixed by content, all kept."""
         c = self.config
         P, D = c.patch_size, c.feat_dim
-        L = max(self.length(e) for e in examples) - 1
-        tokens = torch.zeros(len(examples), L, dtype=torch.long)
-        patches, place, target, cond, noise, time, keep, rows = [], [], [], [], [], [], [], []
-        M = 0
+        tokens, patches, place, target, cond, noise, time, keep = [], [], [], [], [], [], [], []
+        at, M = 0, 0  # positions and patches so far
         for b, e in enumerate(examples):
-            ref, latents, at = e.get("ref_latents"), e["latents"].float(), 0
+            text, latents, ref = e["text"], e["latents"].float(), e.get("ref_latents")
             if ref is not None:
-                tokens[b, 0], tokens[b, len(ref) + 1] = REF_START, REF_END
+                tokens += [torch.tensor([REF_START]), torch.zeros(len(ref), dtype=torch.long), torch.tensor([REF_END])]
                 patches.append(ref.float())
-                place.append(b * L + 1 + torch.arange(len(ref)))
-                at, M = len(ref) + 2, M + len(ref)
-            tokens[b, at : at + len(e["text"])] = e["text"]
+                place.append(at + 1 + torch.arange(len(ref)))
+                at, M = at + len(ref) + 2, M + len(ref)
             A = len(latents)
+            tokens += [text, torch.zeros(A, dtype=torch.long)]
             patches.append(latents)
-            place.append(b * L + at + len(e["text"]) + torch.arange(A))
+            place.append(at + len(text) + torch.arange(A))
             target.append(M + torch.arange(A))
             cond.append(torch.cat([torch.zeros(1, P, D), latents[:-1]]))
-            rows.append(torch.full((A,), b))
-            M += A
+            at, M = at + len(text) + A, M + A
             fixed = seeds is None
-            g = torch.Generator().manual_seed(zlib.crc32(e["text"].numpy().tobytes()) if fixed else seeds[b])
+            g = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes()) if fixed else seeds[b])
             noise.append(torch.randn(A, P, D, generator=g))
             u = torch.randn(A, generator=g) if c.t_scheduler == "log-norm" else torch.rand(A, generator=g)
             time.append(torch.sigmoid(u - 0.4) if c.t_scheduler == "log-norm" else u)
             dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
             keep.append(torch.ones(A, dtype=torch.bool) if fixed else ~dropped)
         ends = torch.tensor([len(e["latents"]) for e in examples])
-        place, target, rows = torch.cat(place), torch.cat(target), torch.cat(rows)
+        place, target = torch.cat(place), torch.cat(target)
         stop = torch.zeros(len(target), dtype=torch.long)
         stop[ends.cumsum(0) - 1] = 1  # the last patch of a clip, not the position after it
-        step = torch.cat([torch.arange(n) for n in ends])
-        batch = {"tokens": tokens, "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
-                 "cond": torch.cat(cond), "stop": stop, "row": rows, "step": step, "ends": ends,
+        sizes = torch.tensor([self.length(e) - 1 for e in examples])  # without the 102, see above
+        L = int(sizes.max())
+        positions = torch.cat([torch.arange(n) for n in sizes])
+        batch = {"tokens": torch.cat(tokens), "positions": positions, "B": len(examples), "L": L,
+                 "real": torch.arange(len(examples)).repeat_interleave(sizes) * L + positions,
+                 "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
+                 "cond": torch.cat(cond), "stop": stop, "row": torch.arange(len(examples)).repeat_interleave(ends),
+                 "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
                  "noise": torch.cat(noise), "time": torch.cat(time), "keep": torch.cat(keep)}
         return batch, self.counts(batch)
 
@@ -451,13 +453,11 @@ class VoxCPM(nn.Module):
     def forward(self, batch):
         """Sums of the losses over target patches (loss/diff: also over their P frames), float32."""
         dtype = self.dtype
-        patches = batch["patches"].to(dtype)
-        tokens, place = batch["tokens"], batch["place"]
-        embed = self.enc_to_lm_proj(self.feat_encoder(patches))  # (M, H)
-        x = self._embed(tokens).flatten(0, 1).index_copy(0, place, embed).view(*tokens.shape, -1)  # (B, L, H)
-        e, r = self._language_models(x, embed, place, causal=True)
-        before = batch["before"]  # shifted by one: a patch is predicted from the position before it
-        lm_h, res_h = e.flatten(0, 1)[before], r.flatten(0, 1)[before]  # (N, H)
+        place, before = batch["place"], batch["before"]  # of the packed positions: a row after the other, without padding
+        embed = self.enc_to_lm_proj(self.feat_encoder(batch["patches"].to(dtype)))  # (M, H)
+        x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
+        e, r = self._language_models(x, embed, place, mask=Packing(batch["real"], batch["B"], batch["L"]), positions=batch["positions"])
+        lm_h, res_h = e[0, before], r[0, before]  # (N, H): a patch is predicted from the position before it
 
         clean = batch["patches"][batch["target"]]  # (N, P, D) float32
         t = batch["time"][:, None, None]
@@ -822,3 +822,54 @@ def draw(model):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
     nn.init.normal_(model.feat_encoder.special_token)
+
+
+# ------------------------------------------------------------------------------------------------ shapes for measuring
+
+# LM layers, width, feed-forward, head size, local layers, residual layers, patch, quantiser
+SHAPES = {"1.5": (24, 1024, 4096, None, 8, 8, 4, 256), "0.5": (24, 1024, 4096, None, 4, 6, 2, 256), "2": (28, 2048, 6144, 128, 12, 8, 4, 512)}
+
+
+def shape(size, version):
+    """(Config, arguments of the codec) of a version in its published size, or smaller in the same proportions."""
+    if (version or "1.5") not in SHAPES:
+        raise Invalid(f"version {version!r} is not known; there are {', '.join(SHAPES)}")
+    version = version or "1.5"
+    layers, H, ffn, head, local, residual, P, latent = SHAPES[version]
+    heads, groups, W, local_ffn, vocab, limit = 16, 2, 1024, 4096, 73448, 8192
+    codec = dict(audiovae.V2 if version == "2" else audiovae.V1)
+    if version == "1.5":
+        codec |= dict(encoder_dim=64, encoder_rates=[2, 3, 6, 7, 7], decoder_dim=2048, decoder_rates=[7, 7, 6, 3, 2], sample_rate=44100)
+    if size == "tiny":
+        layers, H, ffn, head, local, residual, latent = 2, 64, 128, head and 16, 1, 1, 16
+        heads, W, local_ffn, vocab, limit = 4, 64, 128, 300, 512
+        codec |= dict(encoder_dim=8, decoder_dim=64)
+    elif size == "mid":
+        local, residual, layers = round(6 * local / layers), round(6 * residual / layers), 6
+        H, ffn, head, latent, W, local_ffn, heads, groups, vocab = (512, 512 * ffn // H, head and 64, 512 * latent // H, 512 * W // H,
+                                                                    512 * local_ffn // H, 8, 1, 4096)
+        codec |= dict(encoder_dim=codec["encoder_dim"] // 4, decoder_dim=codec["decoder_dim"] // 4)
+    factors = [1.0] * ((head or H // heads) // 2)
+    scaling = {"long_factor": factors, "short_factor": factors, "original_max_position_embeddings": 32768}
+    lm = LMConfig(H, ffn, layers, heads, groups, vocab, rope_scaling=scaling, kv_channels=head, use_mup=False)
+    stack = LocalConfig(W, local_ffn, heads, local, head)
+    two = version == "2"
+    return Config(lm, stack, stack, "voxcpm2" if two else "voxcpm", P, 64, residual, two, latent, max_length=limit), codec
+
+
+def blank(size, version, device, dtype):
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
+    config, codec = shape(size, version)
+    with torch.device("meta"):
+        model = VoxCPM(config)
+    model.to_empty(device=device)
+    draw(model)
+    model.to(dtype)
+    for stack in model.stacks():
+        stack.make_rotary(device)
+    model._frozen = [audiovae.AudioVAE(**codec).eval().requires_grad_(False)]
+    model.sample_rate, model.out_sample_rate = model.codec.sample_rate, model.codec.out_sample_rate
+    vocab = {"<unk>": 0, **{ch: i + 3 for i, ch in enumerate("abcdefghijklmnopqrstuvwxyz ")}}
+    model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
+    model.split_pieces, model.path, model.fingerprint, model.files = set(), "", "", []
+    return model.eval()

@@ -1,7 +1,7 @@
 """Tiny random VoxCPM checkpoints in the published format of 0.5B, 1.5 and 2; needs neither the voxcpm package nor our model.
 
-    write(folder, "0.5" | "1.5" | "2", lm_config={"num_hidden_layers": 4}, max_length=64)    # overrides go into config.json
-    write_adapter(folder, "1.5")                                                             # lora_weights.safetensors, lora_config.json
+    write(folder, "0.5" | "1.5" | "2", lm_config={"num_hidden_layers": 4}, max_length=64)    # overrides of config.json
+    write_adapter(folder, "1.5")                           # lora_weights.safetensors and lora_config.json that fit it
 
 Names and shapes follow from the config by `main_shapes` and `codec_shapes`; values are tests.tiny.fill's times what
 `tame` does. A tiny model has other widths in each stack where the published one repeats a width (language model, local
@@ -195,8 +195,8 @@ def codec_shapes(cfg):
     for i, stride in enumerate(c["decoder_rates"], 2):
         block = f"decoder.model.{i}.block"
         out[f"{block}.0.alpha"] = (1, width, 1)
-        out[f"{block}.1.bias"], out[f"{block}.1.weight_g"] = (width // 2,), (width, 1, 1)  # a transposed kernel is (in, out, k)
-        out[f"{block}.1.weight_v"] = (width, width // 2, 2 * stride)
+        out[f"{block}.1.bias"], out[f"{block}.1.weight_g"] = (width // 2,), (width, 1, 1)
+        out[f"{block}.1.weight_v"] = (width, width // 2, 2 * stride)  # a transposed kernel is (in, out, k)
         if "sr_bin_boundaries" in c:
             for table in ("scale_embed", "bias_embed"):
                 out[f"decoder.sr_cond_model.{i}.{table}.weight"] = (len(c["sr_bin_boundaries"]) + 1, width)

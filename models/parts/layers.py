@@ -2,6 +2,8 @@
 
 Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,8 +45,25 @@ def rotate(x, cos, sin):
     return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
+class Packing(NamedTuple):
+    """Given as `mask`: x is (1, P, C), the P real positions of a causal (B, L) batch without its padding."""
+
+    place: torch.Tensor  # (P,) flat positions in B * L
+    B: int
+    L: int
+
+    def unpack(self, x):  # (1, H, P, D) -> (B, H, L, D), zero in the padding
+        out = x.new_zeros(self.B * self.L, x.shape[1], x.shape[3]).index_copy(0, self.place, x[0].transpose(0, 1))
+        return out.view(self.B, self.L, *out.shape[1:]).transpose(1, 2)
+
+    def pack(self, x):  # (B, H, L, D) -> (1, H, P, D)
+        return x.transpose(1, 2).flatten(0, 1)[self.place].transpose(0, 1)[None]
+
+
 def attend(q, k, v, causal=False, mask=None):
-    """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D), mask bool, (B, 1, 1, S) or (B, 1, L, S)."""
+    """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D), mask bool, (B, 1, 1, S) or (B, 1, L, S), or a Packing."""
+    if isinstance(mask, Packing):  # only attention needs to know which positions are of one row; all else skips the padding
+        return mask.pack(attend(*(mask.unpack(t) for t in (q, k, v)), causal=True))
     B, H, L, D = q.shape
     G = k.shape[1]
     if not causal and (mask is None or mask.shape[2] == 1):
@@ -80,21 +99,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.o_proj = nn.Linear(heads * head_size, width, bias=False)
 
-    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None):
+    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=slice(None)):
         """x (B, L, C). turn: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
-        a single position then attends to the whole cache under `mask`, several attend to each other."""
+        a single position then attends to the whole cache under `mask`, several attend to each other. keep: the positions
+        that are asked for; the others only serve as keys (without mask and cache)."""
         B, L, _ = x.shape
-        q = self.q_proj(x).view(B, L, self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
+        asked = x[:, keep].contiguous()  # a strided input would take another kernel when weights are frozen: other last bits
+        q = self.q_proj(asked).view(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
         k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
         v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            q, k = rotate(q, turn[0][..., keep, :], turn[1][..., keep, :]), rotate(k, *turn)
         if cache is not None:
             cache.write(column, k, v)
             if L == 1:
                 k, v = cache.k, cache.v
         y = attend(q, k, v, causal, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, L, self.heads * self.head_size))
+        return self.o_proj(y.transpose(1, 2).reshape(B, asked.shape[1], self.heads * self.head_size))
 
 
 class SwiGLU(nn.Module):
@@ -119,17 +140,18 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.branch = branch
 
-    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None):
-        x = x + self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column) * self.branch
+    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=slice(None)):
+        x = x[:, keep] + self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column, keep) * self.branch
         return x + self.mlp(self.post_attention_layernorm(x)) * self.branch
 
 
-def run_layers(layers, x, turn=None, causal=False, mask=None, caches=None, column=None, recompute=False):
-    """Apply layers in turn. recompute: keep only each layer's input for backward (activation checkpointing)."""
+def run_layers(layers, x, turn=None, causal=False, mask=None, caches=None, column=None, recompute=False, keep=slice(None)):
+    """Apply layers in turn. recompute: keep only each layer's input for backward (activation checkpointing). keep: the
+    positions whose output is wanted; the last layer computes no others."""
     for i, layer in enumerate(layers):
+        asked = keep if i == len(layers) - 1 else slice(None)
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(layer, x, turn, causal, mask, use_reentrant=False)
+            x = checkpoint(layer, x, turn, causal, mask, None, None, asked, use_reentrant=False)
         else:
-            x = layer(x, turn, causal, mask, caches[i] if caches else None, column)
+            x = layer(x, turn, causal, mask, caches[i] if caches else None, column, asked)
     return x
-

@@ -22,7 +22,7 @@ Writes voxcpm_<version>.safetensors, float32, and voxcpm_tokens.json. Arrays kee
     bf16/norm/in, weight, out             RMSNorm in bfloat16; bf16/time/t, embedding: the sinusoid of flow time in bfloat16
 
 A probe is four numbers: norm and three projections (tiny_voxcpm.probe). Values before the quantiser's rounding keep MARGIN (in
-units of a step) from a border in everything stored, else other seeds are tried; stop decisions keep 0.01 between the logits.
+units of a step; ADAM_MARGIN after optimizer steps) from a border, else other seeds are tried; stop logits differ by 0.01.
 """
 import contextlib
 import importlib.machinery

@@ -1,0 +1,124 @@
+"""One-line faults in VoxCPM, by the bullets of the sheet's section 9, and the golden or property test that must see each."""
+MODEL, LAYERS, CODEC = "models/voxcpm.py", "models/parts/layers.py", "models/parts/audiovae.py"
+CHECKPOINT, ADAPTERS, LORA = "models/parts/checkpoint.py", "models/parts/adapters.py", "lora.py"
+
+
+def seen_by(words):
+    return f"tests/test_voxcpm.py -k {words}"
+
+
+LOSSES, LATENTS, TEXT = seen_by("losses_equal"), seen_by("generated_latents"), seen_by("token_ids")
+CODEC_TEST, ADAPTER, SETTINGS = seen_by("codec_encodes"), seen_by("adapter_acts"), seen_by("other_settings")
+GRADIENTS, ROUNDING, DRAWS = seen_by("gradients_equal"), seen_by("bfloat16_rounds"), seen_by("distributions")
+
+MUTANTS = [
+    # 1: use_mup, factors, heads, positions
+    ("9.1 branches always scaled", MODEL, "if lm.use_mup else 1.0", "if True else 1.0", LOSSES),
+    ("9.1 branches never scaled", MODEL, "if lm.use_mup else 1.0", "if False else 1.0", SETTINGS),
+    ("9.1 embeddings always scaled", MODEL, "if self.config.lm_config.use_mup else x", "if True else x", LOSSES),
+    ("9.1 mup off by default", MODEL, "use_mup: bool = True", "use_mup: bool = False", seen_by("mup_is_on")),
+    ("9.1 no factors", MODEL, "self.lm.rope_theta, factors)", "self.lm.rope_theta, None)", LOSSES),
+    ("9.1 factors multiply", LAYERS, "frequencies / torch.tensor(factors", "frequencies * torch.tensor(factors", LOSSES),
+    ("9.1 long factors at once", MODEL, '"long_factor" if ratio > 1', '"long_factor" if ratio >= 1', LOSSES),
+    ("9.1 short factors for ever", MODEL, '"long_factor" if ratio > 1', '"long_factor" if ratio > 9', SETTINGS),
+    ("9.1 no attention scaling", MODEL, "self.turn_scale = math.sqrt(1 +", "self.turn_scale = 1 if ratio else math.sqrt(1 +", SETTINGS),
+    ("9.1 other theta", LAYERS, "theta ** (-torch.arange", "(2 * theta) ** (-torch.arange", LOSSES),
+    ("9.1 rotated backwards", LAYERS, "torch.cat([-b, a], -1)", "torch.cat([b, -a], -1)", LOSSES),
+    ("9.1 key heads of every stack", MODEL, "heads, lm.num_key_value_heads, head_size", "heads, heads, head_size", LOSSES),
+    ("9.1 key heads in turn", LAYERS, "t.repeat_interleave(H // G, 1)", "t.repeat(1, H // G, 1, 1)", LOSSES),
+    ("9.1 head size from the width", MODEL, "return self.kv_channels or self.hidden_size", "return self.hidden_size", LOSSES),
+    ("9.1 positions in V2's residual LM", MODEL, "use_rope=not c.residual_lm_no_rope", "use_rope=True", LOSSES),
+    ("9.1 no positions in any residual LM", MODEL, "use_rope=not c.residual_lm_no_rope", "use_rope=False", LOSSES),
+    ("9.1 LMs see ahead", MODEL, "self._language_models(x, embed, place, causal=True)", "self._language_models(x, embed, place)", LOSSES),
+    # 2: norms and the local encoder
+    ("9.2 weight before the cast", LAYERS, "y.to(x.dtype) * self.weight", "(y * self.weight).to(x.dtype)", ROUNDING),
+    ("9.2 other epsilon", LAYERS, "keepdim=True) + self.eps)", "keepdim=True) + self.eps / 10)", LOSSES),
+    ("9.2 no final norm", MODEL, "return self.norm(x)", "return x", LOSSES),
+    ("9.2 special token last", MODEL, "torch.cat([self.special_token[0].expand(len(x), 1, -1), x], 1)",
+     "torch.cat([x, self.special_token[0].expand(len(x), 1, -1)], 1)", LOSSES),
+    ("9.2 last position taken", MODEL, "return self.encoder(x)[:, 0]", "return self.encoder(x)[:, -1]", LOSSES),
+    # 3: the quantiser
+    ("9.3 text quantised too", MODEL, "e = flat.index_copy(0, place, self.fsq_layer(flat[place]).to(flat.dtype)).view_as(e)",
+     "e = self.fsq_layer(e)", LOSSES),
+    ("9.3 residual LM gets the raw state", MODEL, "torch.cat([e, heard], -1)) if self.config.fused else e + heard",
+     "torch.cat([flat.view_as(e), heard], -1)) if self.config.fused else flat.view_as(e) + heard", LOSSES),
+    ("9.3 nothing quantised", MODEL, "q = torch.round(y * self.levels) / self.levels", "q = y", LOSSES),
+    ("9.3 not quantised step by step", MODEL, "e = self.fsq_layer(self.base_lm(x, caches=caches[0], **how))",
+     "e = self.base_lm(x, caches=caches[0], **how)", LATENTS),
+    ("9.3 no gradient through rounding", MODEL, "y + (q - y).detach() if self.training else q", "q", GRADIENTS),
+    # 4: the shift
+    ("9.4 no shift", MODEL, "place[target] - 1", "place[target]", LOSSES),
+    ("9.4 shift by two", MODEL, "place[target] - 1", "place[target] - 2", LOSSES),
+    ("9.4 condition not shifted", MODEL, "cond.append(torch.cat([torch.zeros(1, P, D), latents[:-1]]))", "cond.append(latents)", LOSSES),
+    ("9.4 last prompt patch forgotten", MODEL, 'r["patches"][-1] if r["ids"][-1] == -1 else', 'r["patches"][-1] if False else', LATENTS),
+    ("9.4 reference taken for a prompt", MODEL, 'r["patches"][-1] if r["ids"][-1] == -1 else', 'r["patches"][-1] if len(r["patches"]) else', LATENTS),
+    ("9.4 stop from the residual state", MODEL, "logits = self._stop_logits(lm_h)", "logits = self._stop_logits(res_h)", LOSSES),
+    ("9.4 stop asked one patch early", MODEL, "if n > s.min_len else", "if n >= s.min_len else", LATENTS),
+    # 5: marks and labels
+    ("9.5 label one patch early", MODEL, "stop[ends.cumsum(0) - 1] = 1", "stop[ends.cumsum(0) - 2] = 1", LOSSES),
+    ("9.5 other reference marks", MODEL, "tokens[b, 0], tokens[b, len(ref) + 1] = REF_START, REF_END",
+     "tokens[b, 0], tokens[b, len(ref) + 1] = REF_END, REF_START", LOSSES),
+    ("9.5 speech starts with 102", MODEL, "ids_of(spoken + text) + [AUDIO_START]", "ids_of(spoken + text) + [AUDIO_START + 1]", LATENTS),
+    ("9.5 training starts with 102", MODEL, "torch.tensor(ids + [AUDIO_START])", "torch.tensor(ids + [AUDIO_START + 1])", seen_by("training_audio")),
+    ("9.5 length without 102", MODEL, 'len(example["latents"]) + 1 + reference', 'len(example["latents"]) + reference', seen_by("training_audio")),
+    # 6: time
+    ("9.6 step size not embedded", MODEL, "time = time + self.delta_time_mlp(", "time = time + 0 * self.delta_time_mlp(", LOSSES),
+    ("9.6 other time scale", MODEL, "angle = 1000 * t", "angle = 999 * t", LOSSES),
+    ("9.6 cosines first", MODEL, "torch.cat([angle.sin(), angle.cos()], -1)", "torch.cat([angle.cos(), angle.sin()], -1)", LOSSES),
+    ("9.6 divisor half", MODEL, "(-math.log(10000) / (half - 1))", "(-math.log(10000) / half)", LOSSES),
+    ("9.6 time always in float32", MODEL, "k = torch.arange(half, dtype=t.dtype", "t = t.float(); k = torch.arange(half, dtype=t.dtype", ROUNDING),
+    # 7: flow and guidance
+    ("9.7 condition zeroed with mu", MODEL, "torch.cat([cond, cond])", "torch.cat([cond, torch.zeros_like(cond)])", LATENTS),
+    ("9.7 mu kept", MODEL, "torch.cat([mu, torch.zeros_like(mu)])", "torch.cat([mu, mu])", LATENTS),
+    ("9.7 no rescaling", MODEL, "scale = ((a * b).sum(1) / (b.square().sum(1) + 1e-8))[:, None, None]", "scale = 1.0", LATENTS),
+    ("9.7 rescaling per frame", MODEL, "with_mu.flatten(1), without.flatten(1)", "with_mu.mean(1), without.mean(1)", LATENTS),
+    ("9.7 first step taken", MODEL, "range(max(1, int((steps + 1) * 0.04)), steps)", "range(steps)", LATENTS),
+    ("9.7 one step skipped always", MODEL, "range(max(1, int((steps + 1) * 0.04)), steps)", "range(1, steps)", LATENTS),
+    ("9.7 no sway", MODEL, "(t + (torch.cos(torch.pi / 2 * t) - 1 + t)).float()", "t.float()", LATENTS),
+    ("9.7 sign of the step", MODEL, "x = x - (t[i] - t[i + 1]) * velocity", "x = x + (t[i] - t[i + 1]) * velocity", LATENTS),
+    ("9.7 data minus noise", MODEL, '(batch["noise"] - clean)', '(clean - batch["noise"])', LOSSES),
+    ("9.7 time runs the other way", MODEL, '(1 - t) * clean + t * batch["noise"]', 't * clean + (1 - t) * batch["noise"]', LOSSES),
+    ("9.7 condition never dropped", MODEL, ' * batch["keep"][:, None].to(dtype)', "", LOSSES),
+    ("9.7 times around a half", MODEL, "torch.sigmoid(u - 0.4)", "torch.sigmoid(u)", DRAWS),
+    ("9.7 keeps and drops swapped", MODEL, "else ~dropped)", "else dropped)", DRAWS),
+    ("9.7 projections swapped", MODEL, "self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)", "self.lm_to_dit_proj(res_h), self.res_to_dit_proj(lm_h)", LOSSES),
+    # 8: latents and padding
+    ("9.8 variance for mean", CODEC, "self.encoder.fc_mu(self.encoder(chunk, past), past)", "self.encoder.fc_logvar(self.encoder(chunk, past), past)", CODEC_TEST),
+    ("9.8 latents not transposed", CODEC, "mu.transpose(1, 2).reshape(*wav", "mu.reshape(*wav", CODEC_TEST),
+    ("9.8 prompt padded on the right", MODEL, "wave = F.pad(wave, (-len(wave) % (P * self.codec.hop), 0))",
+     "wave = F.pad(wave, (0, -len(wave) % (P * self.codec.hop)))", seen_by("prompt_audio")),
+    ("9.8 training padded on the left", MODEL, "F.pad(wave, (0, -len(wave) % (self.config.patch_size * self.codec.hop)))",
+     "F.pad(wave, (-len(wave) % (self.config.patch_size * self.codec.hop), 0))", seen_by("training_audio")),
+    # 9: codec
+    ("9.9 textbook padding in V1", CODEC, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "s", CODEC_TEST),
+    ("9.9 V1's padding in V2", CODEC, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "2 * math.ceil(s / 2)", CODEC_TEST),
+    ("9.9 norm over the output axis", CHECKPOINT, "vector_norm(v, dim=axes, keepdim=True)", "vector_norm(v, dim=[a for a in range(v.ndim) if a != 1], keepdim=True)", CODEC_TEST),
+    ("9.9 weight norm without length", CHECKPOINT, "g.load().float() * v /", "v /", CODEC_TEST),
+    ("9.9 snake without its epsilon", CODEC, "/ (self.alpha + 1e-9)", "/ self.alpha", "tests/test_audiovae.py"),
+    ("9.9 dilations", CODEC, "for d in (1, 3, 9)]", "for d in (1, 3, 5)]", CODEC_TEST),
+    ("9.9 depthwise first convolution", CODEC, "[Conv(latent_dim, latent_dim, 7, groups=latent_dim)", "[Conv(latent_dim, latent_dim, 7)", CODEC_TEST),
+    ("9.9 codec in the model's dtype", MODEL, "    model._frozen = [codec]", "    model._frozen = [codec.to(dtype)]", seen_by("keeps_its_codec")),
+    ("9.9 always 48 kHz", CODEC, "sum((rate or self.out_sample_rate) > edge", "sum(self.out_sample_rate > edge", CODEC_TEST),
+    # 10: adapters
+    ("9.10 dropout before A", MODEL, "lora_dropout_after = True", "lora_dropout_after = False", seen_by("adapter_dropout")),
+    ("9.10 other file name", ADAPTERS, '"voxcpm": ("lora_weights.safetensors"', '"voxcpm": ("adapter.safetensors"', seen_by("adapter_is_written")),
+    ("9.10 adapters in the base's dtype", LORA, "torch.empty(s.r, module.in_features, device=device)",
+     "torch.empty(s.r, module.in_features, device=device, dtype=module.weight.dtype)", seen_by("adapter_dropout")),
+    ("9.10 foreign names skipped", ADAPTERS, 'wrong.append(f"{name} (no such module in this model)")', "a.skipped.append(name)", seen_by("foreign_name")),
+    ("9.10 scale without r", ADAPTERS, "None if r is None or alpha is None else lambda name: alpha / r", "None if r is None or alpha is None else lambda name: alpha", ADAPTER),
+    # 11: text
+    ("9.11 pieces stay whole", MODEL, "pieces += list(bare) if bare in self.split_pieces else [piece]", "pieces += [piece]", TEXT),
+    ("9.11 marker kept", MODEL, "pieces += list(bare) if", "pieces += list(piece) if", TEXT),
+    ("9.11 whole pieces by their marked form", MODEL, "if bare in self.split_pieces else", "if len(bare) > 1 and bare[0] > '\\u4dff' else", TEXT),
+    ("9.11 spaces as they come", MODEL, 're.sub(r"\\s+", " ", text.replace("\\n", " "))', "text", TEXT),
+    ("9.11 stripped", MODEL, 're.sub(r"\\s+", " ", text.replace("\\n", " "))', 're.sub(r"\\s+", " ", text).strip()', TEXT),
+    ("9.11 missing characters", MODEL, "self.tokenizer.vocab.get(p, 0) for p in pieces", "self.tokenizer.vocab[p] for p in pieces if p in self.tokenizer.vocab", TEXT),
+    ("9.11 prompt and target apart", MODEL, "ids += ids_of(spoken + text)", "ids += ids_of(spoken) + ids_of(text)", LATENTS),
+    ("9.11 cap counts the prompt", MODEL, "tokens=len(target), seed=seed", "tokens=len(ids), seed=seed", LATENTS),
+    ("9.11 cap off by one", MODEL, '* request["tokens"] + 10)', '* request["tokens"] + 11)', LATENTS),
+    # 12: files
+    ("9.12 safetensors only", MODEL, '("model.safetensors", "pytorch_model.bin")', '("model.safetensors",)', seen_by("wrapped_or_bare")),
+    ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
+    ("9.12 V2's codec for all", MODEL, "audiovae.V2 if config.fused else audiovae.V1", "audiovae.V2", CODEC_TEST),
+    ("9.12 missing tensors pass", CHECKPOINT, "    if missing or shapes or (unexpected", "    if shapes or (unexpected", seen_by("missing_or_foreign")),
+]
