@@ -67,7 +67,7 @@ class SentencePiece:
     # -------------------------------------------------------------------------------------------- reading the file
 
     def _read(self, data):
-        self.piece, self.scores, self.types = [], [], []
+        self.piece, self.scores, self.types = [], array("f"), []
         trainer, normalizer, denormalizer = {}, {}, {}
         for number, value in fields(data):
             if number == 1:
@@ -96,26 +96,38 @@ class SentencePiece:
         self.add_dummy_prefix, self.remove_extra_whitespaces, self.escape_whitespaces = (
             bool(normalizer.get(number, True)) for number in (3, 4, 5))
         self._read_rules(normalizer.get(2, b""))
+        self._prepare()
 
-        # Control and byte pieces never come from text, so they are left out of what is searched in it.
-        searched = {piece: i for piece, i in self.vocab.items() if self.types[i] in (NORMAL, USER_DEFINED)}
-        self.find_defined = find_longest(piece for piece, i in searched.items() if self.types[i] == USER_DEFINED)
-        if self.model_type == BPE:
-            order = {score: rank for rank, score in enumerate(sorted(set(self.scores), reverse=True))}
-            self.ranks = {piece: order[self.scores[i]] for piece, i in searched.items()}
-            return
-        # A user-defined piece costs nothing, and a long one less than short ones, so that it is always taken.
-        normal = [score for score, kind in zip(self.scores, self.types) if kind == NORMAL]
-        cost = {UNKNOWN: lambda i: min(normal, default=0.0) - 10,
-                USER_DEFINED: lambda i: 0.1 * (len(self.piece[i].encode()) - 1)}
-        self.scores = array("f", [cost.get(t, self.scores.__getitem__)(i) for i, t in enumerate(self.types)])
     def _read_rules(self, rules):
         """precompiled_charsmap: the size of the trie, the trie, and the replacements, each closed by a zero."""
         size = struct.unpack_from("<I", rules)[0] if rules else 0
-        self.trie, self.replacements = struct.unpack(f"<{size // 4}I", rules[4:4 + size]), rules[4 + size:]
+        self.trie = struct.unpack(f"<{size // 4}I", rules[4:4 + size])
+        self.replacements = rules[4 + size:]
         for i, unit in enumerate(self.trie):
-            if unit & 0x7FFFFFFF >= len(self.replacements) if unit >> 31 else i ^ children(unit) | 0xFF >= len(self.trie):
-                raise Damaged(f"unit {i} of the normalisation rules points outside of them")
+            if unit >> 31:  # the end of a rule: where its replacement begins
+                sound = unit & 0x7FFFFFFF < len(self.replacements)
+            else:
+                sound = (i ^ children(unit)) | 0xFF < len(self.trie)
+            if not sound or self.replacements[-1:] != b"\0":
+                raise Damaged(f"its normalisation rules are broken at unit {i}")
+
+    def _prepare(self):
+        """What encoding looks pieces up in. Control and byte pieces never come from text, so they are left out."""
+        found = {piece: i for piece, i in self.vocab.items() if self.types[i] in (NORMAL, USER_DEFINED)}
+        self.find_defined = find_longest(piece for piece, i in found.items() if self.types[i] == USER_DEFINED)
+        if self.model_type == BPE:
+            order = {score: rank for rank, score in enumerate(sorted(set(self.scores), reverse=True))}
+            self.ranks = {piece: order[self.scores[i]] for piece, i in found.items()}
+            return
+        self.scores[self.unk_id] = min((s for s, t in zip(self.scores, self.types) if t == NORMAL), default=0.0) - 10
+        self.tree = {}  # one dictionary per character of a piece; behind the last one "" leads to its id
+        for piece, i in found.items():
+            if self.types[i] == USER_DEFINED:  # costs nothing, and a long one less than short ones: it is always taken
+                self.scores[i] = 0.1 * (len(piece.encode()) - 1)
+            node = self.tree
+            for char in piece:
+                node = node.setdefault(char, {})
+            node[""] = i
 
     # -------------------------------------------------------------------------------------------- normalising
 
@@ -203,26 +215,26 @@ class SentencePiece:
         Sums are kept in float32 as in the library: between "I II" and "II I" it is their last bit that decides.
         """
         size, frontier = len(text) + 1, 0
-        scores, total = array("f", bytes(4 * size)), array("f", [0])  # an array of floats is what rounds
+        best, total = array("f", bytes(4 * size)), array("f", [0])  # arrays, since these round
         starts, ids = [None] * size, [None] * size
         for start in range(len(text)):
-            here, node, edges = scores[start], self.tree, []
+            here, node, edges = best[start], self.tree, []
             if abs(here) > 100_000:  # few bits are left behind the point: count from zero again
                 for end in range(start, frontier + 1):
-                    scores[end] -= here
+                    best[end] -= here
                 here = 0.0
             for end in range(start + 1, size):
                 node = node.get(text[end - 1])
                 if node is None:
                     break
                 if "" in node:
-                    edges.append((end, *node[""]))
+                    edges.append((end, node[""]))
             if not edges or edges[0][0] > start + 1:
-                edges.append((start + 1, self.unk_id, self.unk_score))
-            for end, i, score in edges:
-                total[0] = here + score
-                if starts[end] is None or total[0] > scores[end]:
-                    scores[end], starts[end], ids[end] = total[0], start, i
+                edges.append((start + 1, self.unk_id))
+            for end, i in edges:
+                total[0] = here + self.scores[i]
+                if starts[end] is None or total[0] > best[end]:
+                    best[end], starts[end], ids[end] = total[0], start, i
                 frontier = max(frontier, end)
         path, end = [], len(text)
         while end > 0:
