@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,7 +193,8 @@ def _sinc_kernels(o, n, dtype):
 def stft(x, n_fft, hop, win=None):
     """Short-time Fourier transform with a periodic Hann window, not centred. (..., n) -> complex (..., n_fft//2+1, T)"""
     win = win or n_fft
-    window = F.pad(torch.hann_window(win, dtype=x.dtype, device=x.device), ((n_fft - win) // 2, n_fft - win - (n_fft - win) // 2))
+    left = (n_fft - win) // 2
+    window = F.pad(torch.hann_window(win, dtype=x.dtype, device=x.device), (left, n_fft - win - left))
     return torch.fft.rfft(x.unfold(-1, n_fft, hop) * window).transpose(-1, -2)
 
 
@@ -295,16 +295,3 @@ def mel_picture(wave, rate, n_mels=80, decibels=80.0):
     wave = F.pad(wave, (0, max(0, n_fft - wave.shape[-1])))
     level = mel_spectrogram(wave, rate, n_fft, hop, n_fft, n_mels) * (20 / math.log(10))
     return ((level - level.max()) / decibels + 1).clamp(0, 1).flip(0)[None]
-
-
-def png(picture):
-    """A (1 or 3, height, width) picture in [0, 1] as the bytes of a PNG file, so that no imaging package is needed."""
-    channels, height, width = picture.shape
-    pixels = (picture * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).reshape(height, -1)
-    rows = F.pad(pixels, (1, 0)).contiguous().numpy().tobytes()  # the leading 0 of a row: stored without a filter
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">2I5B", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

@@ -67,7 +67,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.convs1 = nn.ModuleList([nn.Conv1d(channels, channels, kernel, padding="same", dilation=d) for d in dilations])
         self.convs2 = nn.ModuleList([nn.Conv1d(channels, channels, kernel, padding="same") for _ in dilations])
-        self.activations = nn.ModuleList([Activation(channels) for _ in range(2 * len(dilations))])  # alternating: before convs1, convs2
+        # in turn before one of convs1 and one of convs2
+        self.activations = nn.ModuleList([Activation(channels) for _ in range(2 * len(dilations))])
 
     def forward(self, x):
         for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2)):
@@ -107,7 +108,7 @@ class BigVGAN(nn.Module):
         return x.tanh() if self.config.use_tanh_at_final else x.clamp(-1, 1)
 
     def chunks(self, mel, frames=256):
-        """The same in windows of so many frames: yields (B, hop * frames) pieces that joined are the whole, in bounded memory."""
+        """The same in bounded memory: yields (B, hop * frames) pieces that joined are the whole."""
         context, T = self.context(), mel.shape[-1]
         for start in range(0, T, frames):
             end, left = min(start + frames, T), min(context, start)
@@ -138,7 +139,8 @@ def rename(name):
 
 def load(path, device="cpu", allow_unused=False):
     """The vocoder in a folder with config.json and bigvgan_generator.pt, or in such a file, frozen, float32."""
-    folder, path = (Path(path), Path(path) / "bigvgan_generator.pt") if Path(path).is_dir() else (Path(path).parent, Path(path))
+    path = Path(path) / "bigvgan_generator.pt" if Path(path).is_dir() else Path(path)
+    folder = path.parent
     if not (folder / "config.json").is_file():
         raise Invalid(f"{folder} has no config.json, which says at what rates BigVGAN upsamples")
     published = checkpoint.read_json(folder / "config.json")

@@ -120,8 +120,8 @@ class CAMPPlus(nn.Module):
             "linear": nn.Conv1d(c.head * c.rows, c.width, 5, 2, 2, bias=False), "norm": Norm(c.width)})
         width = c.width
         for i, layers in enumerate(c.layers):
-            block = {f"tdnnd{j + 1}": DenseLayer(width + j * c.growth, c.bottleneck, c.growth, DILATIONS[i]) for j in range(layers)}
-            self.xvector[f"block{i + 1}"] = nn.ModuleDict(block)
+            block = [DenseLayer(width + j * c.growth, c.bottleneck, c.growth, DILATIONS[i]) for j in range(layers)]
+            self.xvector[f"block{i + 1}"] = nn.ModuleDict({f"tdnnd{j + 1}": layer for j, layer in enumerate(block)})
             width += layers * c.growth
             transit = {"norm": Norm(width), "linear": nn.Conv1d(width, width // 2, 1, bias=False)}
             self.xvector[f"transit{i + 1}"] = nn.ModuleDict(transit)

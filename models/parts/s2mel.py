@@ -8,7 +8,6 @@
 Reads s2mel.pth of IndexTeam/IndexTTS-2: only its weights, none of the optimizer state that makes up two thirds of
 the file. Flow matching: arXiv 2210.02747. Frozen here; nothing trains it.
 """
-import math
 import re
 from dataclasses import dataclass
 
@@ -238,7 +237,8 @@ class S2Mel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gpt_layer = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(config.gpt_layer, config.gpt_layer[1:])])  # no activation
+        # no activation between them
+        self.gpt_layer = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(config.gpt_layer, config.gpt_layer[1:])])
         self.length_regulator = Regulator(config)
         self.cfm = nn.ModuleDict({"estimator": DiT(config)})
 
@@ -266,10 +266,10 @@ class S2Mel(nn.Module):
             raise Invalid(f"noise is {list(noise.shape)}, expected [{B}, {self.config.mels}, {T}]: one column for each of the "
                           f"{prompt.shape[-1]} prompt frames and of the target frames")
         device, reach = content.device, self.cfm["estimator"].wavenet.reach
-        lengths = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)
+        lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         if int(lengths.min()) <= reach:
             raise Invalid(f"prompt and target have {int(lengths.min())} mel frames together, at least {reach + 1} are needed")
-        ends = torch.full((B,), prompt.shape[-1], device=device) if prompt_lengths is None else torch.as_tensor(prompt_lengths, device=device)
+        ends = torch.as_tensor([prompt.shape[-1]] * B if prompt_lengths is None else prompt_lengths, device=device)
         own = torch.arange(T, device=device) >= ends[:, None, None]  # (B, 1, T), False within the prompt
         prompt = F.pad(prompt, (0, T - prompt.shape[-1])) * ~own
         x = noise * own
@@ -281,7 +281,8 @@ class S2Mel(nn.Module):
         for i in range(steps):
             step = times[i + 1] - times[i]
             if cfg_rate > 0:
-                given, free = self.cfm["estimator"](torch.cat([x, x]), prompt, lengths, t.expand(2 * B), style, content).chunk(2)
+                flow = self.cfm["estimator"](torch.cat([x, x]), prompt, lengths, t.expand(2 * B), style, content)
+                given, free = flow.chunk(2)
                 flow = (1 + cfg_rate) * given - cfg_rate * free
             else:
                 flow = self.cfm["estimator"](x, prompt, lengths, t.expand(B), style, content)
@@ -333,16 +334,19 @@ def config_of(stored, section, what="checkpoint"):
         raise Invalid("config.yaml: s2mel.DiT.num_heads is missing; the tensors do not tell it")
     e, blocks = "cfm.estimator.", "cfm.estimator.transformer.layers."
     width, mels = shape(blocks + "0.attention.wqkv.weight")[1], shape(e + "conv2.weight")[0]
+    if width % (2 * int(setting("DiT.num_heads"))):
+        raise Invalid(f"config.yaml: s2mel.DiT.num_heads is {setting('DiT.num_heads')}, which does not divide the width {width} of {what}")
     convs = count(r"length_regulator\.model\.(\d+)\.weight") // 2  # each has a norm beside it; the last one has none
     linears = [shape(f"gpt_layer.{i}.weight") for i in range(count(r"gpt_layer\.(\d+)\."))]
     return Config(
-        heads=int(setting("DiT.num_heads")), mels=mels, content=shape(e + "cond_projection.weight")[1], style=shape(e + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
+        heads=int(setting("DiT.num_heads")), mels=mels, content=shape(e + "cond_projection.weight")[1],
+        style=shape(e + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
         width=width, hidden=shape(blocks + "0.feed_forward.w1.weight")[0], depth=count(re.escape(blocks) + r"(\d+)\."),
         frequencies=shape(e + "t_embedder.freqs")[0], wavenet=shape(e + "conv1.weight")[0],
         wavenet_layers=count(re.escape(e) + r"wavenet\.in_layers\.(\d+)\."),
         wavenet_kernel=shape(e + "wavenet.in_layers.0.conv.conv.weight")[2],
         semantic=shape("length_regulator.content_in_proj.weight")[1], regulator=shape("length_regulator.content_in_proj.weight")[0],
-        regulator_convs=convs, gpt_layer=(linears[0][1], *(s[0] for s in linears)))
+        regulator_convs=convs, gpt_layer=(shape("gpt_layer.0.weight")[1], *(s[0] for s in linears)))
 
 
 def unused(depth):
