@@ -49,13 +49,13 @@ def measure(job):
         return {"error": str(e).removeprefix(f"{path}: ")}
     loud = np.flatnonzero(frame_levels(wave, about.rate, FRAME) > silence)
     head, tail = (loud[0] * FRAME, max(0.0, len(wave) / about.rate - (loud[-1] + 1) * FRAME)) if len(loud) else (0.0, 0.0)
-    return {**facts, "seconds": round(len(wave) / about.rate, 4), "head": round(float(head), 3), "tail": round(float(tail), 3),
-            "rms": round(float(decibels(np.square(wave, dtype=np.float64).mean())), 2), "peak": float(np.abs(wave).max()),
-            "clipped": float((np.abs(wave) >= 0.999).mean()), "sha": hash_file(path)}
+    return {**facts, "seconds": round(len(wave) / about.rate, 4), "head": round(float(head), 3),
+            "tail": round(float(tail), 3), "rms": round(float(decibels(np.square(wave, dtype=np.float64).mean())), 2),
+            "peak": float(np.abs(wave).max()), "clipped": float((np.abs(wave) >= 0.999).mean()), "sha": hash_file(path)}
 
 
 def silences(path, seconds, silence, hop, interval, keep):
-    """-> (where sound begins, where it ends, [(start, end) of each pause of at least `interval` s]), `keep` s around the sound."""
+    """-> (where sound begins, where it ends, [(start, end) of each pause of `interval` s or more]), with `keep` s around."""
     rate = audio.info(path).rate
     levels = [frame_levels(audio.read(path, None, at, min(at + 30, seconds))[0].numpy(), rate, hop)
               for at in np.arange(0, seconds - 0.001, 30)]

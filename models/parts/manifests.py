@@ -20,7 +20,7 @@ from models.parts import Invalid
 SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "folder")
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm")
 TEXTS = (".normalized.txt", ".original.txt", ".txt", ".lab")  # beside a recording; the first that is there wins
-LANGUAGES = set("ar bn cs da de el en es fa fi fr he hi hu id it ja jp ko nl no pl pt ro ru sv th tr uk ur vi yue zh".split())
+LANGUAGES = {*"ar bn cs da de el en es fa fi fr he hi hu id it ja jp ko nl no pl pt ro ru sv th tr uk ur vi yue zh".split()}
 KEYS = {  # what a row has: names that are read for it, the first one that is there wins
     "audio": ("audio", "audio_path", "audio_file", "audio_url", "audio_filepath", "path", "wav", "wav_path", "filename",
               "file_name", "file", "url"),
@@ -108,7 +108,7 @@ def items(text):
             yield line + text.count("\n", counted, at), Invalid("not valid JSON: a comma after the last row")
             return
         if text[at : at + 1] not in (",", "]"):
-            yield line + text.count("\n", counted, at), Invalid("not valid JSON: no comma after this row; the rest was not read")
+            yield line + text.count("\n", counted, at), Invalid("not valid JSON: no comma after a row; the rest was not read")
             return
         at += text[at] == ","
 
@@ -156,8 +156,8 @@ def read_list(path):
 
 def read_folder(path):
     """Every recording below a folder, or one recording; the text is found beside it."""
-    found = [path] if is_file(path) else sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SOUND and is_file(p))
-    for sound in found:
+    found = [path] if is_file(path) else sorted(p for p in Path(path).rglob("*") if is_file(p))
+    for sound in (p for p in found if str(p).lower().endswith(SOUND)):
         yield 0, {"audio": os.path.abspath(sound)}
 
 
@@ -207,7 +207,8 @@ def recognise_text(path, first, sample):
 
 
 def is_row(raw):
-    return isinstance(raw, dict) and any(isinstance(raw.get(k), (str, list, dict)) for k in ("messages", "turns", *KEYS["audio"]))
+    keys = ("messages", "turns", *KEYS["audio"])
+    return isinstance(raw, dict) and any(isinstance(raw.get(k), (str, list, dict)) for k in keys)
 
 
 def same_words(a, b):
@@ -247,7 +248,8 @@ def canonical(raw, roots):
         if key in row and not (isinstance(row[key], list) and row[key] and all(isinstance(t, dict) for t in row[key])):
             raise Invalid(f"{key} must be a list of objects")
         if key in row and isinstance(raw.get("training_mask"), list):
-            row[key] = [{**t, "train": m} for t, m in itertools.zip_longest(row[key], raw["training_mask"][: len(row[key])])]
+            mask = raw["training_mask"] + [None] * len(row[key])
+            row[key] = [{**t, "train": m} for t, m in zip(row[key], mask)]
     if "messages" in row:
         row["messages"] = [message(m) for m in row["messages"]]
         if all(m["role"] in ("system", "user", "assistant") for m in row["messages"]):
@@ -255,8 +257,7 @@ def canonical(raw, roots):
         else:  # roles that are speakers: a conversation
             row["turns"] = [as_turn(m) for m in row.pop("messages")]
     if "turns" in row:
-        row["turns"] = [numbered(t, {k: v for k, v in t.items() if k in ("role", "train", *CUT) and v is not None}
-                        | {k: v for k in ("speaker", "text", "audio") if (v := pick(t, k)) is not None}) for t in row["turns"]]
+        row["turns"] = [turn(t) for t in row["turns"]]
         if not any("audio" in t for t in row["turns"]):
             raise Invalid("no turn has audio")
     elif "audio" not in row:
@@ -266,9 +267,16 @@ def canonical(raw, roots):
         check_holder(holder, roots)
     if isinstance(row.get("emotion"), str):
         row["emotion"] = resolve(row["emotion"], roots, "emotion")
-    elif "emotion" in row and not (isinstance(row["emotion"], list) and [number(v) is None for v in row["emotion"]] == [False] * 8):
+    elif "emotion" in row and not (isinstance(row["emotion"], list) and len(row["emotion"]) == 8
+                                   and None not in map(number, row["emotion"])):
         raise Invalid(f"emotion must be a path or 8 numbers, got {shown(row['emotion'])}")
     return numbered(raw, row)
+
+
+def turn(raw):
+    """One turn of a conversation; train: false where it is only context."""
+    out = {k: raw[k] for k in ("role", "train", *CUT) if raw.get(k) is not None}
+    return numbered(raw, out | {k: v for k in ("speaker", "text", "audio") if (v := pick(raw, k)) is not None})
 
 
 def numbered(raw, out):
@@ -323,7 +331,7 @@ def as_turn(m):
 
 
 def from_messages(messages):
-    """What backbones without ChatML read out of it: the last assistant audio and its text; the first audio before as reference."""
+    """What is read out of ChatML without it: the last assistant audio and its text; the first audio before as reference."""
     parts = [(m["role"], p) for m in messages for p in m["content"] if m["role"] != "system" or p["type"] == "audio"]
     said = [i for i, (role, p) in enumerate(parts) if role == "assistant" and p["type"] == "audio"]
     if not said:
@@ -361,7 +369,8 @@ def check_text(text, key):
     bad = re.search("[\ud800-\udfff]", text)
     if bad:
         code = ord(bad[0])
-        what = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate U+{code:04X}"
+        byte = 0xDC80 <= code <= 0xDCFF  # what lines() made of it
+        what = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if byte else f"a lone surrogate U+{code:04X}"
         raise Invalid(f"{key} holds {what}, at character {bad.start() + 1}; save the file as UTF-8")
 
 
@@ -392,12 +401,13 @@ def beside(sound, folder, endings, kind):
     """What belongs to a recording: in `folder`, beside it, or in transcripts/ (`kind`) where it lies in audio/."""
     sound = Path(sound)
     places = [Path(folder)] if folder else []
-    places += [sound.parent] + [p.parent / kind / sound.parent.relative_to(p) for p in sound.parents if p.name == "audio"][:1]
+    places.append(sound.parent)
+    places += [p.parent / kind / sound.parent.relative_to(p) for p in sound.parents if p.name == "audio"][:1]
     return next((t for p in places for end in endings if is_file(t := p / (sound.stem + end))), None)
 
 
 def words_in(path):
-    """[(word, start, end)] of {"words": [{"word", "start", "end"}]}, of that list, or of {"alignments": [[word, [s, e], ...]]}."""
+    """[(word, start, end)] of {"words": [{"word", "start", "end"}]}, that list, or {"alignments": [[word, [s, e]]]}."""
     raw = parse(read_text(path))
     raw = raw.get("words", raw.get("alignments")) if isinstance(raw, dict) else raw
     try:
@@ -426,7 +436,7 @@ def read_rows(path, shape="auto", transcripts="", alignment_dir="", need_text=Tr
             if "text" not in row and "turns" not in row:
                 find_text(row, transcripts, alignment_dir, need_text)
             given = row.pop("id", None)
-            name = str(given) if given is not None else Path(next(h["audio"] for h in holders(row) if "audio" in h)).stem
+            name = str(given) if given is not None else stem(row)
             if given is not None and ids.get(name):
                 raise Invalid(f"the id {shown(name)} is also that of line {ids[name]}")
             name = unused(name, ids, line or n)
@@ -435,6 +445,11 @@ def read_rows(path, shape="auto", transcripts="", alignment_dir="", need_text=Tr
         except Invalid as e:
             bad.append((*at, str(e)))
     return rows, bad, shape
+
+
+def stem(row):
+    """The name of a row's first recording; where that is no UTF-8, with question marks."""
+    return Path(next(h["audio"] for h in holders(row) if "audio" in h)).stem.encode("utf-8", "replace").decode()
 
 
 def find_text(row, transcripts, alignment_dir, need_text):

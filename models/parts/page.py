@@ -19,13 +19,13 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 0 auto; 
 h1 { font-size: 1.5em; margin: .4em 0 } h2 { font-size: 1.15em; border-bottom: 1px solid var(--line); margin: 1.6em 0 .6em }
 p { margin: .5em 0 } .quiet { opacity: .7 }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 14px }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; margin-bottom: 12px }
 .facts div { background: var(--soft); border-radius: 6px; padding: 6px 10px } .facts b { display: block; font-size: 1.2em }
 .wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: 3px 8px; border-bottom: 1px solid var(--line); min-width: 4em }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } figure { margin: 0 } figcaption { font-size: .9em }
 svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: currentColor }
-audio { width: 200px; max-width: 100%; height: 32px }
+audio { width: 260px; max-width: 100%; height: 32px }
 """
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#97266d", "#4a5568", "#b7791f")
 
@@ -58,7 +58,8 @@ def text(words, quiet=False):
 
 def facts(pairs):
     """{name: value} as a row of boxes."""
-    return '<div class="facts">' + "".join(f"<div><b>{escape(number(v))}</b>{escape(k)}</div>" for k, v in pairs.items()) + "</div>"
+    boxes = (f"<div><b>{escape(number(v))}</b>{escape(k)}</div>" for k, v in pairs.items())
+    return f'<div class="facts">{"".join(boxes)}</div>'
 
 
 class Piece(str):
@@ -72,8 +73,10 @@ def table(headers, rows, empty="none", limit=500):
     right = [all(isinstance(r[i], (int, float)) for r in rows[:limit]) for i in range(len(headers))]
     css = ['class="n"' if r else "" for r in right]
     head = "".join(f"<th {c}>{escape(h)}</th>" for c, h in zip(css, headers))
-    body = "".join("<tr>" + "".join(f"<td {c}>{v if isinstance(v, Piece) else escape(number(v))}</td>" for c, v in zip(css, row))
-                   + "</tr>\n" for row in rows[:limit])
+    body = ""
+    for row in rows[:limit]:
+        cells = (f"<td {c}>{v if isinstance(v, Piece) else escape(number(v))}</td>" for c, v in zip(css, row))
+        body += f"<tr>{''.join(cells)}</tr>\n"
     more = text(f"and {len(rows) - limit} more", quiet=True) if len(rows) > limit else ""
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>{more}'
 
@@ -102,11 +105,16 @@ def histogram(values, label):
     edges, counts = bins(values)
     top, width = max(max(counts), 1), 280 / len(counts)
     bars = "".join(f'<rect x="{10 + i * width:.1f}" y="{110 - 90 * c / top:.1f}" width="{max(width - 1, 1):.1f}" '
-                   f'height="{90 * c / top:.1f}" fill="{COLOURS[0]}"><title>{edges[i]:.4g} to {edges[i + 1]:.4g}: {c}</title></rect>'
+                   f'height="{90 * c / top:.1f}" fill="{COLOURS[0]}">'
+                   f"<title>{edges[i]:.4g} to {edges[i + 1]:.4g}: {c}</title></rect>"
                    for i, c in enumerate(counts) if c)
     axis = (f'<path d="M10 110H290" stroke="currentColor" fill="none"/><text x="10" y="124">{edges[0]:.4g}</text>'
             f'<text x="290" y="124" text-anchor="end">{edges[-1]:.4g}</text><text x="10" y="14">{top}</text>')
-    return f'<figure><svg viewBox="0 0 300 130" role="img">{bars}{axis}</svg><figcaption>{escape(label)}</figcaption></figure>'
+    return figure("0 0 300 130", bars + axis, escape(label))
+
+
+def figure(box, drawn, caption):
+    return f'<figure><svg viewBox="{box}" role="img">{drawn}</svg><figcaption>{caption}</figcaption></figure>'
 
 
 def chart(series, label, x_label="step"):
@@ -122,19 +130,22 @@ def chart(series, label, x_label="step"):
     drawn, legend = "", ""
     for i, (name, line) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(place(*p) for p in line if math.isfinite(p[1]))
-        dots = "".join(f'<circle r="2.5" cx="{c.split(",")[0]}" cy="{c.split(",")[1]}" fill="{colour}"/>' for c in path.split()[:200])
-        drawn += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>' + (dots if len(line) < 60 else "")
+        path = [place(*p) for p in line if math.isfinite(p[1])]
+        drawn += f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        for x, y in (p.split(",") for p in path if len(path) < 60):
+            drawn += f'<circle r="2.5" cx="{x}" cy="{y}" fill="{colour}"/>'
         legend += f'<span style="color:{colour}">&#9632;</span> {escape(name)} '
-    axis = (f'<path d="M40 15V150H590" stroke="currentColor" fill="none"/><text x="36" y="20" text-anchor="end">{y1:.3g}</text>'
+    axis = ('<path d="M40 15V150H590" stroke="currentColor" fill="none"/>'
+            f'<text x="36" y="20" text-anchor="end">{y1:.3g}</text>'
             f'<text x="36" y="150" text-anchor="end">{y0:.3g}</text><text x="40" y="165">{escape(x_label)} {x0:g}</text>'
             f'<text x="590" y="165" text-anchor="end">{x1:g}</text>')
-    return f'<figure><svg viewBox="0 0 600 170" role="img">{axis}{drawn}</svg><figcaption>{escape(label)}: {legend}</figcaption></figure>'
+    return figure("0 0 600 170", axis + drawn, f"{escape(label)}: {legend}")
 
 
 def player(wave, rate):
     """(n,) samples in [-1, 1] as a player that holds its sound (PCM 16)."""
     data = io.BytesIO()
-    soundfile.write(data, (wave * 32767).round().clamp(-32768, 32767).short().numpy(), int(rate), format="WAV", subtype="PCM_16")
+    samples = (wave * 32767).round().clamp(-32768, 32767).short().numpy()
+    soundfile.write(data, samples, int(rate), format="WAV", subtype="PCM_16")
     coded = base64.b64encode(data.getvalue()).decode()
     return Piece(f'<audio controls preload="none" src="data:audio/wav;base64,{coded}"></audio>')
