@@ -7,6 +7,7 @@ One JSON line per run. A training step is forward, backward, clipping and AdamW 
 train.py. Audio seconds count what is real, never padding. tiny, mid and real are shapes that the backbone's file names:
 real is what was published, mid keeps its proportions at a size for a CPU.
 """
+import dataclasses
 import json
 import resource
 import statistics
@@ -20,6 +21,7 @@ import configs
 import lora
 import models
 from configs import Usage, opt
+from models.parts import Invalid
 
 
 @dataclass
@@ -48,6 +50,27 @@ class Bench:
     seed: int = opt(0, "of weights and data")
 
 
+def check(cfg):
+    """Flags that cannot be measured, all at once."""
+    least = dict(batch=1, steps=1, warmup=0, threads=1, rank=1, text=0, timesteps=0)
+    wrong = [f"--{k} {getattr(cfg, k)}: expected at least {n}" for k, n in least.items() if getattr(cfg, k) < n]
+    wrong += [f"--seconds and --lengths: expected more than 0, got {min([cfg.seconds, *cfg.lengths])}"] if min([cfg.seconds, *cfg.lengths]) <= 0 else []
+    if cfg.backbone not in models.BACKBONES:
+        raise Usage("\n".join([f"--backbone {cfg.backbone!r}: known are {', '.join(models.BACKBONES)}", *wrong]))
+    if cfg.timesteps and "inference_timesteps" not in {f.name for f in dataclasses.fields(models.BACKBONES[cfg.backbone].Sampling)}:
+        wrong.append(f"--timesteps: {cfg.backbone} has no solver")
+    only = {"train": ("full", "ckpt", "lengths"), "generate": ("adapter", "timesteps"), "encode": ("lengths",)}
+    given = [k for k in ("full", "ckpt", "lengths", "adapter", "timesteps") if getattr(cfg, k) not in (False, 0, [], "none")]
+    wrong += [f"--{k} does not go with --task {cfg.task}" for k in given if k not in only[cfg.task]]
+    if wrong:
+        raise Usage("\n".join(wrong))
+
+
+def shapes(values):
+    """The numbers of a config, without its tables."""
+    return {k: shapes(v) if isinstance(v, dict) else v for k, v in values.items() if isinstance(v, (dict, int, float, str))}
+
+
 def training(cfg, model, clips, device):
     """(step, info): one optimizer step on a fixed batch."""
     if cfg.full:
@@ -71,12 +94,11 @@ def training(cfg, model, clips, device):
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    positions = [model.length(c) for c in clips]
-    return step, {"positions": max(positions), "fill": round(sum(positions) / len(positions) / max(positions), 4), "clip": 1.0,
-                  "optimizer": "AdamW", "adapter_params": sum(p.numel() for p in trained)}
+    return step, {"positions": max(model.length(c) for c in clips), "clip": 1.0, "optimizer": "AdamW lr=1e-4 weight_decay=0.01",
+                  "adapter_params": sum(p.numel() for p in trained)}
 
 
-def generation(cfg, model):
+def generation(cfg, model, text):
     """(step, info): requests of the wanted length, forced to it by min_len and max_len."""
     if cfg.adapter != "none":
         lora.apply_lora_to_model(model, {"r": cfg.rank, "alpha": float(cfg.rank)})
@@ -86,14 +108,15 @@ def generation(cfg, model):
     sampling = {"min_len": frames - 1, "max_len": frames}
     if cfg.timesteps:
         sampling["inference_timesteps"] = cfg.timesteps
-    requests = [dict(text="x" * (cfg.text or max(4, frames)), seed=cfg.seed + i) for i in range(cfg.batch)]
+    requests = [dict(text="x" * text, seed=cfg.seed + i) for i in range(cfg.batch)]
 
     def step():
         made = sum(len(chunk) for _, chunk in model.generate_batch(requests, **sampling))
         if abs(made / cfg.batch / model.out_sample_rate - frames / model.frame_rate) > 1e-3:
-            raise RuntimeError(f"{made} samples were made, expected {frames} frames each")
+            raise Invalid(f"{made} samples were made, expected {frames} frames each: too little text for so much audio? Give more with --text")
 
-    return step, {"frames": frames, "adapter": cfg.adapter}
+    adapter = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    return step, {"frames": frames, "adapter": cfg.adapter, "adapter_params": adapter}
 
 
 def measure(cfg, step, device):
@@ -123,22 +146,23 @@ def measure(cfg, step, device):
 
 def main():
     cfg = configs.parse(Bench, script="bench")
-    if cfg.backbone not in models.BACKBONES:
-        raise Usage(f"--backbone {cfg.backbone!r}: known are {', '.join(models.BACKBONES)}")
-    if cfg.task == "generate" and cfg.lengths:
-        raise Usage("--lengths is for training and encoding; generation takes --seconds")
+    check(cfg)
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
-    model = models.BACKBONES[cfg.backbone].blank(cfg.size, cfg.version, device, dtype)
+    try:
+        model = models.BACKBONES[cfg.backbone].blank(cfg.size, cfg.version, device, dtype)
+    except Invalid as e:
+        raise Usage(e) from None
     seconds = [(cfg.lengths or [cfg.seconds])[i % len(cfg.lengths or [0])] for i in range(cfg.batch)]
+    texts = [cfg.text or max(4, int(3 * s)) for s in seconds]
     waves = [0.1 * torch.randn(int(s * model.sample_rate)) for s in seconds]
     if cfg.compile:
         for block in model.blocks():
             block.compile()
     if cfg.task == "generate":
-        step, info = generation(cfg, model)
+        step, info = generation(cfg, model, texts[0])
         audio = cfg.batch * info["frames"] / model.frame_rate
     elif cfg.task == "encode":
         model.codec.to(device)
@@ -146,7 +170,7 @@ def main():
         audio = sum(seconds)
     else:
         model.codec.to(device)
-        clips = [model.encode({"audio": model.encode_audio(w), "text": "x" * (cfg.text or max(4, int(3 * s)))}) for w, s in zip(waves, seconds)]
+        clips = [model.encode({"audio": model.encode_audio(w), "text": "x" * n}) for w, n in zip(waves, texts)]
         model.codec.to("cpu")
         step, info = training(cfg, model, clips, device)
         audio = sum(seconds)
@@ -154,9 +178,10 @@ def main():
     median = out["step_ms_median"] / 1e3
     print(json.dumps({
         "backbone": cfg.backbone, "version": cfg.version, "task": cfg.task, "size": cfg.size, "device": str(device), "dtype": str(dtype)[6:],
-        "batch": cfg.batch, "lengths": seconds, "threads": torch.get_num_threads(), "rank": 0 if cfg.full else cfg.rank, "full": cfg.full,
+        "batch": cfg.batch, "lengths": seconds, "texts": texts, "fill": round(sum(seconds) / len(seconds) / max(seconds), 4), "threads": torch.get_num_threads(), "rank": 0 if cfg.full else cfg.rank, "full": cfg.full,
         "ckpt": cfg.ckpt, "compile": cfg.compile, "steps": cfg.steps, **out, "samples_per_s": round(cfg.batch / median, 4),
-        "audio_s_per_s": round(audio / median, 4), "rtf": round(median / audio, 5), "params": sum(p.numel() for p in model.parameters()), **info,
+        "audio_s_per_s": round(audio / median, 4), "rtf": round(median / audio, 5), "params": sum(p.numel() for p in model.parameters()),
+        "optimizer": None, "clip": None, "adapter_params": 0, **info, "shapes": shapes(dataclasses.asdict(model.config)),
         "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}), flush=True)
 
 

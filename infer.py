@@ -61,60 +61,95 @@ def split_strength(spec):
 
 def base_of(adapter):
     """Where the base of an adapter is, by its record or its config file."""
-    record = adapters.read_record(adapter)
-    if record.get("base"):
-        return record["base"]
     _, config, _ = adapters.locate(adapter)
     raw = checkpoint.read_json(config) if config else {}
-    base = raw.get("base_model") or raw.get("base_model_name_or_path")
+    raw = raw if isinstance(raw, dict) else {}
+    base = adapters.read_record(adapter).get("base") or raw.get("base_model") or raw.get("base_model_name_or_path")
     if not base:
         raise Usage(f"{adapter} does not say which base it belongs to; give it with --ckpt_dir")
+    try:
+        models.folder_of(base)
+    except Invalid as e:
+        raise Invalid(f"{adapter} belongs to the base {base}: {e}. If that lies elsewhere now, give it with --ckpt_dir.") from None
     return base
 
 
-def load_model(cfg):
-    """(model, adapters) with every --lora on; several are stacked."""
-    chosen = [split_strength(spec) for spec in cfg.lora]
-    path = cfg.ckpt_dir
-    if not path and cfg.config:
-        path = str(configs.read(cfg.config)[0].get("pretrained_path") or "")
-    if not path and chosen:
-        path = base_of(chosen[0][0])
-    if not path:
+def checkpoint_of(cfg, chosen):
+    """The checkpoint by --ckpt_dir, else by --config, else by what the first adapter records."""
+    if cfg.ckpt_dir:
+        return cfg.ckpt_dir
+    if cfg.config:
+        settings, errors = configs.read(cfg.config)
+        names = ("pretrained_path", *configs.ALIASES["train"]["pretrained_path"])
+        path = next((str(settings[n]) for n in names if settings.get(n)), "")
+        if errors or not path:
+            raise Usage("\n".join(errors) or f"{cfg.config} has no pretrained_path; give the checkpoint with --ckpt_dir")
+        return path
+    if not chosen:
         raise Usage("give --ckpt_dir with the checkpoint, or --lora with an adapter that records its base")
+    return base_of(chosen[0][0])
+
+
+def load_model(cfg, path, chosen):
+    """The model with every adapter of [(path, strength)] on; several are stacked."""
     device = models.pick_device(cfg.device)
     model = models.load(path, device, models.pick_dtype(cfg.dtype, device), allow_unused=cfg.allow_unused_tensors)
     if chosen:
         loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
-        s = lora.state(model).settings
-        print(f"adapters: {' + '.join(f'{p} x {x:g}' for p, x in chosen)}: {len(loaded)} tensors in {len(lora.lora_modules(model))} modules, "
-              f"{len(skipped)} skipped; r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}", file=sys.stderr)
+        s, modules = lora.state(model).settings, lora.lora_modules(model)
+        scale = f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}" if len(chosen) == 1 else f"rank {max(len(m.lora_A) for m in modules.values())} together"
+        print(f"adapters: {' + '.join(f'{p} x {x:g}' for p, x in chosen)}: {len(loaded)} tensors in {len(modules)} modules, "
+              f"{len(skipped)} skipped; {scale}", file=sys.stderr)
     if cfg.compile:
         for block in model.blocks():
             block.compile()
-    return model, [p for p, _ in chosen]
+    return model
 
 
-def check_speaker(name, chosen):
+def check_speakers(requests, chosen):
     """A name that no adapter was trained with is an error that lists those it was."""
-    known = sorted({s for path in chosen for s in adapters.read_record(path).get("speakers", [])})
-    if name and known and name not in known:
-        raise Invalid(f"speaker {name!r} is not one of those trained: {', '.join(known)}")
+    known = {str(s) for path, _ in chosen for s in adapters.read_record(path).get("speakers", [])}
+    wrong = sorted({item["speaker"] for _, item in requests if item["speaker"]} - known)
+    if known and wrong:
+        raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: {', '.join(sorted(known))}")
+
+
+def read_sampling(cfg, path, extra):
+    """What generate takes besides the request, from the flags that Infer does not have. Checked before anything is loaded."""
+    Sampling = models.find(path).Sampling
+    try:
+        sampling = dataclasses.asdict(configs.build(Sampling, extra, "--", [f.name for f in dataclasses.fields(Infer)]))
+    except Invalid as e:  # a value that no backbone could use
+        raise Usage(e) from None
+    if "retries" not in extra and cfg.output != "-":
+        sampling["retries"] = 3  # nobody is waiting for the first chunk, so a runaway take is worth another try
+    return sampling
 
 
 def read_requests(cfg):
     """[(output file, request)] from --text or --input. Wrong lines are all named at once."""
     if bool(cfg.text) == bool(cfg.input):
         raise Usage("give either --text or --input")
+    if cfg.output_dir and not cfg.input or cfg.output != Infer.output and cfg.input:
+        raise Usage("--output names the file of --text, --output_dir the folder for those of --input")
+    if cfg.batch_size < 1 or cfg.max_audio_length_ms < 0:
+        raise Usage(f"batch_size is {cfg.batch_size}, expected at least 1; max_audio_length_ms is {cfg.max_audio_length_ms}, at least 0")
     defaults = dict(prompt_audio=cfg.prompt_audio, prompt_text=cfg.prompt_text, reference_audio=cfg.reference_audio,
                     speaker=cfg.speaker, seed=cfg.seed)
     if cfg.text:
+        wrong = wrong_request(defaults, cfg.output)
+        if wrong:
+            raise Usage(wrong)
         return [(cfg.output, {"text": cfg.text, **defaults})]
     path, out, wrong = Path(cfg.input), [], []
     if not path.is_file():
         raise Usage(f"--input: no file at {path}")
     folder = Path(cfg.output_dir or ".")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+    except UnicodeDecodeError as e:
+        raise Usage(f"--input: {path} is not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         item = {"text": line.strip()}
@@ -128,11 +163,18 @@ def read_requests(cfg):
             if not isinstance(item, dict) or not item.get("text") or set(item) - known:
                 wrong.append(f"{path} line {number}: expected an object with text and any of {', '.join(sorted(known - {'text'}))}")
                 continue
-        target = folder / Path(str(item.pop("output", f"output_{len(out) + 1:03d}.wav")))
+            item = {k: str(v) if k == "speaker" else v for k, v in item.items() if v is not None}
+            if "prompt_audio" in item or "prompt_text" in item:  # a new recording does not say what the one before it said
+                item = {"prompt_audio": "", "prompt_text": "", **item}
+        target = folder / str(item.pop("output", f"output_{len(out) + 1:03d}.wav"))
+        item = {**defaults, **item}
+        problem = wrong_request(item, target)
         if folder.resolve() not in target.resolve().parents:
-            wrong.append(f"{path} line {number}: output {str(target)!r} lies outside {folder}")
-        out.append((str(target), {**defaults, **item}))
-    names = [name for name, _ in out]
+            problem = f"output {str(target)!r} lies outside {folder}"
+        if problem:
+            wrong.append(f"{path} line {number}: {problem}")
+        out.append((str(target), item))
+    names = [Path(name).resolve() for name, _ in out]
     wrong += [f"{path}: output {n} is named twice" for n in sorted({n for n in names if names.count(n) > 1})]
     if wrong:
         raise Usage("\n".join(wrong))
@@ -141,11 +183,21 @@ def read_requests(cfg):
     return out
 
 
+def wrong_request(item, out):
+    """What is wrong with a line or with the flags, or None."""
+    bad = [k for k, v in item.items() if k != "seed" and not isinstance(v, str)]
+    if bad or type(item["seed"]) is not int or abs(item["seed"]) >= 2**62:
+        return f"{bad[0] if bad else 'seed'} is {item[bad[0] if bad else 'seed']!r}, expected {'a text' if bad else 'a whole number below 2**62'}"
+    if bool(item["prompt_audio"]) != bool(item["prompt_text"]):
+        return ("prompt_audio and prompt_text go together: the recording is continued, so its words must be known. "
+                "For a voice without transcript use reference_audio, where the checkpoint takes one.")
+    if str(out) != "-" and Path(out).suffix.lower() not in (".wav", ".flac"):
+        return f"output {str(out)!r}: sound is written as .wav or .flac"
+    return None
+
+
 def to_request(item):
     """The arguments of model.generate from flags or a JSONL line."""
-    if bool(item["prompt_audio"]) != bool(item["prompt_text"]):
-        raise Invalid("prompt_audio and prompt_text go together: the recording is continued, so its words must be known. "
-                      "For a voice without transcript use reference_audio, where the checkpoint takes one.")
     prompts = [(None, item["reference_audio"], None)] if item["reference_audio"] else []
     prompts += [(item["prompt_text"], item["prompt_audio"], item["speaker"] or None)] if item["prompt_audio"] else []
     return dict(text=item["text"], prompts=prompts, speaker=item["speaker"] or None, seed=item["seed"])
@@ -164,39 +216,60 @@ def speak(model, part, sampling):
         return [(part[0][0], e, None)]
 
 
+def make_folders(requests):
+    """The folders of all files, before anything slow."""
+    for folder in {Path(out).parent for out, _ in requests if out != "-"}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Invalid(f"{folder}: cannot be made ({e.strerror}); choose another place with --output or --output_dir") from None
+
+
+def tell_cap(out, end):
+    if end == "cap":
+        print(f"{out}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
+
+
+def progress(done, total, seconds, started):
+    spent = time.perf_counter() - started
+    return (f"{done}/{total} | {seconds:.1f} s of audio in {spent:.1f} s | real-time factor {spent / max(seconds, 1e-9):.2f} | "
+            f"ETA {spent / done * (total - done):.0f} s")
+
+
 def main():
     cfg, extra = configs.parse(Infer, script="infer", extra=True)
     requests = read_requests(cfg)
-    model, chosen = load_model(cfg)
-    for _, item in requests:
-        check_speaker(item["speaker"], chosen)
-    Sampling = models.BACKBONES[model.backbone].Sampling
-    sampling = dataclasses.asdict(configs.build(Sampling, extra, "--"))
+    chosen = [split_strength(spec) for spec in cfg.lora]
+    path = checkpoint_of(cfg, chosen)
+    sampling = read_sampling(cfg, path, extra)
+    check_speakers(requests, chosen)
+    make_folders(requests)
+    model = load_model(cfg, path, chosen)
     if cfg.max_audio_length_ms:
-        sampling["max_len"] = math.ceil(cfg.max_audio_length_ms / 1000 * model.frame_rate)
-    if cfg.text and cfg.output == "-":
-        for chunk in model.generate(**to_request(requests[0][1]), **sampling):
-            sys.stdout.buffer.write((chunk.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
-            sys.stdout.buffer.flush()
-        return
-    if "retries" not in extra:
-        sampling["retries"] = 3  # nobody is waiting for the first chunk, so a runaway take is worth another try
+        sampling["max_len"] = max(1, math.floor(cfg.max_audio_length_ms / 1000 * model.frame_rate + 1e-6))
     failed, started, seconds = 0, time.perf_counter(), 0.0
+    if cfg.output == "-":
+        for chunk in model.generate(**to_request(requests[0][1]), **sampling):
+            sys.stdout.buffer.write(audio.pcm16(chunk).tobytes())
+            sys.stdout.buffer.flush()
+            seconds += len(chunk) / model.out_sample_rate
+        tell_cap("-", model.finish[0])
+        print(f"{progress(1, 1, seconds, started)} | {model.out_sample_rate} Hz", file=sys.stderr)
+        return
     for start in range(0, len(requests), cfg.batch_size):
         for out, wave, end in speak(model, requests[start : start + cfg.batch_size], sampling):
-            if isinstance(wave, Invalid):
+            try:
+                if isinstance(wave, Invalid):
+                    raise wave
+                audio.write(out, wave, model.out_sample_rate)
+            except Invalid as e:
                 failed += 1
-                print(f"{out}: {wave}", file=sys.stderr)
+                print(f"{out}: {e}", file=sys.stderr)
                 continue
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            audio.write(out, wave, model.out_sample_rate)
             seconds += len(wave) / model.out_sample_rate
-            if end == "cap":
-                print(f"{out}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
+            tell_cap(out, end)
             print(out)
-        done, spent = min(start + cfg.batch_size, len(requests)), time.perf_counter() - started
-        print(f"{done}/{len(requests)} | {seconds:.1f} s of audio in {spent:.1f} s | real-time factor {spent / max(seconds, 1e-9):.2f} | "
-              f"ETA {spent / done * (len(requests) - done):.0f} s", file=sys.stderr)
+        print(progress(min(start + cfg.batch_size, len(requests)), len(requests), seconds, started), file=sys.stderr)
     if failed:
         print(f"{failed} of {len(requests)} failed", file=sys.stderr)
         sys.exit(1)

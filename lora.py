@@ -24,14 +24,14 @@ class LoRAConfig:
     dropout: float = opt(0.0, "share of values dropped in training")
     dropout_after: bool | None = opt(None, "drop the update after B instead of the input before A; empty takes the backbone's habit")
     rslora: bool = opt(False, "scale by alpha / sqrt(r) instead (arXiv 2312.03732)")
-    target_modules: list[str] = opt([], "module names, their last parts, or regexes; empty takes the words below")
+    target_modules: list[str] = opt([], "names of modules, parts of names (q_proj, attn, decoder), or regexes, in any published naming; empty takes the words below")
     enable_lm: bool | None = opt(None, "adapt the language model; with no target at all the backbone chooses")
     enable_dit: bool | None = opt(None, "adapt the diffusion transformer")
     enable_proj: bool | None = opt(None, "adapt the projections between the parts")
     target_modules_lm: list[str] = opt([], "last names of the layers meant by enable_lm; empty means q, k, v and o of attention")
     target_modules_dit: list[str] = opt([], "last names of the layers meant by enable_dit")
     target_proj_modules: list[str] = opt([], "names of the projections meant by enable_proj; empty means all of them")
-    target_layers: list[int] = opt([], "layer numbers to adapt in every targeted stack that has them; empty means all")
+    target_layers: list[int | str] = opt([], "layer numbers to adapt in every targeted stack that has them (3), or in one (decoder.3); empty means all")
     bias: bool = opt(False, "also train a new bias on every wrapped layer")
     train_modules: list[str] = opt([], "regexes of modules that are trained in full beside LoRA")
     train_embeddings: bool = opt(False, "train the embedding tables in full beside LoRA")
@@ -63,10 +63,11 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         z = x if self.lora_after else F.dropout(x, self.lora_dropout, self.training)
-        z = F.linear(F.linear(z, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        z = F.linear(z, self.lora_A.to(x.dtype)) * self.lora_scale.to(x.dtype)  # scaled where it is narrow
+        z = F.linear(z, self.lora_B.to(x.dtype))
         if self.lora_after:
             z = F.dropout(z, self.lora_dropout, self.training)
-        y = y + z * self.lora_scale.to(x.dtype)
+        y = y + z
         if self.lora_bias is not None:
             y = y + (self.lora_bias * self.lora_strength).to(x.dtype)
         return y
@@ -87,23 +88,33 @@ def lora_modules(model):
 def targets(model, s):
     """Names of the nn.Linear modules that settings `s` mean; a word that means nothing is an error."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    spelled = {n: {n} | {model.published_name(n + ".weight", naming).removesuffix(".weight") for naming in model.namings} for n in linears}
     words = {f.name: getattr(s, f.name) for f in fields(s) if f.name.startswith(("enable_", "target_")) and f.name != "target_layers"}
     names = []
     for word in s.target_modules:
-        hits = [n for n in linears if n == word or n.endswith("." + word) or _matches(word, n)]
+        hits = [n for n in linears if any(_means(word, spelling) for spelling in spelled[n])]
         if not hits:
             raise Invalid(f"lora.target_modules: {word!r} matches no Linear; this model has names such as {linears[0]!r}, {linears[-1]!r}")
         names += hits
     if not s.target_modules or any(v for k, v in words.items() if k != "target_modules"):
         names += model.lora_targets(s)
     names = sorted(set(names), key=linears.index)
-    if s.target_layers:
-        layer = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
-        for index in s.target_layers:
-            if int(index) not in layer.values():
-                raise Invalid(f"lora.target_layers: no targeted stack has a layer {index}; they have 0 to {max(layer.values(), default=-1)}")
-        names = [n for n in names if n not in layer or layer[n] in map(int, s.target_layers)]
+    if s.target_layers:  # 3 is layer 3 of every targeted stack that has one, decoder.3 that of one stack
+        layer = {n: m[1] for n in names if (m := re.search(r"\.(\d+)\.", n))}
+        asked = {n for n in names if n not in layer}
+        for entry in s.target_layers:
+            stack, _, index = str(entry).rpartition(".")
+            hits = [n for n in layer if layer[n] == index and (not stack or any(_means(stack, spelling) for spelling in spelled[n]))]
+            if not hits:
+                raise Invalid(f"lora.target_layers: no targeted stack has a layer {entry}; they have 0 to {max(map(int, layer.values()), default=-1)}")
+            asked.update(hits)
+        names = [n for n in names if n in asked]
     return names
+
+
+def _means(word, name):
+    """A word means a module by its name, its end, any step on the way to it, or as a regex."""
+    return name == word or name.endswith("." + word) or (not word.isdigit() and word in name.split(".")) or _matches(word, name)
 
 
 def _matches(pattern, name):

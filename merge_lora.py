@@ -9,12 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 import configs
 import lora
 import models
 from configs import Usage, opt
 from infer import base_of, split_strength
-from models.parts import checkpoint
+from models.parts import Invalid, adapters, checkpoint
 
 
 @dataclass
@@ -31,6 +33,17 @@ class Merge:
     allow_unused_tensors: bool = opt(False, "load a base although some of its tensors have no place in the model")
 
 
+def keep_strength(model):
+    """A file says nothing of a strength, so it goes into alpha, which scales B A and nothing else."""
+    strength = lora.state(model).strength
+    if strength == 1:
+        return
+    if lora.state(model).base or any(m.lora_bias is not None for m in lora.lora_modules(model).values()):
+        raise Invalid(f"strength {strength:g}: the adapter holds more than LoRA pairs, which no other strength can be written for; merge it instead")
+    for module in lora.lora_modules(model).values():
+        module.lora_full_scale *= strength
+
+
 def main():
     cfg = configs.parse(Merge, script="merge")
     if not cfg.lora or not cfg.output_dir:
@@ -38,21 +51,34 @@ def main():
     out = Path(cfg.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Usage(f"output_dir {out} already holds something; choose another folder")
+    if cfg.to and cfg.dtype:
+        raise Usage("--dtype is of merged weights; converted adapters (--to) are float32")
     chosen = [split_strength(spec) for spec in cfg.lora]
     base = cfg.ckpt_dir or base_of(chosen[0][0])
     device = models.pick_device("cpu")
     model = models.load(base, device, models.pick_dtype(cfg.dtype, device) if cfg.dtype else None, allow_unused=cfg.allow_unused_tensors)
+    if cfg.to and cfg.to not in ("native", *model.adapter_namings):
+        raise Usage(f"--to {cfg.to}: for this backbone native or {' or '.join(model.adapter_namings)}")
+    if cfg.naming and cfg.naming not in model.namings:
+        raise Usage(f"--naming {cfg.naming}: this backbone has {', '.join(model.namings)}")
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     print(f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped", file=sys.stderr)
     tmp = out.with_name(out.name + ".tmp")
     checkpoint.remove(tmp)
-    if cfg.to:
-        lora.save_lora_weights(model, tmp, cfg.to, cfg.naming or None, base=str(base))
-    else:
-        lora.check_mergeable(model)
-        model.save(tmp, cfg.naming or None, merged=True)
-    checkpoint.remove(out)
-    tmp.rename(out)
+    try:
+        if cfg.to:
+            keep_strength(model)
+            speakers = sorted({s for path, _ in chosen for s in adapters.read_record(path).get("speakers", [])})
+            lora.save_lora_weights(model, tmp, cfg.to, cfg.naming or None, base=str(base), speakers=speakers)
+        else:
+            lora.merge_lora_weights(model)
+            model.save(tmp, cfg.naming or None)
+        checkpoint.remove(out)
+        tmp.rename(out)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise Invalid(f"{out}: cannot be written ({e}); nothing is left of it") from None
+    finally:
+        checkpoint.remove(tmp)
     print(f"{out}: {checkpoint.megabytes(out):.1f} MB", file=sys.stderr)
     print(out)
 

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ import models
 from configs import Usage, opt
 from lora import LoRAConfig
 from models.parts import Invalid, audio, checkpoint
+from models.parts.manifests import holders
 from prepare_data import Cache, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -183,6 +185,14 @@ class Order:
         return self.epoch + self.position / len(self.batches)
 
 
+def seconds_of(row):
+    """Length of a row's audio: as prepare_data.py wrote it down, else by the headers of the files."""
+    if row.get("duration"):
+        return row["duration"]
+    return sum((h["end"] if h.get("end") is not None else audio.info(h["audio"]).seconds) - (h.get("start") or 0)
+               for h in holders(row) if isinstance(h.get("audio"), str))
+
+
 def seed_of(cfg, epoch, row):
     return stream(cfg.seed, "draw", epoch, row["id"])
 
@@ -262,15 +272,15 @@ class Log:
             return
         from_here = Path(cfg.save_path)
         metrics = from_here / "metrics.jsonl"
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        if metrics.exists():  # without a checkpoint everything is made again, the validation at step 0 too
+            kept = [line for line in metrics.read_text().splitlines() if step and line.endswith("}") and json.loads(line)["step"] <= step]
             tmp = metrics.with_suffix(".tmp")
             tmp.write_text("".join(line + "\n" for line in kept))
             os.replace(tmp, metrics)
         self.file, self.metrics = open(from_here / "train.log", "a", encoding="utf-8"), open(metrics, "a")
         from torch.utils.tensorboard import SummaryWriter  # here, since importing it takes longer than all the rest
 
-        self.writer = SummaryWriter(cfg.tensorboard or str(from_here / "logs"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(cfg.tensorboard or str(from_here / "logs"), purge_step=step + 1 if step else 0)
         for line in self.early:
             self.file.write(line)
 
@@ -288,11 +298,11 @@ class Log:
     def numbers(self, split, step, values, **more):
         if self.rank:
             return
-        self.metrics.write(json.dumps({"step": step, "split": split, **more, **values}) + "\n")
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        self.metrics.write(json.dumps({"step": step, "split": split, **more, **known}) + "\n")
         self.metrics.flush()
         for name, value in values.items():
             self.writer.add_scalar(f"{split}/{name}", value, step)
-
 
 
 def picked(cfg):
@@ -305,14 +315,14 @@ def run_folder(cfg, rank, log):
     """Make or recognize save_path. Returns the step folder to go on from, or None. All ranks come to the same answer."""
     root = Path(cfg.save_path)
     if rank == 0:
-        if cfg.overwrite and root.exists() and any(root.iterdir()):
-            aside = next(p for n in range(1, 10**6) if not (p := root.with_name(f"{root.name}.before-{n}")).exists())
-            root.rename(aside)
-            log.say(f"--overwrite: moved the earlier {root} to {aside}")
         try:
+            if cfg.overwrite and root.exists() and any(root.iterdir()):
+                log.say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
             root.mkdir(parents=True, exist_ok=True)
             (root / ".write").write_text("")
             (root / ".write").unlink()
+            for torn in root.glob("step_*.tmp"):  # of a save that was killed
+                checkpoint.remove(torn)
         except OSError as e:
             raise Usage(f"save_path {root} cannot be written: {e.strerror}") from None
     if dist.is_initialized():
@@ -323,20 +333,29 @@ def run_folder(cfg, rank, log):
             raise Usage(f"resume_from: {wrong}. To start from its weights alone, give it as pretrained_path (full) or merge it (LoRA).")
         found = Path(cfg.resume_from)
     else:
-        found = checkpoint.newest_step(root, log.say)
+        found = checkpoint.newest_step(root, lambda text: log.say(text, "warning"))
         if found is None and (damaged := checkpoint.steps(root)):
             raise Invalid(f"none of the {len(damaged)} checkpoints in {root} is complete; --overwrite starts anew and keeps them aside")
     if found is not None:
-        there, here = checkpoint.read_json(found / checkpoint.INDEX)["settings"], picked(cfg)
+        index = checkpoint.read_json(found / checkpoint.INDEX)
+        there, here = index["settings"], picked(cfg)
         differ = [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted(there | here) if there.get(k) != here.get(k)]
         if differ:
             raise Usage(f"{found} was made with other settings, so going on would mix two runs:\n  " + "\n  ".join(differ)
                         + "\nChoose another save_path, or --overwrite to move that run aside.")
+        if dist.is_initialized():
+            dist.barrier()  # every rank has looked
+        later = [p for p in checkpoint.steps(root) if int(p.name[5:]) > index["step"]] if rank == 0 else []
+        for path in later:  # damaged, or about to be made again: left in place it would pass for the newest
+            log.say(f"moved {path}, which lies after step {index['step']}, to {checkpoint.put_aside(path)}", "warning")
+        if later and found.resolve().parent == root.resolve():
+            checkpoint.point(root, found.resolve().name)
     return found
 
 
-def save(cfg, model, masters, optimizer, names, state, log, speakers):
-    """Write step_N with weights or adapter, optimizer, schedule and the index of them all. Rank 0 only."""
+def save(cfg, model, masters, optimizer, names, state, log, speakers, held=None):
+    """Write step_N with weights or adapter, optimizer, schedule and the index of them all; delete what need not be kept
+    except step `held`. Rank 0 only."""
     def write(folder):
         record = {"base": cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path), "speakers": speakers}
         exact = not masters.copies
@@ -353,7 +372,8 @@ def save(cfg, model, masters, optimizer, names, state, log, speakers):
     started = time.perf_counter()
     folder = checkpoint.write_step(cfg.save_path, state["step"], write, state)
     log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {time.perf_counter() - started:.1f} s")
-    checkpoint.prune(cfg.save_path, cfg.keep_last, cfg.keep_every, state["best"][1] if cfg.keep_best else None, log.say)
+    stay = [state["best"][1]] if cfg.keep_best else []
+    checkpoint.prune(cfg.save_path, cfg.keep_last, cfg.keep_every, [*stay, held], log.say)
 
 
 def restore(cfg, folder, model, masters, optimizer, names):
@@ -432,7 +452,7 @@ def pick_rows(cfg, rows, lengths, model, log):
             dropped.setdefault(why, []).append(i)
         else:
             kept.append(i)
-    hours = [sum(rows[i].get("duration") or 0 for i in part) / 3600 for part in (kept, sum(dropped.values(), []))]
+    hours = [sum(seconds_of(rows[i]) for i in part) / 3600 for part in (kept, sum(dropped.values(), []))]
     log.say(f"data: {len(kept)} clips, {hours[0]:.2f} h; dropped {len(rows) - len(kept)} clips, {hours[1]:.2f} h")
     for why, part in dropped.items():
         log.say(f"  {len(part)} {why}: {', '.join(rows[i]['id'] for i in part[:5])}{' ...' if len(part) > 5 else ''}", "warning")
@@ -444,23 +464,20 @@ def pick_rows(cfg, rows, lengths, model, log):
 def main():
     cfg = configs.parse(Train)
     check_settings(cfg)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # at once, until there is a step to finish
 
     # ------------------------------------------------------------------------------------------------ distributed
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = models.pick_device(cfg.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun restarts all ranks when one died
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    signals = []
-
-    def on_signal(number, frame):
-        if signals and number == signal.SIGINT:
-            os._exit(130)
-        signals.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        limit = timedelta(minutes=30)
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(attempt, store)  # else the addresses of the dead still stand there
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    cfg.overwrite = cfg.overwrite and attempt == "0"
     log = Log(cfg, rank)
     found = run_folder(cfg, rank, log)
 
@@ -481,8 +498,6 @@ def main():
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; leave it out, audio is resampled")
     if cfg.lora:
         wrapped = lora.apply_lora_to_model(model, cfg.lora)
-    else:
-        model.requires_grad_(True)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     masters = Masters({n: model.get_parameter(n) for n in names})
     if cfg.checkpointing:
@@ -497,11 +512,16 @@ def main():
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(rows + val_rows)
     if missing and world > 1:
+        command = "this command without torchrun encodes before it trains"
+        if cache.folder.name == "cache" and not cfg.backbone:  # where and as prepare_data.py encodes
+            command = "python prepare_data.py --encode_only --input " + shlex.join(
+                [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(cache.folder.parent), "--ckpt_dir", cfg.pretrained_path])
         raise Usage(f"{len(missing)} of {len(rows) + len(val_rows)} clips are not in the cache {cache.folder}. Encode them once, in one process:\n"
-                    f"    python prepare_data.py --input {' '.join(cfg.train_manifest + cfg.val_manifest)} "
-                    f"--output_dir {Path(cfg.train_manifest[0]).parent} --ckpt_dir {cfg.pretrained_path}")
+                    f"    {command}")
     if missing:
+        model.codec.to(device)
         cache.add([(rows + val_rows)[i] for i in missing], log.say)
+        model.codec.to("cpu")  # not needed again but to speak
     lengths = [model.length(cache.get(row)) for row in rows]
     kept = pick_rows(cfg, rows, lengths, model, log)
     rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
@@ -510,7 +530,7 @@ def main():
     if len(speakers) > 1 and not model.speaker_input:
         log.say(f"the rows name {len(speakers)} speakers ({', '.join(speakers[:5])}) and this backbone is not told who speaks: each sentence would "
                 "get one of them by chance. Train one adapter per speaker, or give rows a ref_audio where the checkpoint takes one.", "warning")
-    seconds = [row.get("duration") or 0.0 for row in rows]
+    seconds = [seconds_of(row) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ optimizer
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[cfg.optimizer]
@@ -520,9 +540,15 @@ def main():
     per_epoch = len(micro_batches(lengths, cfg, 0))
 
     # ------------------------------------------------------------------------------------------------ resume
-    state = {"step": 0, "epoch": 0, "position": 0, "best": [math.inf, -1], "skipped": 0, "micro_per_step": per_step, "settings": picked(cfg)}
+    state = {"step": 0, "epoch": 0, "position": 0, "best": [math.inf, -1], "skipped": 0, "micro_per_step": per_step, "settings": picked(cfg),
+             "data": stream([(row["id"], n) for row, n in zip(rows, lengths)]), "base": model.fingerprint if cfg.lora else None}
+    came_from = None
     if found is not None:
         index = checkpoint.read_json(found / checkpoint.INDEX)
+        came_from = index["step"]
+        if state["base"] != index["base"] and not cfg.ignore_base:
+            raise Invalid(f"{found} was trained on another base (fingerprint {index['base']}) than {cfg.pretrained_path} (fingerprint "
+                          f"{state['base']}). If you want that, say --ignore_base.")
         state |= {k: index[k] for k in ("step", "epoch", "position", "best", "skipped", "micro_per_step")}
         per_step = state["micro_per_step"]
         if per_step % world:
@@ -530,6 +556,8 @@ def main():
                         f"use {' or '.join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)} ranks")
         restore(cfg, found, model, masters, optimizer, names)
         log.say(f"going on from {found}: {state['step']} steps done")
+        if index["data"] != state["data"]:
+            log.say("the rows are not those that the run began with, so in this epoch some may come twice and others not at all", "warning")
     accum = per_step // world
     steps = math.ceil(cfg.epochs * per_epoch / per_step) if cfg.epochs else cfg.num_iters or cfg.max_steps or 2000
     span = cfg.max_steps or steps
@@ -540,7 +568,8 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ say what is going to happen
     if rank == 0:
-        configs.dump(cfg, Path(cfg.save_path) / "config.yaml")
+        again = dataclasses.replace(cfg, overwrite=False, resume_from="")  # so that the file, given as it is, goes on with the run
+        configs.dump(again, Path(cfg.save_path) / "config.yaml")
     log.open(cfg, state["step"])
     total, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in masters.parameters)
     log.say(f"{model.backbone} on {device} in {str(dtype)[6:]}, {world} rank{'s' * (world > 1)}: {trained:,} of {total:,} parameters "
@@ -582,28 +611,37 @@ def main():
         return {k: torch.stack(v) for k, v in sums.items()}
 
     def save_now():
-        if rank == 0:
-            save(cfg, model, masters, optimizer, names, state, log, speakers)
+        if rank == 0:  # a full run copies codec and tokenizer from the folder it came from, so that stays until the end
+            save(cfg, model, masters, optimizer, names, state, log, speakers, came_from if not cfg.lora and state["step"] < steps else None)
         if dist.is_initialized():
             dist.barrier()
-        return state["step"]
 
-    def validate():
+    def validate(saving):
         if not val_examples:
             return
         means = evaluate(cfg, model, val_examples, lambdas, device, rank, world)
-        log.numbers("val", state["step"], means, epoch=order.epoch)
+        log.numbers("val", state["step"], means, epoch=passed)
         log.say(f"step {state['step']}/{steps} | validation {means['loss/total']:.4f} ("
                 + ", ".join(f"{k.split('/', 1)[1]} {v:.4f}" for k, v in means.items() if k != "loss/total") + ")")
-        if state["step"] and means["loss/total"] < state["best"][0]:
+        if saving and means["loss/total"] < state["best"][0]:
             state["best"] = [means["loss/total"], state["step"]]
         if rank == 0 and cfg.val_samples:
             speak(cfg, model, val_rows, state["step"], log)
 
+    signals = []
+
+    def on_signal(number, frame):
+        if signals and number == signal.SIGINT:
+            os._exit(130)
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     model.train()
+    passed = order.progress()  # epochs done
     if state["step"] == 0:
-        validate()
-    saved, bad, started, waited, heard, first = state["step"], 0, time.perf_counter(), 0.0, 0.0, state["step"]
+        validate(saving=False)
+    bad, stop, started, waited, heard, first = 0, 0, time.perf_counter(), 0.0, 0.0, state["step"]
     upcoming = prepare() if state["step"] < steps else None
     while state["step"] < steps:
         begun = time.perf_counter()
@@ -624,8 +662,8 @@ def main():
         reduce_gradients(masters.parameters)
         norm = gradient_norm(masters.parameters).item()
         local = {k: v.double().sum().item() for k, v in sums.items()}
-        means = all_sum({**local, "signals": signals[0] if signals else 0}, device)
-        stop = int(means.pop("signals"))
+        means = all_sum({**local, "signals": len(signals)}, device)
+        stop = means.pop("signals")
         means = {k: v / max(counts[k], 1) for k, v in means.items()}
         loss = sum(lambdas[k] * means[k] for k in lambdas)
         rate = learning_rate(cfg, state["step"], span, warmup)
@@ -640,7 +678,9 @@ def main():
             bad = 0
         else:
             bad, state["skipped"] = bad + 1, state["skipped"] + 1
-            worst = [m for (_, m, _), values in zip(micro, torch.stack(list(sums.values()), 1)) if not values.isfinite().all()]
+            fine = torch.stack(list(sums.values()), 1).isfinite().all(1).tolist()
+            flags = all_sum(dict.fromkeys(range(per_step), 0) | {n: not f for (n, _, _), f in zip(micro, fine)}, device)
+            worst = [m for n, (_, m) in enumerate(taken) if flags[n]]
             ids = [rows[i]["id"] for m in worst or [m for _, m in taken] for i in m]
             log.say(f"step {state['step'] + 1}: loss {loss}, gradient norm {norm}: update skipped; rows {', '.join(ids)}", "error")
         optimizer.zero_grad(set_to_none=True)
@@ -661,20 +701,20 @@ def main():
             save_now()
             raise Invalid(f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last good weights saved. Look at "
                           "the rows named above, lower learning_rate, or set max_grad_norm.")
-        passed = cfg.save_epochs and int(after[2] / cfg.save_epochs) > int((after[2] - per_step / per_epoch) / cfg.save_epochs)
-        if (cfg.valid_interval and step % cfg.valid_interval == 0) or step == steps:
-            validate()
-        if stop or step == steps or passed or (cfg.save_interval and step % cfg.save_interval == 0):
-            saved = save_now()
+        full = cfg.save_epochs and math.floor(after[2] / cfg.save_epochs + 1e-9) > math.floor(passed / cfg.save_epochs + 1e-9)
+        passed = after[2]
+        saving = bool(stop or full or step == steps or (cfg.save_interval and step % cfg.save_interval == 0))
+        if step == steps or (cfg.valid_interval and step % cfg.valid_interval == 0):
+            validate(saving)
+        if saving:
+            save_now()
         if stop:
-            log.say(f"signal {stop}: saved step {step} and stopping; the same command goes on from here", "warning")
+            log.say(f"asked to stop: saved step {step}; the same command goes on from here", "warning")
             break
         if not pool and step < steps:
             upcoming = prepare()
 
     # ------------------------------------------------------------------------------------------------ end
-    if saved != state["step"]:
-        save_now()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     log.say(f"done: {state['step']} steps, {state['skipped']} skipped, peak memory {peak / 2**30:.2f} GiB")
@@ -682,8 +722,8 @@ def main():
         log.writer.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if signals:
-        sys.exit(128 + signals[0])
+    if signals or stop:
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 
 if __name__ == "__main__":

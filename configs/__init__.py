@@ -69,6 +69,8 @@ ALIASES = {
         "input": ("audio_dir", "manifest", "i"),
         "output_dir": ("output_json", "od"),
         "ckpt_dir": ("model_path", "pretrained_path", "base_model"),
+        "transcripts": ("transcript_dir",),
+        "speaker": ("speaker_id",),
     },
     "infer": {
         "config": ("config_path",),
@@ -221,13 +223,13 @@ def find(key, index):
 class Given:
     """What one place (a file, the flags, a dict) sets: [(canonical name, value)], and what is wrong with it."""
 
-    def __init__(self, index):
-        self.index, self.values, self.places, self.errors = index, [], {}, []
+    def __init__(self, index, nearby=()):
+        self.index, self.nearby, self.values, self.places, self.errors = index, nearby, [], {}, []
 
     def put(self, key, value, where):
         setting = find(key, self.index)
         if not setting:
-            close = difflib.get_close_matches(key.replace("-", "_"), self.index, 1, 0.0)
+            close = difflib.get_close_matches(key.replace("-", "_"), [*self.index, *self.nearby], 1, 0.0)
             self.errors.append(f"{where}: unknown; the nearest known name is {close[0] if close else 'none'}")
             return
         name, kind, meta, compute = setting
@@ -458,9 +460,9 @@ def parse(cls, argv=None, script="train", extra=False):
     return (cfg, others) if extra else cfg
 
 
-def build(cls, values, where=""):
-    """The same strictness for a dict: a section of a YAML file, sampling flags, a JSON record."""
-    given = Given(names(cls, None))
+def build(cls, values, where="", nearby=()):
+    """The same strictness for a dict: a section of a YAML file, sampling flags, a JSON record. nearby: names that may be meant too."""
+    given = Given(names(cls, None), nearby)
     for key, value in values.items():
         given.put(str(key), value, f"{where}{'.' if where.strip('-') else ''}{key}")
     if given.errors:
@@ -488,7 +490,7 @@ def describe(cls, index):
 
 
 def run(main):
-    """Call main; what a user can cause becomes a message and an exit code: 2 wrong use, 1 failure, 130 Ctrl-C."""
+    """Call main; what a user can cause becomes a message and an exit code: 2 wrong use, 1 failure, 130 Ctrl-C, 141 a closed pipe."""
     try:
         code = main()
     except Usage as error:
@@ -500,5 +502,8 @@ def run(main):
     except KeyboardInterrupt:
         code = 130
         print("interrupted", file=sys.stderr)
+    except BrokenPipeError:                                     # `| head` has what it wanted; nothing is left to flush to
+        code = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code:
         sys.exit(code)

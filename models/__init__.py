@@ -15,7 +15,7 @@ import yaml
 
 from models.parts import Invalid, checkpoint
 
-BACKBONES = {m.name: importlib.import_module(f"models.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "csm"}
+BACKBONES = {m.name: importlib.import_module(f"models.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.ispkg}
 
 
 def backbones():
@@ -29,7 +29,7 @@ def folder_of(path):
         return Path(path).expanduser()
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
-        raise Invalid(f"no checkpoint at {path}")
+        raise Invalid(f"no checkpoint at {path}; expected the folder of one, or org/name of one in the local hub cache")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{parts[0]}--{parts[1]}"
     ref = cache / "refs" / "main"
@@ -68,6 +68,7 @@ def find(path):
             raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
     keys = ", ".join(map(str, config.get("tensors", config)))[:300]
     said = f"{' and '.join(m.__name__ for m in known)} all recognize it" if known else "no backbone recognizes it"
+    said += " (without config.json or config.yaml, only names of tensors can tell)" if "tensors" in config else ""
     raise Invalid(f"{path}: {said}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {keys}")
 
 
@@ -78,9 +79,12 @@ def pick_device(name="auto", local_rank=0):
             device = torch.device(name)
         except RuntimeError:
             raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps") from None
-        if device.type == "cuda" and not torch.cuda.is_available() or device.type == "mps" and not torch.backends.mps.is_available():
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps")
+        count = {"cpu": lambda: 1, "mps": lambda: int(torch.backends.mps.is_available())}.get(device.type) or getattr(torch, device.type).device_count
+        if (device.index or 0) >= count():
             raise Invalid(f"device {name} is not there on this machine; use auto or cpu")
-        return device
+        return torch.device("cuda", local_rank) if name == "cuda" else device
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

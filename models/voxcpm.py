@@ -153,6 +153,12 @@ class Sampling:
     length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")
     retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
 
+    def __post_init__(self):
+        least = dict(inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
+        wrong = [f"{k} is {getattr(self, k)}, expected at least {n}" for k, n in least.items() if getattr(self, k) < n]
+        if wrong:
+            raise Invalid("; ".join(wrong))
+
 
 # ------------------------------------------------------------------------------------------------ modules
 

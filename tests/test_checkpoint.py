@@ -1,6 +1,7 @@
 """Weights on disk: strict filling, safe reading, step folders that are whole or not there."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,7 +211,7 @@ except Invalid as e:
 def test_old_steps_go_but_best_last_and_every_kth_stay(tmp_path):
     for step in range(1, 8):
         checkpoint.write_step(tmp_path, step, write(step), {"step": step})
-        checkpoint.prune(tmp_path, 2, keep_every=3, best=1)
+        checkpoint.prune(tmp_path, 2, keep_every=3, stay=[1])
     assert [p.name[-1] for p in checkpoint.steps(tmp_path)] == ["7", "6", "3", "1"]
     assert os.readlink(tmp_path / "latest") == "step_0000007"
 
@@ -222,3 +223,11 @@ def test_latest_is_a_text_file_where_links_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", refuse)
     checkpoint.write_step(tmp_path, 1, write(1), {"step": 1})
     assert (tmp_path / "latest").read_text() == "step_0000001"
+
+
+def test_a_latest_that_a_copy_made_a_folder_is_put_aside(tmp_path):
+    first = checkpoint.write_step(tmp_path, 1, write(1), {"step": 1})
+    (tmp_path / "latest").unlink()
+    shutil.copytree(first, tmp_path / "latest")
+    checkpoint.write_step(tmp_path, 2, write(2), {"step": 2})
+    assert os.readlink(tmp_path / "latest") == "step_0000002" and (tmp_path / "latest.before-1" / "model.safetensors").exists()

@@ -17,7 +17,7 @@ TOP = {"README.md", "train.py", "infer.py", "prepare_data.py", "merge_lora.py", 
        ".gitignore"}
 PACKAGES = {"torch", "numpy", "safetensors", "soundfile", "yaml", "tensorboard"}
 DEV = {"pytest", "transformers", "peft", "tokenizers", "sentencepiece"}
-OWN = {"configs", "lora", "models", "tests"} | {p.stem for p in ROOT.glob("*.py")}
+OWN = {"configs", "lora", "models", "tests", "demo"} | {p.stem for p in ROOT.glob("*.py")}
 SCRIPTS = sorted(p for p in ROOT.glob("*.py") if p.name != "lora.py")
 PRODUCT = sorted(p for glob in ("*.py", "models/**/*.py", "configs/*.py", "demo/*.py") for p in ROOT.glob(glob))
 TESTS = sorted(p for p in ROOT.glob("tests/**/*.py") if "golden" not in p.parts)

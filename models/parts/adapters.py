@@ -25,8 +25,8 @@ from models.parts import Invalid, checkpoint
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"), "peft": ("adapter_model.safetensors", "adapter_model.bin"),
          "mlx": ("adapters.safetensors",), "moshi": ("lora.safetensors",)}
 CONFIGS = {"voxcpm": "lora_config.json", "peft": "adapter_config.json", "mlx": "adapter_config.json", "moshi": "config.json"}
-REFUSED = {r".*lora_magnitude_vector.*": "DoRA magnitudes", r".*lora_embedding_[AB].*": "LoRA on an embedding table",
-           r".*\.base_layer\.bias": "biases of the base (bias: lora_only)"}
+REFUSED = {r".*lora_magnitude_vector.*": "DoRA magnitudes: not supported", r".*lora_embedding_[AB].*": "LoRA on an embedding table: not supported",
+           r".*\.base_layer\.bias": "biases of the base (bias: lora_only): not supported"}
 
 
 @dataclass
@@ -50,6 +50,9 @@ def locate(path):
                 weights = path if path.is_file() else path / name
                 config = weights.parent / CONFIGS[kind]
                 return weights, config if config.is_file() else None, kind
+    if path.is_file() and path.suffix == ".safetensors":  # one file of any name: what csm-mlx once wrote, and what `voxcpm` writes renamed
+        config = path.parent / CONFIGS["voxcpm"]
+        return path, config if config.is_file() else None, "voxcpm"
     raise Invalid(f"no adapter at {path}; expected a folder with one of {', '.join(n for f in FILES.values() for n in f)}")
 
 
@@ -66,6 +69,8 @@ def _settings(config, record, kind, path):
         raise Invalid(f"{path} comes without {CONFIGS[kind]}, so its alpha is unknown and its strength would be a guess; "
                       f"put the file beside the weights")
     raw = checkpoint.read_json(config) if config else {}
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(k, {}), dict) for k in ("lora_config", "lora_parameters")):
+        raise Invalid(f"{config}: expected a map of settings")
     if kind == "voxcpm":
         raw = raw.get("lora_config", raw) if config else dict(record["settings"], alpha=record["settings"]["scale"] * record["settings"]["r"])
         r, alpha, out = raw.get("r", raw.get("rank")), raw.get("alpha", raw.get("lora_alpha")), {}
@@ -98,8 +103,8 @@ def _settings(config, record, kind, path):
         r, factor = raw.get("lora_rank"), raw.get("lora_scaling")
         alpha = None if r is None or factor is None else factor * r
         out, scale = dict(r=r, alpha=alpha), lambda name: factor
-    if r is None or alpha is None:
-        raise Invalid(f"{config} does not say {'r' if r is None else 'alpha'}, without which the adapter's strength is unknown")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        raise Invalid(f"{config} does not say {'alpha' if type(r) is int and r > 0 else 'r'}, without which the adapter's strength is unknown")
     return out, scale
 
 
@@ -120,16 +125,26 @@ def read(path, model, ignore_base=False) -> Adapter:
     for name, tensor in stored.items():
         plain = re.sub(r"^(base_model\.model\.|module\.|model\.(?=.*lora_))", "", name).replace(".modules_to_save.", ".")
         m = re.fullmatch(r"(.*)\.(lora_[AaBb]|lora_bias)(?:\.default)?(?:\.weight)?", plain)
-        refused = next((why for p, why in REFUSED.items() if re.fullmatch(p, name)), None)
-        if any(re.fullmatch(p, plain) for p in getattr(model, "harmless_adapter_keys", ())):
+        refused = next((why for p, why in (REFUSED | getattr(model, "refused_adapter_keys", {})).items() if re.fullmatch(p, name)), None)
+        frozen = plain.replace(".base_layer.weight", ".weight")  # PEFT stores an output head once more when it is a target
+        if frozen != plain and frozen in homes and refused is None:
+            own, rows = homes[frozen]
+            base, there = model.get_parameter(own).detach().float().cpu(), _own_rows(tensor.load().float(), rows)
+            if base.shape != there.shape or not torch.allclose(base, there, rtol=1e-2, atol=1e-6):
+                wrong.append(f"{name} is not this base's {frozen}")
+            a.skipped.append(name)
+        elif any(re.fullmatch(p, plain) for p in getattr(model, "harmless_adapter_keys", ())):
             a.skipped.append(name)
         elif refused:
-            wrong.append(f"{name} ({refused}: not supported)")
+            wrong.append(f"{name} ({refused})")
         elif m and m[1] + ".weight" in homes:
             halves.setdefault(m[1], {})[m[2]] = name
         elif not m and plain in homes:
             own, rows = homes[plain]
-            a.full[own] = _own_rows(tensor.load().float(), rows)
+            value = _own_rows(tensor.load().float(), rows)
+            if own in a.full and not torch.equal(a.full[own], value):
+                wrong.append(f"{name} differs from its other copy, but the model has one tensor for both")
+            a.full[own] = value
             a.loaded.append(name)
             if a.full[own].shape != model.get_parameter(own).shape:
                 wrong.append(f"{name} is {list(tensor.shape)}, the model has {list(model.get_parameter(own).shape)}")
@@ -187,8 +202,14 @@ def _homes(model):
     for naming in reversed(model.namings):
         for own, _ in model.named_parameters():
             if ".lora_" not in own:
-                out[model.published_name(own, naming)] = (own, model.published_rows(own, naming))
+                for published in (model.published_name(own, naming), *_copies(model, own, naming)):
+                    out[published] = (own, model.published_rows(own, naming))
     return out
+
+
+def _copies(model, own, naming):
+    """Further names under which a naming holds the same tensor (tied tables)."""
+    return model.published_copies(own, naming) if hasattr(model, "published_copies") else ()
 
 
 def _check_base(path, record, model, ignore_base):
@@ -233,18 +254,19 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
             module = names[m[1]] = published.removesuffix(".weight")
             leaf = {"voxcpm": m[2], "peft": m[2] + ".weight", "mlx": m[2].lower()}[kind]
             published, value = f"{module}.{leaf}", value.T if kind == "mlx" else value
-        out[("base_model.model." if kind == "peft" else "") + published] = value.float()
+        for name in (published, *(() if m else _copies(model, own, naming))):
+            out[("base_model.model." if kind == "peft" else "") + name] = value.float().clone()
     base = (record or {}).pop("base", None) or getattr(model, "path", "")
     header = {"backbone": model.backbone, "base": base, "fingerprint": model.fingerprint,
               "settings": {**dataclasses.asdict(settings), "r": r, "scale": scale}, **(record or {})}
     if kind == "voxcpm":
         config = {"base_model": base, "lora_config": model.adapter_words(modules, dict(r=r, alpha=_whole(scale * r), dropout=settings.dropout))}
     elif kind == "peft":
-        full = sorted({n.rpartition(".")[0] for n in tensors if ".lora_" not in n})
+        full = [p for n in sorted(tensors) if ".lora_" not in n for p in (model.published_name(n, naming), *_copies(model, n, naming))]
         config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": r, "lora_alpha": _whole(scale * r), "use_rslora": False,
                   "target_modules": sorted(names.values()), "lora_dropout": settings.dropout, "bias": "none", "task_type": None,
                   "fan_in_fan_out": False, "inference_mode": True,
-                  "modules_to_save": [model.published_name(f + ".weight", naming).removesuffix(".weight") for f in full] or None}
+                  "modules_to_save": sorted({p.rpartition(".")[0] for p in full}) or None}
     else:
         config = {"fine_tune_type": "lora", "base_model": base,
                   "lora_parameters": {"rank": r, "scale": scale, "dropout": settings.dropout, "keys": sorted(names.values())}}
@@ -254,4 +276,5 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
 
 
 def _whole(x):
-    return int(x) if float(x).is_integer() else x
+    """10 instead of 9.999999999: scale is alpha / r rounded, and alpha as it was given is what other tools should read."""
+    return round(x) if abs(x - round(x)) < 1e-6 else x

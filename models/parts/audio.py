@@ -112,6 +112,11 @@ def _missing_bytes(path, size):
         return max(1, f.tell() - size)  # cut within the header
 
 
+def pcm16(wave):
+    """(n,) samples in [-1, 1] -> int16 numpy array; what reading divided by 32768 comes back as it was."""
+    return (wave * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+
+
 def write(path, wave, rate):
     """Write (n,) samples in [-1, 1] as PCM 16, wav or flac by the file's name. Returns how many samples were clipped.
 
@@ -124,7 +129,7 @@ def write(path, wave, rate):
     finite = wave.isfinite()
     if not finite.all():
         raise Invalid(f"{path}: not written, sample {int((~finite).int().argmax())} is {float(wave[~finite][0])}")
-    data = (wave * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+    data = pcm16(wave)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         soundfile.write(str(temporary), data, int(rate), subtype="PCM_16", format=kind)

@@ -128,7 +128,8 @@ class RateCondition(nn.Module):
 
     def __init__(self, buckets, channels):
         super().__init__()
-        self.scale_embed, self.bias_embed = nn.Embedding(buckets, channels), nn.Embedding(buckets, channels)
+        tables = (torch.randn(buckets, channels) for _ in range(2))  # nn.Embedding draws so too, but on the meta device by importing a compiler
+        self.scale_embed, self.bias_embed = (nn.Embedding.from_pretrained(t, freeze=False) for t in tables)
 
     def forward(self, x, bucket):
         return x * self.scale_embed.weight[bucket, :, None] + self.bias_embed.weight[bucket, :, None]

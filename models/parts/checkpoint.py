@@ -105,8 +105,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_metadata(path) -> dict[str, str]:
     """The text entries in a safetensors header; {} where there are none."""
-    with safetensors.safe_open(path, "pt") as f:
-        return f.metadata() or {}
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return f.metadata() or {}
+    except safetensors.SafetensorError as e:
+        raise Invalid(f"{path} is damaged or not a safetensors file ({e}). Copy it again.") from None
 
 
 def read_json(path):
@@ -223,6 +226,7 @@ def fingerprint(model) -> str:
 # ------------------------------------------------------------------------------------------------ step folders
 
 INDEX = "training_state.json"
+NO_SUM = "checksum of all the rest"  # stands in the index where its own checksum will be
 
 
 def write_step(root, step, write, state) -> Path:
@@ -241,7 +245,8 @@ def write_step(root, step, write, state) -> Path:
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": _crc(p)} for p in files}
-        (tmp / INDEX).write_text(json.dumps({**state, "files": index}, indent=1))
+        text = json.dumps({**state, "files": index, "checksum": NO_SUM}, indent=1)
+        (tmp / INDEX).write_text(text.replace(NO_SUM, f"{zlib.crc32(text.encode()):08x}"))
         for path in files + [tmp / INDEX, tmp]:
             _flush(path)
         if (root / name).exists():  # the same step again: the old one stays readable under another name until the new is in place
@@ -271,8 +276,16 @@ def point(root, name):
         tmp.symlink_to(name)
     except OSError:
         tmp.write_text(name)
+    if latest.is_dir() and not latest.is_symlink():  # a copy that followed the link
+        put_aside(latest)
     os.replace(tmp, latest)
     _flush(root)
+
+
+def put_aside(path) -> Path:
+    """Rename a file or folder to the first free of <name>.before-1, -2, ..."""
+    path = Path(path)
+    return path.rename(next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.before-{n}")).exists()))
 
 
 def _crc(path):
@@ -297,8 +310,12 @@ def check_step(folder) -> str | None:
     if not (folder / INDEX).is_file():
         return f"{folder} has no {INDEX}: it was not completed"
     try:
-        files = json.loads((folder / INDEX).read_text())["files"]
-    except (ValueError, KeyError, TypeError):
+        text = (folder / INDEX).read_text()
+        index = json.loads(text)
+        files, told = index["files"], index["checksum"]
+        if f"{zlib.crc32(text.replace(told, NO_SUM).encode()):08x}" != told:
+            return f"{folder / INDEX} does not have the checksum it was written with"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / INDEX} is damaged"
     for name, entry in files.items():
         path = folder / name
@@ -327,13 +344,13 @@ def newest_step(root, say=print) -> Path | None:
     return None
 
 
-def prune(root, keep_last, keep_every=0, best=None, say=print):
-    """Delete step folders except the newest keep_last (0: all stay), every keep_every-th step and the best one."""
+def prune(root, keep_last, keep_every=0, stay=(), say=print):
+    """Delete step folders except the newest keep_last (0: all stay), every keep_every-th step and the steps in `stay`."""
     if not keep_last:
         return
     for folder in steps(root)[keep_last:]:
         step = int(folder.name[5:])
-        if step == best or (keep_every and step % keep_every == 0):
+        if step in stay or (keep_every and step % keep_every == 0):
             continue
         try:
             shutil.rmtree(folder)

@@ -1,0 +1,58 @@
+"""Mutants of the training script and of its step folders: the numbered items are those of the issue's list of what must be shown."""
+
+
+def only(*names):
+    return " ".join(f"tests/test_train.py::{name}" for name in names)
+
+
+MUTANTS = [
+    # resume
+    (5, "train.py", 'state |= {"step": state["step"] + 1, "epoch": after[0], "position": after[1]}',
+     'state |= {"step": state["step"] + 1, "epoch": order.epoch, "position": order.position}',
+     only("test_sigterm_and_sigint_finish_the_step_save_and_resume_exactly")),
+    (5, "train.py", "    optimizer.load_state_dict(saved[\"optimizer\"])\n", "", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (5, "train.py", 'torch.manual_seed(stream(cfg.seed, "dropout", state["step"], number))', "pass", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (5, "train.py", 'stream(cfg.seed, "dropout", state["step"], number)', 'stream(cfg.seed, "dropout", number)', only("test_dropout_is_drawn_anew_in_every_step")),
+    (5, "train.py", "found if found is not None and not cfg.lora else cfg.pretrained_path", "cfg.pretrained_path", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (5, "train.py", "        lora.restore_lora_weights(model, folder, cfg.ignore_base)\n", "        pass\n", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (5, "train.py", 'per_step = state["micro_per_step"]', "pass", only("test_two_ranks_save_and_one_goes_on")),
+    (5, "train.py", '"dropout", state["step"], number', '"dropout", state["step"], number // world', only("test_two_ranks_save_and_one_goes_on")),
+    (5, "train.py", 'json.loads(line)["step"] <= step', "True", only("test_tensorboard_has_each_step_once_after_a_resume")),
+    (5, "train.py", "purge_step=step + 1 if step else 0", "purge_step=None", only("test_tensorboard_has_each_step_once_after_a_resume")),
+    (5, "train.py", "            p.data.copy_(saved[\"values\"][n])\n", "            pass\n", only("test_bf16_weights_have_float32_masters_and_resume_exactly", "test_save_modes")),
+    (5, "train.py", "exact = not masters.copies", "exact = True", only("test_bf16_weights_have_float32_masters_and_resume_exactly")),
+    (5, "train.py", "int(p.name[5:]) > index[\"step\"]", "False", only("test_a_run_goes_on_from_before_the_damage_and_ends_alike")),
+    (5, "train.py", "[*stay, held]", "stay", only("test_what_is_kept_and_that_a_full_run_outlives_the_folder_it_came_from")),
+    (5, "train.py", 'dataclasses.replace(cfg, overwrite=False, resume_from="")', "cfg", only("test_a_run_stays_what_it_is_under_its_own_config")),
+    (5, "models/parts/checkpoint.py", 'if f"{zlib.crc32(text.replace(told, NO_SUM).encode()):08x}" != told:', "if False:", only("test_one_flipped_byte_anywhere_in_the_index_is_noticed")),
+    (5, "models/parts/checkpoint.py", "        if _crc(path) != entry[\"crc32\"]:", "        if False:", only("test_damage_to_any_file_of_a_checkpoint_is_noticed")),
+    (5, "models/parts/checkpoint.py", "            os.rename(tmp, root / name)\n    except", "            shutil.copytree(tmp, root / name)\n    except",
+     only("test_killed_while_saving_it_goes_on_from_the_last_complete_step")),
+    # order of rows
+    (5, "train.py", "if self.position == len(self.batches):", "if self.position >= len(self.batches) - 1:", only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
+    (5, "train.py", "            batch.append(i)\n        batches.append(batch)", "            batch.append(i)\n        batches.append(batch[:1])", only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
+    (5, "train.py", 'random.Random(stream(cfg.seed, "order", epoch))', 'random.Random(stream(cfg.seed, "order"))', only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
+    # gradients
+    (6, "train.py", "weight = {k: lambdas[k] / max(counts[k], 1) for k in lambdas}", "weight = {k: lambdas[k] / max(counts[k], 1) * world for k in lambdas}",
+     only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
+    (6, "train.py", "counts = all_sum({k: sum(c[k] for _, _, (_, c) in micro) for k in micro[0][2][1]}, device)",
+     "counts = {k: sum(c[k] for _, _, (_, c) in micro) for k in micro[0][2][1]}", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
+    (6, "train.py", "                dist.all_reduce(flat)\n", "", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
+    (6, "train.py", "if cfg.max_grad_norm and norm > cfg.max_grad_norm:", "if False:", only("test_long_gradients_are_cut_to_the_norm")),
+    (6, "train.py", "return stream(cfg.seed, \"draw\", epoch, row[\"id\"])", "return random.getrandbits(30)", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    # numbers that are none
+    (3, "train.py", "good = math.isfinite(norm) and math.isfinite(loss)", "good = math.isfinite(loss)", only("test_an_infinite_gradient_is_caught_although_the_loss_is_finite")),
+    (3, "train.py", "good = math.isfinite(norm) and math.isfinite(loss)", "good = True", only("test_a_step_with_nan_is_skipped_and_its_rows_are_named", "test_three_in_a_row_end_the_run_with_the_last_good_state")),
+    (3, "train.py", "flags = all_sum(", "flags = (lambda v, d: v)(", only("test_a_step_with_nan_is_skipped_and_its_rows_are_named")),
+    (3, "train.py", "        if bad == 3:", "        if bad == 4:", only("test_three_in_a_row_end_the_run_with_the_last_good_state")),
+    (3, "train.py", "            bad = 0\n", "            pass\n", only("test_a_step_with_nan_is_skipped_and_its_rows_are_named")),
+    # signals, validation, schedule, keeping
+    (1, "train.py", "saving = bool(stop or full", "saving = bool(full", only("test_sigterm_and_sigint_finish_the_step_save_and_resume_exactly")),
+    (1, "train.py", "            os._exit(130)\n", "            pass\n", only("test_a_second_sigint_leaves_at_once_and_before_the_first_step_so_does_the_first")),
+    (1, "train.py", 'means = all_sum({**local, "signals": len(signals)}, device)', 'means = all_sum(local, device) | {"signals": len(signals)}', only("test_a_signal_to_one_rank_stops_both_at_the_same_step")),
+    (1, "train.py", "        return 0.0\n    return cfg.learning_rate", "        pass\n    return cfg.learning_rate", only("test_the_learning_rate_rises_falls_and_stays_at_zero")),
+    (1, "train.py", "    model.train()\n    return {\"loss/total\"", "    return {\"loss/total\"", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty", "test_validation_and_its_samples_do_not_disturb_training", "test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks")),
+    (1, "train.py", "batches[rank::world]", "batches[rank + 1::world]", only("test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks")),
+    (1, "train.py", "        if saving and means", "        if means", only("test_the_best_is_one_that_was_saved")),
+    (1, "train.py", "math.floor(after[2]", "math.ceil(after[2]", only("test_epochs_and_saves_by_epoch")),
+]

@@ -1,0 +1,966 @@
+"""train.py as a user runs it, on a tiny checkpoint: the same numbers anywhere, interruptible anywhere, honest about its input.
+
+SAVE_KILLS=50 raises the number of runs killed while saving (10), OVERFIT_STEPS=500 the length of the run on two clips (50).
+"""
+import functools
+import json
+import math
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import configs
+import lora
+import models
+import train
+from models.parts import Invalid, audio, checkpoint
+from tests import tiny_voxcpm
+from tests.conftest import ROOT
+from tests.running import ranks, start
+
+SMALL = dict(lm_config={"num_hidden_layers": 2}, residual_lm_num_layers=1, encoder_config={"num_layers": 1}, dit_config={"num_layers": 1})
+SETTINGS = {"pretrained_path": "base", "train_manifest": "train.jsonl", "batch_size": 2, "num_workers": 1, "warmup_steps": 2, "max_steps": 20,
+            "num_iters": 20, "learning_rate": 0.01, "log_interval": 5, "valid_interval": 0, "save_interval": 0, "val_samples": 0}
+LONG = ("--grad_accum_steps", 3, "--val_manifest", "val.jsonl", "--valid_interval", 4)  # what the runs of 20 steps share
+HALVES = {"lora": ("lora", 1), "full": ("full", 1), "two ranks": ("lora", 2)}
+
+
+def clip(path, seconds, pitch):
+    t = torch.arange(int(16000 * seconds)) / 16000
+    noise = torch.randn(len(t), generator=torch.Generator().manual_seed(pitch))
+    audio.write(path, 0.3 * torch.sin(6.2832 * pitch * t) * torch.cos(9 * t) + 0.05 * noise, 16000)
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a base, 13 clips to train on and 3 to validate on, all of unequal length and already encoded."""
+    root = tmp_path_factory.mktemp("train")
+    tiny_voxcpm.write(root / "base", "0.5", **SMALL)
+    words, rows = "hello there all in a world of war and the other thing".split(), []
+    for i in range(16):
+        clip(root / f"{i:02d}.wav", 0.3 + 0.08 * (i * 7 % 16), 110 + 13 * i)
+        rows.append({"id": f"r{i:02d}", "audio": f"{i:02d}.wav", "text": " ".join(words[i % 5 : i % 5 + 2 + i % 7])})
+    jsonl(root / "train.jsonl", rows[:13])
+    jsonl(root / "val.jsonl", rows[13:])
+    train.Cache(root / "cache", models.load(root / "base")).add(train.read_manifest([root / "train.jsonl", root / "val.jsonl"]), lambda _: None)
+    for name, section in (("full", ""), ("lora", "lora: {r: 4, alpha: 8, dropout: 0.1}\n")):
+        (root / f"{name}.yaml").write_text("".join(f"{k}: {v}\n" for k, v in SETTINGS.items()) + section)
+    return root
+
+
+def go(home, save, *flags, config="lora", world=1, hook=None, code=0):
+    """Run train.py to its end and return what it said; with several ranks, what rank 0 said."""
+    argv = [f"{config}.yaml", "--save_path", save, *flags]
+    runs = ranks(world, "train", argv, home, hook) if world > 1 else [start("train", argv, home, hook=hook)]
+    codes = [run.wait() for run in runs]
+    assert codes == [code] * world, f"exit codes {codes}, expected {code}\n" + "\n".join(run.said for run in runs)
+    assert not any("Traceback" in run.said for run in runs), runs[0].said
+    return runs[0].said
+
+
+def numbers(run, split="train"):
+    """The lines of metrics.jsonl of one split."""
+    return [line for text in (run / "metrics.jsonl").read_text().splitlines() if (line := json.loads(text))["split"] == split]
+
+
+def contents(folder):
+    """{name: tensor} of all that a step folder holds: weights or adapter, masters, optimizer."""
+    out = {}
+    for path in folder.glob("*.safetensors"):
+        out |= {f"{path.name} {name}": t for name, t in load_file(path).items()}
+    saved = torch.load(folder / "optimizer.pth", weights_only=True)
+    out |= {f"master {name}": t for name, t in saved["values"].items()}
+    return out | {f"optimizer {i} {name}": t for i, state in saved["optimizer"]["state"].items() for name, t in state.items()}
+
+
+def differing(a, b):
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys() and len(a) > 3
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def step(run, n):
+    return run / f"step_{n:07d}"
+
+
+def steps_in(run):
+    return [int(p.name[5:]) for p in checkpoint.steps(run)]
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """20 steps at a stretch by kind, each run once."""
+    @functools.cache
+    def run(kind):
+        config, world = HALVES[kind]
+        go(home, f"{kind} 20", *LONG, config=config, world=world)
+        return home / f"{kind} 20"
+    return run
+
+
+@pytest.fixture(scope="module")
+def halfway(home):
+    """The first 11 of 20 steps by kind, each run once; tests go on from copies."""
+    @functools.cache
+    def run(kind):
+        config, world = HALVES[kind]
+        go(home, f"{kind} 11", *LONG, "--num_iters", 11, config=config, world=world)
+        return home / f"{kind} 11"
+
+    def copy(kind, name):
+        shutil.copytree(run(kind), home / name, symlinks=True)
+        return home / name
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_eleven_steps_and_nine_in_a_new_process_are_twenty(home, straight, halfway, kind):
+    """Bit for bit: weights or adapter, optimizer, losses, order of rows; accumulation 3, dropout 0.1, validations in between."""
+    whole, run = straight(kind), halfway(kind, f"{kind} 11 and 9")
+    config, world = HALVES[kind]
+    said = go(home, run.name, *LONG, config=config, world=world)
+    assert f"going on from {run.name}/step_0000011: 11 steps done" in said and "not those that the run began with" not in said
+    assert numbers(run) == numbers(whole) and [line["step"] for line in numbers(run)] == list(range(1, 21))
+    assert not differing(step(run, 20), step(whole, 20))
+    assert [line["step"] for line in numbers(run, "val")] == [0, 4, 8, 11, 12, 16, 20]
+    assert [line for line in numbers(run, "val") if line["step"] != 11] == numbers(whole, "val")
+    assert checkpoint.read_json(step(run, 20) / checkpoint.INDEX)["epoch"] > 1  # crossed the borders of epochs
+
+
+def test_without_the_optimizers_state_the_comparison_fails(home, straight, halfway):
+    half = halfway("lora", "forgetful half")
+    index = checkpoint.read_json(step(half, 11) / checkpoint.INDEX)
+
+    def write(folder):
+        for name in index["files"]:
+            shutil.copy(step(half, 11) / name, folder / name)
+        saved = torch.load(folder / "optimizer.pth", weights_only=True)
+        for state in saved["optimizer"]["state"].values():
+            for value in state.values():
+                value.zero_()
+        torch.save(saved, folder / "optimizer.pth")
+
+    checkpoint.write_step(home / "forgetful", 11, write, {k: v for k, v in index.items() if k not in ("files", "checksum")})
+    go(home, "forgetful", *LONG)
+    whole = numbers(straight("lora"))[11:]
+    assert numbers(home / "forgetful")[0] == whole[0]  # step 12: the weights had come back, only they
+    assert all(a["loss/total"] != b["loss/total"] for a, b in zip(numbers(home / "forgetful")[2:], whole[2:]))
+    assert differing(step(home / "forgetful", 20), step(straight("lora"), 20))
+
+
+def test_two_ranks_save_and_one_goes_on(home, straight, halfway):
+    run = halfway("two ranks", "two then one")
+    said = go(home, run.name, *LONG)
+    assert "20 steps of 6 micro-batches (6 per rank)" in said
+    for a, b in zip(numbers(run), numbers(straight("two ranks")), strict=True):
+        assert a["rows"] == b["rows"] and a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5), a["step"]
+
+
+def test_ranks_that_cannot_share_a_step_are_refused(home, halfway):
+    run = halfway("lora", "three micro-batches")
+    said = go(home, run.name, *LONG, world=2, code=2)
+    assert "trained with 3 micro-batches per step, which 2 ranks cannot share evenly; use 1 or 3 ranks" in said
+
+
+def test_bf16_weights_have_float32_masters_and_resume_exactly(home):
+    flags = ("--dtype", "bfloat16", "--learning_rate", 1e-4, "--save_interval", 2, "--max_steps", 4, "--num_iters")
+    go(home, "bf16 4", *flags, 4, config="full")
+    go(home, "bf16 2", *flags, 2, config="full")
+    go(home, "bf16 2", *flags, 4, config="full")
+    assert not differing(step(home / "bf16 2", 4), step(home / "bf16 4", 4)) and numbers(home / "bf16 2") == numbers(home / "bf16 4")
+    held = contents(step(home / "bf16 4", 4))
+    for name, t in held.items():
+        assert t.dtype == (torch.bfloat16 if name.startswith("model.safetensors") else torch.float32), name
+    steps = [(held[n] - contents(step(home / "bf16 4", 2))[n]).abs().max() for n in held if n.startswith("master ")]
+    assert all(s > 0 for s in steps)  # what bf16 alone would have rounded away
+    file = held["model.safetensors stop_head.weight"]
+    assert torch.equal(file, held["master stop_head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_float32_training_saves_what_it_has_whatever_the_base_was_stored_in(home, stored):
+    """On the CPU a bf16 base is trained in float32; a checkpoint rounded back to bf16 would not resume exactly."""
+    name = f"base {stored}"
+    tiny_voxcpm.write(home / name, "0.5", stored=stored, **SMALL)
+    go(home, f"{name} run", "--pretrained_path", name, "--num_iters", 1, config="full")
+    assert load_file(step(home / f"{name} run", 1) / "model.safetensors")["stop_head.weight"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def flags_of(*argv):
+    return configs.parse(train.Train, [str(a) for a in argv])
+
+
+@pytest.mark.parametrize("how", [("--batch_size", 3), ("--batch_size", 20), ("--batch_tokens", 60)])
+@pytest.mark.parametrize("per_step", [1, 2, 5])
+def test_every_row_comes_exactly_once_per_epoch(how, per_step):
+    """Any number of micro-batches per step, across the borders of epochs, resumed at every step."""
+    cfg = flags_of(*how)
+    lengths = [random.Random(i).randint(5, 40) for i in range(67)]
+    order, seen = train.Order(lengths, cfg), []
+    while order.epoch < 4:
+        order = train.Order(lengths, cfg, order.epoch, order.position)  # what a new process makes of the saved numbers
+        seen += order.take(per_step)
+    for epoch in range(3):
+        assert sorted(i for e, rows in seen if e == epoch for i in rows) == list(range(67))
+    assert [rows for e, rows in seen if e == 0] != [rows for e, rows in seen if e == 1]
+    one, other = train.Order(lengths, cfg), train.Order(lengths, cfg)
+    assert [one.take(1)[0] for _ in range(per_step * 4)] == [m for _ in range(4) for m in other.take(per_step)]
+    if cfg.batch_tokens:
+        assert all(len(rows) * max(lengths[i] for i in rows) <= 60 for _, rows in seen)
+        assert sum(len(rows) * max(lengths[i] for i in rows) for e, rows in seen if e == 0) < 1.3 * sum(lengths)  # of like length
+
+
+def test_the_log_shows_every_row_once_per_epoch(straight):
+    for kind in ("lora", "two ranks"):
+        rows = [row for line in numbers(straight(kind)) for row in line["rows"]]
+        whole = len(rows) // 13
+        assert whole >= 7
+        for e in range(whole):
+            assert len(set(rows[13 * e : 13 * e + 13])) == 13
+
+
+def test_seven_rows_on_two_ranks_are_all_seen(home):
+    rows = (home / "train.jsonl").read_text().splitlines()[:7]
+    (home / "seven.jsonl").write_text("\n".join(rows))
+    go(home, "seven", "--train_manifest", "seven.jsonl", "--batch_size", 1, "--num_iters", 7, world=2)
+    seen = [row for line in numbers(home / "seven") for row in line["rows"]]
+    assert len(set(seen[:7])) == len(set(seen[7:])) == 7 and len(seen) == 14
+
+
+def test_fewer_clips_than_a_batch_work(home):
+    """Two clips in a batch of 16, four micro-batches to the step; and clips of several speakers draw a warning."""
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()[:2]]
+    jsonl(home / "two.jsonl", [{**row, "speaker": who} for row, who in zip(rows, ("Ann", "Bob"))])
+    said = go(home, "two", "--train_manifest", "two.jsonl", "--batch_size", 16, "--grad_accum_steps", 4, "--num_iters", 2)
+    assert [sorted(line["rows"]) for line in numbers(home / "two")] == [["r00"] * 4 + ["r01"] * 4] * 2
+    assert "2 speakers (Ann, Bob) and this backbone is not told who speaks" in said and "Train one adapter per speaker" in said
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.fixture(scope="module")
+def gradients(home):
+    """gradients(name, flags): what one SGD step took from each weight, divided by the rate."""
+    jsonl(home / "eight.jsonl", [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()[:8]])
+    rate, before = 1e4, load_file(home / "base" / "model.safetensors") if (home / "base" / "model.safetensors").exists() else None
+    before = before or torch.load(home / "base" / "pytorch_model.bin", weights_only=True)
+
+    @functools.cache
+    def run(batch_size, accum, world=1, *flags):
+        name = f"sgd {batch_size} {accum} {world} {' '.join(map(str, flags))}".replace("/", "")
+        go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", batch_size, "--grad_accum_steps", accum, "--optimizer", "sgd", "--num_iters",
+           1, "--warmup_steps", 0, "--weight_decay", 0, "--learning_rate", rate, *flags, config="full", world=world)
+        after = load_file(step(home / name, 1) / "model.safetensors")
+        return {k: (before[k] - after[k]) / rate for k in after}, numbers(home / name)[0]
+    return run
+
+
+def gap(a, b):
+    scale = max(v.abs().max() for v in b.values())
+    return max(((a[k] - b[k]).abs().max() / scale).item() for k in b)
+
+
+def test_micro_batches_and_ranks_do_not_change_the_gradient(gradients):
+    """One batch of 8, four of 2, two ranks with 4: equal to 1e-5 with clips of unequal length."""
+    (whole, line) = gradients(8, 1)
+    assert all(v.abs().max() > 0 for k, v in whole.items() if "delta_time" not in k)
+    for other, other_line in (gradients(2, 4), gradients(4, 1, 2)):
+        assert gap(other, whole) < 1e-5
+        assert sorted(other_line["rows"]) == sorted(line["rows"]) and other_line["loss/total"] == pytest.approx(line["loss/total"], rel=1e-5)
+        assert other_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+def test_recomputing_activations_changes_no_gradient(gradients):
+    assert gap(gradients(8, 1, 1, "--checkpointing")[0], gradients(8, 1)[0]) < 1e-6
+
+
+def test_long_gradients_are_cut_to_the_norm(gradients):
+    whole, line = gradients(8, 1)
+    cut, cut_line = gradients(8, 1, 1, "--max_grad_norm", 0.01)
+    assert cut_line["grad_norm"] == line["grad_norm"] > 0.01  # the log has the norm before
+    assert gap({k: v * line["grad_norm"] / 0.01 for k, v in cut.items()}, whole) < 1e-4
+
+
+def test_adam_and_adamw_differ_by_the_decay_only(home):
+    """After one step Adam has moved every weight by the rate; AdamW first shrinks it, Adam adds the decay to the gradient."""
+    base = torch.load(home / "base" / "pytorch_model.bin", weights_only=True)
+    after = {}
+    for kind in ("adam", "adamw"):
+        go(home, kind, "--optimizer", kind, "--num_iters", 1, "--warmup_steps", 0, "--weight_decay", 0.5, "--learning_rate", 1e-3, config="full")
+        after[kind] = load_file(step(home / kind, 1) / "model.safetensors")
+    name = "lm_to_dit_proj.weight"
+    for kind, shrunk in (("adam", 1.0), ("adamw", 1 - 1e-3 * 0.5)):
+        moved = (after[kind][name] - base[name] * shrunk).abs()
+        assert (moved - 1e-3).abs().max() < 1e-5, kind
+
+
+def test_weights_of_the_losses_act(gradients):
+    stop_only = gradients(8, 1, 1, "--lambdas.loss/diff", 0)[0]
+    assert stop_only["feat_decoder.estimator.out_proj.weight"].abs().max() == 0 < stop_only["stop_head.weight"].abs().max()
+
+
+def eager_compile():
+    """No C++ compiler is needed to see that the compiled layers are those that train."""
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: plain(self, backend="eager")
+
+
+def test_compiled_layers_train_alike(gradients, home):
+    name = "compiled"
+    go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", 8, "--optimizer", "sgd", "--num_iters", 1, "--warmup_steps", 0, "--compile",
+       "--weight_decay", 0, "--learning_rate", 1e4, config="full", hook=eager_compile)
+    assert numbers(home / name)[0]["grad_norm"] == pytest.approx(gradients(8, 1)[1]["grad_norm"], rel=1e-5)
+
+
+def same_draws():
+    """All that collate draws is the same in every step."""
+    train.seed_of = lambda *_: 7
+
+
+def test_dropout_is_drawn_anew_in_every_step(home):
+    """The rate is zero after the first update, rows and draws are the same: only dropout can change the loss."""
+    rows = (home / "train.jsonl").read_text().splitlines()[:2]
+    (home / "pair.jsonl").write_text("\n".join(rows))
+    go(home, "dropout", "--train_manifest", "pair.jsonl", "--max_steps", 1, "--num_iters", 5, "--warmup_steps", 0, hook=same_draws)
+    assert len({line["loss/total"] for line in numbers(home / "dropout")[1:]}) == 4
+    go(home, "no dropout", "--train_manifest", "pair.jsonl", "--max_steps", 1, "--num_iters", 5, "--warmup_steps", 0, "--lora.dropout", 0, hook=same_draws)
+    assert len({line["loss/total"] for line in numbers(home / "no dropout")[1:]}) == 1
+
+
+# ------------------------------------------------------------------------------------------------ schedule, log, validation
+
+
+def test_the_learning_rate_rises_falls_and_stays_at_zero(straight):
+    cfg = flags_of("--learning_rate", 2.0)
+    got = [train.learning_rate(cfg, s, 10, 4) for s in range(13)]
+    half = [1 + math.cos(math.pi * (s - 4) / 6) for s in range(4, 10)]
+    assert got == pytest.approx([0, 0.5, 1.0, 1.5, *half, 0, 0, 0])
+    logged = [line["lr"] for line in numbers(straight("lora"))]  # the rate of the update after s completed ones
+    assert logged == [train.learning_rate(flags_of("--learning_rate", 0.01), s, 20, 2) for s in range(20)]
+
+
+def test_validation_and_its_samples_do_not_disturb_training(home, straight):
+    flags = ("--grad_accum_steps", 3, "--num_iters", 4)
+    go(home, "validated", *flags, "--val_manifest", "val.jsonl", "--valid_interval", 1, "--val_samples", 1)
+    assert numbers(home / "validated") == numbers(straight("lora"))[:4]  # which validated at 0 and 4 and spoke never
+    go(home, "unvalidated", *flags)
+    assert numbers(home / "unvalidated") == numbers(home / "validated") and not numbers(home / "unvalidated", "val")
+    assert not differing(step(home / "unvalidated", 4), step(home / "validated", 4))
+    assert [line["step"] for line in numbers(home / "validated", "val")] == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in (home / "validated" / "samples").iterdir()) == [f"step_{i:07d}_0.wav" for i in range(5)]
+    shown = EventAccumulator(str(home / "validated" / "logs"), {"scalars": 0, "audio": 0, "images": 0}).Reload().Tags()
+    assert {"train/loss/diff", "train/loss/stop", "train/lr", "train/epoch", "train/grad_norm", "val/loss/total"} <= set(shown["scalars"])
+    assert set(shown["audio"]) == {"val_sample_0/generated_audio", "val_sample_0/reference_audio"}
+    assert shown["images"] == ["val_sample_0/mel_spectrogram"]
+
+
+def test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks(home, straight):
+    model = models.load(home / "base")
+    cache, sums, counts = train.Cache(home / "cache", model), {}, {}
+    for row in train.read_manifest(home / "val.jsonl"):
+        batch, n = model.collate([cache.get(row)])
+        for k, v in model(batch).items():
+            sums[k], counts[k] = sums.get(k, 0) + v.item(), counts.get(k, 0) + n[k]
+    for kind in ("lora", "two ranks"):
+        line = numbers(straight(kind), "val")[0]
+        assert line["step"] == 0 and all(line[k] == pytest.approx(sums[k] / counts[k], rel=1e-5) for k in sums)
+        assert line["loss/total"] == pytest.approx(line["loss/diff"] + line["loss/stop"], rel=1e-6)
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(home, halfway):
+    run = halfway("lora", "logged twice")
+    go(home, run.name, *LONG, "--num_iters", 14)
+    shutil.rmtree(step(run, 14))  # as if killed in step 15, after the save at 11
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"step": 15, "los')
+    go(home, run.name, *LONG, "--num_iters", 13)
+    assert [line["step"] for line in numbers(run)] == list(range(1, 14))
+    events = EventAccumulator(str(run / "logs"), {"scalars": 0}).Reload()
+    assert [e.step for e in events.Scalars("train/loss/total")] == list(range(1, 14))
+    assert [e.step for e in events.Scalars("val/loss/total")] == [0, 4, 8, 11, 12, 13]
+
+
+def test_epochs_and_saves_by_epoch(home):
+    """13 clips in batches of 2 are 7 micro-batches; 2.5 epochs of 2 per step are 9 steps, and the borders lie in steps 4 and 7."""
+    said = go(home, "epochs", "--epochs", 2.5, "--save_epochs", 1, "--grad_accum_steps", 2, "--max_steps", 0)
+    assert "epochs 2.5 means 9 steps" in said and steps_in(home / "epochs") == [9, 7, 4]
+    assert numbers(home / "epochs")[6]["epoch"] == pytest.approx(2.0)
+    assert "learning rate reaches zero" not in said  # the schedule follows the epochs
+
+
+def test_the_start_says_what_will_happen_and_the_end_what_did(home):
+    said = go(home, "told", "--num_iters", 2, "--max_steps", 5, "--max_length", 20)
+    for words in ("voxcpm on cpu in float32, 1 rank", "parameters trained", "LoRA: r 4, alpha 8, scale 2, ", " in base_lm.layers",
+                  "longer than 20 positions (max_length): r", "2 steps of 1 micro-batches", "reaches zero at step 5", "step 2/2 | loss ",
+                  "s audio/s", "ETA", "saved told/step_0000002: ", "done: 2 steps, 0 skipped, peak memory"):
+        assert words in said, words
+    assert "data: " in said and ", 0.00 h; dropped" in said
+    assert "step 2/2 | loss" in (home / "told" / "train.log").read_text()
+    assert not go(home, "quiet", "--num_iters", 1, "--max_steps", 0, "--log_level", "error")
+
+
+def test_hours_come_from_the_headers_where_rows_do_not_tell(home):
+    rows = train.read_manifest(home / "train.jsonl")
+    wave, rate = audio.read(home / "03.wav", None)
+    assert train.seconds_of(rows[3]) == pytest.approx(len(wave) / rate) and train.seconds_of({**rows[3], "duration": 5.0}) == 5.0
+    assert train.seconds_of({**rows[3], "start": 0.1, "end": 0.3}) == pytest.approx(0.2)
+    assert train.seconds_of({"turns": [rows[3], rows[3]]}) == pytest.approx(2 * len(wave) / rate)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_save_modes(home):
+    """lora: the adapter; full: the merged model; both: both. What is merged loads as a base and equals base plus adapter."""
+    flags = ("--num_iters", 4, "--max_steps", 4, "--save_interval", 2, "--save_mode")
+    go(home, "mode both", *flags, "both")
+    go(home, "mode full", *flags, "full")
+    shutil.rmtree(step(home / "mode full", 4))
+    go(home, "mode full", *flags, "full")  # resumes from 2: the adapter comes out of optimizer.pth
+    both, full = step(home / "mode both", 4), step(home / "mode full", 4)
+    assert (both / "model.safetensors").exists() and (both / "lora_weights.safetensors").exists()
+    adapter = load_file(both / "lora_weights.safetensors")  # nothing but the adapter, in a file of its size
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in adapter)
+    assert (both / "lora_weights.safetensors").stat().st_size < 4 * sum(t.numel() for t in adapter.values()) + 200 * len(adapter) + 2000
+    assert (full / "model.safetensors").exists() and not (full / "lora_weights.safetensors").exists()
+    merged, again = load_file(both / "model.safetensors"), load_file(full / "model.safetensors")
+    assert all(torch.equal(merged[k], again[k]) for k in merged) and merged.keys() == again.keys()
+    model = models.load(home / "base")
+    lora.load_lora_weights(model, both)
+    lora.merge_lora_weights(model)
+    own = models.load(both).published_state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in model.published_state_dict().items())
+    assert steps_in(home / "mode both") == [4, 2]  # and none of step 0
+    assert os.readlink(home / "mode both" / "latest") == "step_0000004"
+
+
+def test_what_is_kept_and_that_a_full_run_outlives_the_folder_it_came_from(home):
+    """The last 2, every 4th, and the best among those that were saved; codec and tokenizer survive the pruning of their source."""
+    flags = ("--save_interval", 1, "--keep_last", 2, "--keep_every", 4, "--val_manifest", "val.jsonl", "--valid_interval", 1, "--num_iters")
+    go(home, "kept", *flags, 3, config="full")
+    go(home, "kept", *flags, 7, config="full")
+    losses = {line["step"]: line["loss/total"] for line in numbers(home / "kept", "val") if line["step"]}
+    best = min(losses, key=losses.get)
+    assert set(steps_in(home / "kept")) == {7, 6, 4, best}
+    assert set(p.name for p in step(home / "kept", 7).iterdir()) == set(p.name for p in step(home / "kept", 4).iterdir())
+    models.load(step(home / "kept", 7))
+
+
+def told_losses():
+    """Validation losses at steps 0, 1, 2 ..; the odd ones are the lowest."""
+    values = iter([9.0, 1.0, 5.0, 1.0, 6.0, 1.0, 7.0])
+    train.evaluate = lambda *_: {"loss/total": next(values)}
+
+
+def test_the_best_is_one_that_was_saved(home):
+    flags = ("--keep_last", 1, "--val_manifest", "val.jsonl", "--valid_interval", 1, "--save_interval", 2, "--num_iters")
+    go(home, "best", *flags, 6, hook=told_losses)
+    assert steps_in(home / "best") == [6, 2]
+    assert checkpoint.read_json(step(home / "best", 6) / checkpoint.INDEX)["best"] == [5.0, 2]
+
+
+def test_a_run_stays_what_it_is_under_its_own_config(home):
+    """--overwrite moves aside and is not remembered; config.yaml, given as it is, goes on with the run."""
+    (home / "mine").mkdir()
+    (home / "mine" / "notes.txt").write_text("precious")
+    said = go(home, "mine", "--overwrite", "--num_iters", 1)
+    assert "moved the earlier mine to mine.before-1" in said and (home / "mine.before-1" / "notes.txt").read_text() == "precious"
+    run = start("train", ["mine/config.yaml", "--num_iters", 2], home)
+    assert run.wait() == 0 and "going on from mine/step_0000001" in run.said
+    run = start("train", ["mine/config.yaml", "--num_iters", 2], home)
+    assert run.wait() == 0 and "done: 2 steps" in run.said  # nothing left to do, nothing done
+    assert [line["step"] for line in numbers(home / "mine")] == [1, 2] and steps_in(home / "mine") == [2, 1]
+
+
+class Heard:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text, level="info"):
+        self.lines.append(text)
+
+
+def damage(path, harm):
+    data = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        i = random.Random(str(path.name)).randrange(len(data))
+        path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_damage_to_any_file_of_a_checkpoint_is_noticed(home, halfway, monkeypatch, kind):
+    """Each file cut, gone, or with one bit flipped: train.py names it and takes the step before."""
+    monkeypatch.chdir(home)
+    run = halfway(kind, f"damaged {kind}")
+    shutil.copytree(step(run, 11), home / "intact")
+    shutil.copytree(step(run, 11), step(run, 10))
+    names = sorted(p.name for p in (home / "intact").iterdir())
+    assert {"optimizer.pth", "scheduler.pth", checkpoint.INDEX} < set(names)
+    cfg = flags_of(f"{kind}.yaml", "--save_path", run.name, *LONG)
+    for name in names:
+        for harm in ("cut", "flipped", "gone"):
+            for other in home.glob(f"{run.name}/step_*"):
+                if other.name != "step_0000010":
+                    shutil.rmtree(other)
+            shutil.copytree("intact", step(run, 11))
+            damage(step(run, 11) / name, harm)
+            heard = Heard()
+            assert train.run_folder(cfg, 0, heard).name == "step_0000010", (name, harm)
+            assert name in heard.lines[0] and "damaged" in heard.lines[0]
+    shutil.rmtree("intact")
+
+
+def test_one_flipped_byte_anywhere_in_the_index_is_noticed(halfway):
+    index = step(halfway("lora", "index"), 11) / checkpoint.INDEX
+    data = index.read_bytes()
+    for i in range(0, len(data), 11):
+        index.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        assert checkpoint.check_step(index.parent), data[max(0, i - 20) : i + 20]
+
+
+def test_a_run_goes_on_from_before_the_damage_and_ends_alike(home, straight):
+    """The damaged folder is moved aside, so that keep_last 1 does not take it for the newest and delete what is newer in truth."""
+    shutil.copytree(straight("lora"), home / "mended", symlinks=True)
+    run = home / "mended"
+    go(home, "mended half", *LONG, "--num_iters", 11)
+    shutil.copytree(step(home / "mended half", 11), step(run, 11))
+    damage(step(run, 20) / "optimizer.pth", "cut")
+    said = go(home, "mended", *LONG, "--save_interval", 3, "--keep_last", 1, "--keep_best", "false")
+    assert "passing over a damaged checkpoint: mended/step_0000020/optimizer.pth has" in said and "going on from mended/step_0000011" in said
+    assert "moved mended/step_0000020, which lies after step 11, to mended/step_0000020.before-1" in said
+    assert not differing(step(run, 20), step(straight("lora"), 20)) and numbers(run)[11:] == numbers(straight("lora"))[11:]
+    assert steps_in(run) == [20] and os.readlink(run / "latest") == "step_0000020"
+
+
+def test_resume_from_takes_a_step_and_refuses_a_damaged_one(home, straight, halfway):
+    run = halfway("lora", "chosen")
+    go(home, "elsewhere", *LONG, "--resume_from", "chosen/latest")
+    assert not differing(step(home / "elsewhere", 20), step(straight("lora"), 20))
+    assert [line["step"] for line in numbers(home / "elsewhere")] == list(range(12, 21))
+    damage(step(run, 11) / "optimizer.pth", "flipped")
+    said = go(home, "elsewhere", *LONG, "--resume_from", "chosen/step_0000011", code=2)
+    assert "resume_from: chosen/step_0000011/optimizer.pth does not have the checksum" in said
+    said = go(home, "chosen", *LONG, code=1)  # the only step is damaged: not silently a fresh start
+    assert "none of the 1 checkpoints in chosen is complete; --overwrite starts anew" in said
+    said = go(home, "chosen", *LONG, "--resume_from", "nowhere", code=2)
+    assert "nowhere has no training_state.json" in said
+
+
+def small_disk():
+    """No file may grow beyond 20 kB from the third step on."""
+    reduce, calls = train.reduce_gradients, []
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(parameters):
+        calls.append(0)
+        if len(calls) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        reduce(parameters)
+
+    train.reduce_gradients = limit
+
+
+@pytest.mark.parametrize("config", ["lora", "full"])
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_that_were(home, config):
+    name = f"full disk {config}"
+    said = go(home, name, "--num_iters", 8, "--save_interval", 2, config=config, hook=small_disk, code=1)
+    assert f"could not save {name}/step_0000004" in said and "Earlier checkpoints are untouched" in said and "MB are free" in said
+    assert sorted(p.name for p in (home / name).glob("step*")) == ["step_0000002"]
+    assert f"going on from {name}/step_0000002" in go(home, name, "--num_iters", 8, "--save_interval", 2, config=config)
+
+
+# ------------------------------------------------------------------------------------------------ kills and signals
+
+
+SAVING = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace"), (os, "symlink"), (os, "open"), (os, "unlink"), (torch, "save"),
+          (checkpoint, "save_file"), (Path, "write_text"), (shutil, "copyfile"))
+
+
+def dying(n):
+    """kill -9 before the n-th file operation of the first save, or with its file half written; says how many there were."""
+    count, saving = [0], [False]
+
+    def counted(call):
+        def operation(*args, **kwargs):
+            if not saving[0]:
+                return call(*args, **kwargs)
+            count[0] += 1
+            if count[0] == n + 1:
+                if call.__name__ in ("save", "save_file", "write_text", "copyfile"):  # os.open is also below these
+                    saving[0] = False
+                    call(*args, **kwargs)
+                    path = next(a for a in args if isinstance(a, (str, Path)))
+                    os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        operation.__name__ = call.__name__
+        return operation
+
+    for owner, name in SAVING:
+        setattr(owner, name, counted(getattr(owner, name)))
+    whole = train.checkpoint.write_step
+
+    def write_step(*args):
+        saving[0] = True
+        out = whole(*args)
+        saving[0] = False
+        print(f"operations {count[0]}", flush=True)
+        return out
+
+    train.checkpoint.write_step = write_step
+
+
+def test_killed_while_saving_it_goes_on_from_the_last_complete_step(home, straight, halfway):
+    """kill -9 at chosen file operations and at random moments of saves, process after process; then the run ends like the unbroken one."""
+    flags, n = (*LONG, "--save_interval", 1), int(os.environ.get("SAVE_KILLS", 10))
+    said = go(home, halfway("lora", "counted").name, *flags, "--num_iters", 12, hook=functools.partial(dying, 10**9))
+    total, hit = int(said.split("operations ")[1].split()[0]), set()
+    run = halfway("lora", "killed")
+    for k in range(n):
+        newest, by_chance = checkpoint.newest_step(run), k % 5 == 4
+        at = 10**9 if by_chance else round(k * (total - 1) / (n - 1)) if n <= total else len(hit) % total
+        died = start("train", ["lora.yaml", "--save_path", run.name, *flags], home, hook=functools.partial(dying, at))
+        if by_chance:
+            assert died.until(lambda r: "going on from" in r.said and list(run.glob("step_*.tmp"))), died.said
+            time.sleep(random.Random(k).random() * 0.03)
+            os.kill(died.pid, signal.SIGKILL)
+        hit |= {at} - {10**9}
+        assert died.wait() == -9, died.said
+        assert f"going on from {run.name}/{newest.name}: " in died.said and "passing over" not in died.said
+        found, wrong = checkpoint.newest_step(run, print), checkpoint.check_step(run / "latest")
+        assert int(found.name[5:]) - int(newest.name[5:]) in ((0, 1, 2, 3) if by_chance else (0, 1)) and not wrong, (found, wrong)
+        if k == n - 1 or int(found.name[5:]) > 16:
+            go(home, run.name, *flags)
+            assert not differing(step(run, 20), step(straight("lora"), 20)) and numbers(run) == numbers(straight("lora"))
+            assert not list(run.glob("*.tmp")) and not list(run.glob("*.before-*"))
+            run = halfway("lora", f"killed {k}")
+    print(f"{n} kills, {len(hit)} of {total} file operations of a save hit")
+    assert total > 20 and (n < 50 or len(hit) == total)
+
+
+def lines_in(run, n):
+    """A condition: metrics.jsonl of a run has n training lines."""
+    return lambda _: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"train"') >= n
+
+
+def test_sigterm_and_sigint_finish_the_step_save_and_resume_exactly(home, straight):
+    """SIGTERM in the first process, SIGINT in the second, the third ends; SIGTERM exits 143, SIGINT 130."""
+    run = home / "signalled"
+    for number, code, lines in ((signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 9)):
+        process = start("train", ["lora.yaml", "--save_path", run.name, *LONG], home)
+        assert process.until(lines_in(run, lines)), process.said
+        os.kill(process.pid, number)
+        begun = time.monotonic()
+        assert process.wait() == code, process.said
+        assert time.monotonic() - begun < 20 and "asked to stop: saved step" in process.said
+        assert steps_in(run)[0] == numbers(run)[-1]["step"] < 20
+    go(home, run.name, *LONG)
+    assert not differing(step(run, 20), step(straight("lora"), 20)) and numbers(run) == numbers(straight("lora"))
+    assert len(steps_in(run)) == 3
+
+
+def slow(name):
+    """The named function of train.py takes a minute."""
+    def wait(*args):
+        print("waiting", flush=True)
+        for _ in range(600):
+            time.sleep(0.1)
+
+    setattr(train, name, wait)
+
+
+def test_a_second_sigint_leaves_at_once_and_before_the_first_step_so_does_the_first(home):
+    for name, signals, code in (("reduce_gradients", [signal.SIGINT, signal.SIGINT], 130), ("pick_rows", [signal.SIGINT], 130),
+                                ("pick_rows", [signal.SIGTERM], 143)):
+        process = start("train", ["lora.yaml", "--save_path", f"slow {name}", "--num_iters", 3, "--overwrite"], home, hook=functools.partial(slow, name))
+        assert process.until(lambda r: "waiting" in r.said), process.said
+        for number in signals:
+            assert process.process.exitcode is None
+            os.kill(process.pid, number)
+            time.sleep(0.3)
+        assert process.wait(5) == code and "Traceback" not in process.said
+        assert not steps_in(home / f"slow {name}")
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(home):
+    run = home / "one of two"
+    both = ranks(2, "train", ["lora.yaml", "--save_path", run.name, "--num_iters", 500, "--max_steps", 500], home)
+    assert both[0].until(lines_in(run, 3)), both[0].said
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert [process.wait() for process in both] == [143, 143], both[0].said + both[1].said
+    assert steps_in(run) == [numbers(run)[-1]["step"]]
+
+
+def children(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_under_torchrun_a_killed_rank_restarts_the_group_or_ends_the_job(home):
+    """kill -9 of one rank: the group restarts and goes on from the last save; the second time no restart is left, and the job fails soon."""
+    run = home / "torchrun"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "--master_port", str(port),
+                            str(Path(ROOT) / "train.py"), "lora.yaml", "--save_path", run.name, "--num_iters", "5000", "--save_interval", "2"],
+                           cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        for lines in (3, None):
+            ready = lines_in(run, lines) if lines else lambda _: numbers(run)[-1]["step"] > reached
+            end = time.monotonic() + 90
+            while not (steps_in(run) and ready(None)):
+                assert job.poll() is None and time.monotonic() < end, job.communicate()[1]
+                time.sleep(0.01)
+            victim = children(job.pid)[-1]
+            os.kill(victim, signal.SIGKILL)
+            begun = time.monotonic()
+            time.sleep(0.5)
+            reached = max(numbers(run)[-1]["step"], steps_in(run)[0]) + 4
+        said = job.communicate(timeout=60)[1]
+        assert time.monotonic() - begun < 60 and job.returncode not in (0, None)
+    finally:
+        job.kill()
+    assert "going on from torchrun/step_" in said
+    found = [line["step"] for line in numbers(run)]
+    assert found == list(range(1, found[-1] + 1)) and checkpoint.newest_step(run) is not None
+
+
+# ------------------------------------------------------------------------------------------------ numbers that are none
+
+
+def poisoned(ids=None):
+    """The cached latents of some rows, or of all, are NaN."""
+    get = train.Cache.get
+
+    def bad(self, row):
+        out = get(self, row)
+        return {k: v * math.nan if v.is_floating_point() and (ids is None or row["id"] in ids) else v for k, v in out.items()}
+
+    train.Cache.get = bad
+
+
+def finite(folder):
+    return all(t.isfinite().all() for t in contents(folder).values())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_with_nan_is_skipped_and_its_rows_are_named(home, world):
+    """On two ranks such a row lies now on one, now on the other; both skip, and rank 0 names it. Good steps between do not add up to three."""
+    run, bad = home / f"nan {world}", ["r05", "r09"]
+    said = go(home, run.name, "--num_iters", 13, "--batch_size", 1, "--grad_accum_steps", 2 // world, world=world,
+              hook=functools.partial(poisoned, bad))
+    hit = {line["step"]: [row for row in line["rows"] if row in bad] for line in numbers(run) if set(bad) & set(line["rows"])}
+    lines = [line for line in said.splitlines() if "update skipped" in line]
+    assert [f"step {s}: loss nan, gradient norm nan: update skipped; rows {', '.join(rows)}" for s, rows in hit.items()] == lines
+    places = {line["rows"].index(row) for line in numbers(run) for row in hit.get(line["step"], ())}
+    assert len(hit) >= 3 and places == {0, 1} and f"{len(hit)} skipped" in said
+    assert [line["step"] for line in numbers(run) if line["loss/total"] is None] == list(hit)
+    assert finite(step(run, 13)) and checkpoint.read_json(step(run, 13) / checkpoint.INDEX)["skipped"] == len(hit)
+
+
+def test_three_in_a_row_end_the_run_with_the_last_good_state(home, halfway, straight):
+    run = halfway("lora", "all nan")
+    said = go(home, run.name, *LONG, hook=poisoned, code=1)
+    assert said.count("update skipped") == 3 and "three steps in a row gave no finite loss and gradient; stopped at step 14" in said
+    assert "lower learning_rate" in said and steps_in(run) == [14, 11]
+    assert finite(step(run, 14)) and not differing(step(run, 14), step(run, 11))
+    model = models.load(home / "base")
+    assert lora.load_lora_weights(model, step(run, 14))
+
+
+def infinite_gradient():
+    """The loss is fine, one value of one gradient is not, in steps 2 and 4."""
+    calls = []
+
+    def reduce(parameters):
+        calls.append(0)
+        if len(calls) in (2, 4):
+            parameters[3].grad.view(-1)[0] = math.inf
+
+    train.reduce_gradients = reduce
+
+
+def test_an_infinite_gradient_is_caught_although_the_loss_is_finite(home):
+    said = go(home, "inf", "--num_iters", 5, "--max_grad_norm", 1.0, hook=infinite_gradient)
+    assert said.count("update skipped; rows") == 2 and "done: 5 steps, 2 skipped" in said and finite(step(home / "inf", 5))
+
+
+def out_of_memory():
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    train.to_device = full
+
+
+def test_out_of_memory_names_the_batch_and_what_to_change(home):
+    said = go(home, "oom", "--num_iters", 2, hook=out_of_memory, code=1)
+    for words in ("out of memory at step 1", "[2] clips, the longest r", "positions", "smaller batch_size or batch_tokens", "--checkpointing",
+                  "Tried to allocate 20.00 GiB"):
+        assert words in said, words
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_run_folder_of_another_run_is_refused_with_the_keys_that_differ(home, halfway):
+    run = halfway("lora", "another")
+    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--batch_size", 3, code=2)
+    assert "made with other settings" in said and "--overwrite" in said
+    for words in ("seed: 42 there, 7 here", "batch_size: 2 there, 3 here", "lora: {", "'r': 4", "'r': 2"):
+        assert words in said, words
+    said = go(home, run.name, *LONG, "--pretrained_path", "nobase", config="full", code=2)  # told before the base is looked at
+    assert "None here" in said
+    assert "going on from" in go(home, run.name, *LONG, "--num_iters", 12, "--log_interval", 1, "--save_interval", 7, "--num_workers", 0)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_another_base_is_refused_on_resume(home, mode):
+    if not (home / "base 2").exists():
+        shutil.copytree(home / "base", home / "base 2")
+        weights = torch.load(home / "base" / "pytorch_model.bin", weights_only=True)
+        weights["stop_proj.weight"] += 1
+        torch.save(weights, home / "base 2" / "pytorch_model.bin")
+    flags = (f"based {mode}", "--save_mode", mode, "--num_iters")
+    go(home, *flags, 1)
+    said = go(home, *flags, 2, "--pretrained_path", "base 2", code=1)
+    assert f"based {mode}/step_0000001 was trained on another base" in said and "--ignore_base" in said
+    go(home, *flags, 2, "--pretrained_path", "base 2", "--ignore_base")
+
+
+def test_changed_rows_are_noticed_on_resume(home, halfway):
+    run = halfway("lora", "other rows")
+    said = go(home, run.name, *LONG, "--num_iters", 12, "--train_manifest", "val.jsonl", code=2)
+    assert "the data set changed" in said  # its epoch is too short for where the run stands
+    rows = (home / "train.jsonl").read_text().splitlines()
+    (home / "swapped.jsonl").write_text("\n".join(rows[1:] + rows[:1]))
+    assert "not those that the run began with" in go(home, run.name, *LONG, "--num_iters", 12, "--train_manifest", "swapped.jsonl")
+
+
+REFUSED = {  # flags, exit code, words
+    "no save_path": (("--save_path", ""), 2, "save_path is not set"),
+    "save_path below a file": (("--save_path", "train.jsonl/run", "--pretrained_path", "nobase"), 2, "save_path train.jsonl/run cannot be written"),
+    "save_path is a file": (("--save_path", "train.jsonl", "--overwrite"), 2, "save_path train.jsonl cannot be written"),
+    "sample_rate": (("--sample_rate", 44100), 2, "sample_rate is 44100, the checkpoint's is 16000"),
+    "lambdas": (("--lambdas.loss/dif", 1), 2, "unknown loss loss/dif; this backbone has loss/diff, loss/stop"),
+    "backbone option": (("--backbone.training_cfg", 1), 2, "backbone.training_cfg: unknown; the nearest known name is training_cfg_rate"),
+    "batch_size": (("--batch_size", 0), 2, "batch_size is 0, expected at least 1"),
+    "distribute": (("--distribute",), 2, "distribute needs hf_model_id"),
+    "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
+    "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),
+    "no base": (("--pretrained_path", "nobase"), 1, "no checkpoint at nobase"),
+    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on: all 13 are too long; raise max_batch_tokens"),
+    "no target": (("--lora.target_modules", "q_projj"), 1, "lora.target_modules: 'q_projj' matches no Linear"),
+    "a torn recording": (("--train_manifest", "torn.jsonl"), 1, "torn.wav"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_said_before_the_first_step(home, what):
+    (home / "empty.jsonl").write_text("\n")
+    (home / "torn.wav").write_bytes((home / "00.wav").read_bytes()[:20])
+    jsonl(home / "torn.jsonl", [{"audio": "torn.wav", "text": "hello"}])
+    flags, code, words = REFUSED[what]
+    save = () if "--save_path" in flags else ("--save_path", f"refused {what}")
+    run = start("train", ["lora.yaml", *save, *flags], home)
+    assert run.wait() == code and words in run.said and "Traceback" not in run.said, run.said
+    assert len(run.said.splitlines()) < 8 and not list(home.glob(f"refused {what}/step_*"))
+
+
+def test_save_mode_needs_a_lora_section(home):
+    assert "save_mode both is for LoRA runs" in go(home, "no section", "--save_mode", "both", config="full", code=2)
+
+
+def test_a_missing_cache_under_torchrun_prints_the_command_that_fills_it(home, tmp_path):
+    shutil.copytree(home / "base", tmp_path / "base")
+    for name in ("00.wav", "01.wav", "02.wav"):
+        shutil.copy(home / name, tmp_path)
+    (tmp_path / "my data").mkdir()
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()[:3]]
+    jsonl(tmp_path / "my data" / "mine.jsonl", rows[:2])
+    jsonl(tmp_path / "my data" / "val.jsonl", rows[2:])
+    shutil.copy(home / "lora.yaml", tmp_path)
+    flags = ("--train_manifest", "my data/mine.jsonl", "--val_manifest", "my data/val.jsonl", "--num_iters", 1)
+    said = go(tmp_path, "run", *flags, world=2, code=2)
+    assert "3 of 3 clips are not in the cache my data/cache. Encode them once, in one process:" in said
+    command = shlex.split(said.split("\n")[-2])
+    assert command[:2] == ["python", "prepare_data.py"]
+    done = start("prepare_data", command[2:], tmp_path)
+    assert done.wait() == 0, done.said
+    assert "done: 1 steps" in go(tmp_path, "run", *flags, world=2)
+    assert sorted(p.name for p in (tmp_path / "my data").iterdir() if p.suffix == ".jsonl") == ["mine.jsonl", "val.jsonl"]
+    shutil.rmtree(tmp_path / "my data" / "cache")
+    assert "encoded 3/3" in go(tmp_path, "alone", *flags)  # one process encodes by itself
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def learn(model, clips, steps, rate):
+    """Losses on two clips with fixed draws, with AdamW and the script's schedule."""
+    cfg = flags_of("--learning_rate", rate)
+    masters = train.Masters({n: p for n, p in model.named_parameters() if p.requires_grad})
+    optimizer = torch.optim.AdamW(masters.parameters, rate, weight_decay=0.01)
+    model.train()
+    batch, counts = model.collate(clips, [1, 2])
+    seen = []
+    for s in range(steps + 1):
+        out = model(batch)
+        loss = sum(out[k] / counts[k] for k in out if k.startswith("loss/"))
+        seen.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(cfg, s, steps, 5)
+        optimizer.step()
+    return seen
+
+
+def test_two_clips_are_learned(home):
+    """Full tuning: 0.7 x the first loss in 50 steps (0.35 x in 500); LoRA: 0.9 x in 50 (200), and no base weight changes."""
+    rows = train.read_manifest(home / "train.jsonl")[:2]
+    model = models.load(home / "base")
+    cache = train.Cache(home / "cache", model)
+    clips = [cache.get(row) for row in rows]
+    steps = int(os.environ.get("OVERFIT_STEPS", 50))
+    full = learn(model, clips, steps, 3e-3)
+    print(f"full: {full[-1] / full[0]:.3f} x after {steps} steps")
+    assert full[-1] <= (0.35 if steps >= 500 else 0.7) * full[0]
+    model = models.load(home / "base")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    lora.apply_lora_to_model(model, {"r": 8, "alpha": 16.0})
+    adapter = learn(model, clips, min(steps, 200), 1e-2)
+    print(f"LoRA: {adapter[-1] / adapter[0]:.3f} x after {min(steps, 200)} steps")
+    assert adapter[-1] <= 0.9 * adapter[0]
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in before.items())
