@@ -403,7 +403,7 @@ def evaluate(cfg, model, examples, lambdas, device, rank, world):
     for rows in batches[rank::world]:
         batch, n = model.collate([examples[i] for i in rows])
         for k, v in model(to_device(batch, device)).items():
-            sums[k], counts[k] = sums.get(k, 0.0) + v.double().item(), counts.get(k, 0) + n[k]
+            sums[k], counts[k] = sums.get(k, 0.0) + v.item(), counts.get(k, 0) + n[k]
     known = model.counts(model.collate([examples[0]])[0])  # a rank without a batch still takes part in the sum
     sums = all_sum({k: sums.get(k, 0.0) for k in known}, device)
     counts = all_sum({k: counts.get(k, 0) for k in known}, device)
@@ -661,7 +661,7 @@ def main():
                           f"grad_accum_steps), --checkpointing, or a smaller max_length. Checkpoints are untouched. ({str(e).splitlines()[0]})") from None
         reduce_gradients(masters.parameters)
         norm = gradient_norm(masters.parameters).item()
-        local = {k: v.double().sum().item() for k, v in sums.items()}
+        local = {k: v.sum().item() for k, v in sums.items()}
         means = all_sum({**local, "signals": len(signals)}, device)
         stop = means.pop("signals")
         means = {k: v / max(counts[k], 1) for k, v in means.items()}

@@ -9,6 +9,7 @@ kyutai/moshiko-pytorch-bf16 (moshi naming, interleaved rotary, q, k and v in one
 Every causal layer takes `state`, a dict from module to what it has to remember. A whole clip is one chunk with a fresh
 dict, so streaming and batch are the same arithmetic. Letters: B batch, C channels, T frames, K codebooks, n samples.
 """
+import contextlib
 import math
 import re
 import zlib
@@ -317,7 +318,7 @@ class Mimi(nn.Module):
             raise Invalid(f"Mimi encodes mono audio (n,) with at least one sample, got shape {list(wav.shape)}")
         x = wav.to(self.downsample.conv.weight.device, torch.float32)
         x = F.pad(x, (0, -len(x) % c.frame))[None, None]
-        with exact():
+        with exact(x.device):
             x = self.encoder_transformer(self.encoder(x, {}), {})
             return self.quantizer.encode(self.downsample(x, {}), self.codebooks)[0]
 
@@ -356,14 +357,16 @@ class Stream:
         if int(x.min()) < 0 or int(x.max()) >= size:
             raise Invalid(f"Mimi has the codes 0 to {size - 1}, got {int(x.min())} to {int(x.max())}; ids above are special "
                           "ids of the language model, which sampling leaves out with mask_special on")
-        with exact():
+        with exact(x.device):
             x = codec.upsample(codec.quantizer.decode(x), self.state)
             x = codec.decoder(codec.decoder_transformer(x, self.state), self.state)
         return x.reshape(*codes.shape[:-2], -1)
 
 
-def exact():
-    """No TF32 in convolutions: ten bits of mantissa change codes. cuDNN uses it unless told."""
+def exact(device):
+    """No TF32 in convolutions on CUDA: ten bits of mantissa change codes. cuDNN uses it unless told."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
@@ -526,11 +529,24 @@ def load(stored, settings=None, codebooks=None, device="cpu", allow_unused=False
     with torch.device("meta"):
         codec = Mimi(config, codebooks)
     fill(codec, stored, unused=UNUSED, device=device, allow_unused=allow_unused, what=what)
+    return _finish(codec, device)
+
+
+def blank(config):
+    """A codec with drawn weights, for measuring only."""
+    codec = Mimi(config)
+    for p in (*codec.parameters(), *codec.buffers()):
+        nn.init.normal_(p, std=p[0].numel() ** -0.5) if p.ndim > 1 else nn.init.ones_(p)
+    return _finish(codec, "cpu")
+
+
+def _finish(codec, device):
+    """What is computed from the weights and settings; frozen, and never in training mode."""
     for module in codec.modules():
         if isinstance(module, Codebook):
             # The clamp is upstream's divisor: a centroid that was never used becomes huge, and stays unused.
             module.centroids = module.embed_sum / module.cluster_usage.clamp(min=1e-5)[:, None]
             module.half_norm = module.centroids.square().sum(-1) / 2
         if isinstance(module, Transformer):
-            module.frequencies = rotary_frequencies(config.head_dim, config.rope_theta).to(device)
+            module.frequencies = rotary_frequencies(codec.config.head_dim, codec.config.rope_theta).to(device)
     return codec.eval().requires_grad_(False)

@@ -3,8 +3,8 @@
     features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8) ─nearest of 8192─▶ codes (B, T)
     codes (B, T) ─▶ codebook rows (B, T, 8) ─out_project─▶ vectors (B, T, 1024)
 
-Nearest means nearest in direction: latents and codebook are normalised for the search alone, the rows that go on are
-the raw ones (arXiv 2110.04627). Paper: arXiv 2409.00750; checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
+Nearest means nearest in direction: the rows are normalised for the search alone, those that go on are the raw ones
+(arXiv 2110.04627). Paper: arXiv 2409.00750; checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
 Attributes bear the published names. Always float32, as every codec here.
 """
 import re
@@ -67,9 +67,9 @@ class Quantizer(nn.Module):
         self.out_project = nn.Conv1d(size, channels, 1)
 
     def encode(self, x):
-        """(B, T, C) -> (B, T). Between unit vectors the smallest distance is the largest product."""
+        """(B, T, C) -> (B, T). Nearest in direction is the largest product; the length of z scales all of them alike."""
         z = F.linear(x, self.in_project.weight[..., 0], self.in_project.bias)
-        return (F.normalize(z, dim=-1) @ F.normalize(self.codebook.weight, dim=-1).T).argmax(-1)
+        return (z @ F.normalize(self.codebook.weight, dim=-1).T).argmax(-1)
 
     def decode(self, codes):
         return F.linear(self.codebook(codes), self.out_project.weight[..., 0], self.out_project.bias)

@@ -18,7 +18,7 @@ from torch import nn
 from models.parts import Invalid, checkpoint
 
 # What the arithmetic below is; config.json may state these keys with no other value.
-FIXED = dict(hidden_act="swish", position_embeddings_type="relative_key", add_adapter=False, use_intermediate_ffn_before_adapter=False)
+FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type=("relative_key",), add_adapter=(False,))
 
 
 class FeatureProjection(nn.Module):
@@ -150,9 +150,9 @@ def build(stored, config, layers, what):
             raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? Its names begin with {', '.join(sorted(stored)[:3])}.")
         return stored[name].shape[axis]
 
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise Invalid(f"{what}: {key} is {config[key]!r}; only {value!r}, as in facebook/w2v-bert-2.0, is known here")
+    for key, values in FIXED.items():
+        if config.get(key, values[0]) not in values:
+            raise Invalid(f"{what}: {key} is {config[key]!r}; only {values[0]!r}, as in facebook/w2v-bert-2.0, is known here")
     first = "encoder.layers.0."
     width, distances = size(first + "self_attn.linear_q.weight", 0), size(first + "self_attn.distance_embedding.weight", 0)
     left, right = config.get("left_max_position_embeddings", 64), config.get("right_max_position_embeddings", 8)

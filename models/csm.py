@@ -1,0 +1,981 @@
+"""CSM-1B: text in, Mimi codes out, one frame of K codes (80 ms) per step.
+
+Two Llamas share the work. The backbone reads text and earlier frames and predicts codebook 0 of the next frame; the
+depth decoder, a small one that starts anew in every frame, turns the backbone's state and the codes so far into the
+next codebook, K - 1 times. A frame of K zeros ends the speech and is trained like any other frame: 0 is also an
+ordinary code of every codebook.
+
+    row (K + 1 ints)   0 .. K-1   K           what it is         predicted from the row before
+    bos                -          128000      begin of text
+    "[0]Hi."           -          ids         text, the speaker as a number in front
+    eos                -          128001      end of text
+    frame 1            codes      -           sum of K table rows   codebook 0 by the backbone, the others by the
+    ...                                                             decoder: state, c0, c1 .. in; c1, c2 .. out
+    end frame          zeros      -           after it the next turn may begin with bos
+
+Blog: sesame.com/research/crossing_the_uncanny_valley_of_voice. Checkpoint: sesame/csm-1b, codec kyutai/mimi.
+
+What differs from the tools that train it, on purpose:
+- loss/acoustic is the mean over codebooks 1 to K-1 and over the frames that were drawn. transformers' Trainer multiplies
+  it by 31 in silence (lambdas 1 and 31 do the same here), csm-mlx divides everything by 32 (1/32 and 31/32).
+- Weights are half-split rotary in memory whatever the file is; the other two namings are interleaved and are permuted.
+- The ids 2048 to 2050, which Mimi does not have, are not sampled (mask_special).
+
+Letters besides the usual: N trained frames in a batch, M those of them that the depth decoder sees, S rows of text.
+"""
+import dataclasses
+import json
+import math
+import re
+import shutil
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.parts import Invalid, audio, checkpoint, mimi, opt
+from models.parts.checkpoint import Stored
+from models.parts.layers import Cache, Layer, Packing, RMSNorm, attend, rotary, run_layers
+from models.parts.tokenizer import Tokenizer
+
+LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass
+class TowerConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None  # factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    max_position_embeddings: int = 2048
+
+
+@dataclass
+class Config:
+    """What config.json says under transformers' names; the original names only say which flavour each tower is."""
+
+    backbone: TowerConfig
+    depth_decoder_config: TowerConfig
+    text_vocab_size: int
+    vocab_size: int  # of one codebook, three special ids included
+    num_codebooks: int
+    codec_config: dict
+
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+FLAVORS = {"llama-1B": TowerConfig(2048, 8192, 16, 32, 8, 64, rope_scaling=LLAMA3),
+           "llama-100M": TowerConfig(1024, 8192, 4, 8, 2, 128, rope_scaling=LLAMA3)}
+TINY = Config(TowerConfig(32, 48, 2, 4, 2, 8, rope_scaling=LLAMA3, max_position_embeddings=512),
+              TowerConfig(16, 40, 1, 2, 1, 8, rope_scaling=LLAMA3), 300, 19, 8, {})
+
+
+def read_config(raw, shapes, where):
+    """Config from config.json; widths that it does not state are read from `shapes` ({own name: shape}, {} for none)."""
+    def tower(section, flavor, prefix):
+        for key, known in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if section.get(key, known) != known:
+                raise Invalid(f"{where}: {key} is {section[key]!r}; every published CSM has {known!r}, and nothing else is read")
+        if flavor not in FLAVORS:
+            raise Invalid(f"{where}: flavour {flavor!r} is not known; known are {', '.join(FLAVORS)}")
+        base = FLAVORS[flavor]
+
+        def value(key, name=None, axis=0):
+            if section.get(key) is not None:
+                return section[key]
+            return shapes[name][axis] if name in shapes else getattr(base, key)
+
+        layer = f"{prefix}.layers.0."
+        heads = value("num_attention_heads")
+        size = section.get("head_dim")
+        if size is None and layer + "self_attn.q_proj.weight" in shapes:
+            rows = shapes[layer + "self_attn.q_proj.weight"][0]
+            if rows % heads:
+                raise Invalid(f"{where}: {layer}self_attn.q_proj has {rows} rows, which are not {heads} heads; "
+                              "config.json must state num_attention_heads and head_dim where they are not the published ones")
+            size = rows // heads
+        size = size or (section["hidden_size"] // heads if "hidden_size" in section else base.head_dim)
+        kv = section.get("num_key_value_heads")
+        if kv is None:
+            k = shapes.get(layer + "self_attn.k_proj.weight")
+            kv = k[0] // size if k else base.num_key_value_heads
+        count = len({m[1] for n in shapes if (m := re.match(rf"{prefix}\.layers\.(\d+)\.", n))})
+        theta, scaling = rope(section, base, where)
+        return TowerConfig(
+            value("hidden_size", f"{prefix}.norm.weight"), value("intermediate_size", layer + "mlp.gate_proj.weight"),
+            section.get("num_hidden_layers") or count or base.num_hidden_layers, heads, kv, size,
+            value("rms_norm_eps"), theta, scaling, value("max_position_embeddings"))
+
+    if raw.get("tie_codebooks_embeddings") is False:
+        raise Invalid(f"{where}: tie_codebooks_embeddings is false; backbone and depth decoder of CSM share one audio table")
+    vocab = raw.get("vocab_size") or raw.get("audio_vocab_size") or shapes.get("codebook0_head.weight", (2051,))[0]
+    table = shapes.get("audio_embeddings.weight")
+    return Config(
+        tower(raw, raw.get("backbone_flavor", "llama-1B"), "backbone"),
+        tower(raw.get("depth_decoder_config") or {}, raw.get("decoder_flavor", "llama-100M"), "decoder"),
+        raw.get("text_vocab_size") or shapes.get("text_embeddings.weight", (128256,))[0], vocab,
+        raw.get("num_codebooks") or raw.get("audio_num_codebooks") or (table[0] // vocab if table else 32),
+        raw.get("codec_config") or {})
+
+
+def rope(section, base, where):
+    """(theta, llama3 numbers or None) of a config section in its older or newer spelling."""
+    given = section.get("rope_parameters") or section.get("rope_scaling")
+    if given is None:
+        return section.get("rope_theta", base.rope_theta), None if "hidden_size" in section else base.rope_scaling
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
+    theta = given.get("rope_theta", section.get("rope_theta", base.rope_theta))
+    return theta, {k: given[k] for k in LLAMA3} if kind == "llama3" else None
+
+
+@dataclass
+class Training:
+    """The `backbone:` section of a training config."""
+
+    amortize: int = opt(16, "the depth decoder sees one in so many frames of each row, at least one; 1: all of them")
+    context_turns: int = opt(2, "in a row with turns: how many are kept in front of the first one that is trained")
+    train_on: str = opt("all", "which turns of a row count in the loss: all or last; `train: false` in a turn leaves it out, too",
+                        choices=("all", "last"))
+    mask_speakers: list = opt([], "speakers whose turns are heard as context but never trained")
+    freeze: str = opt("", "with full fine-tuning: backbone (train the depth decoder only) or decoder (train all but it)",
+                      choices=("", "backbone", "decoder"))
+
+
+@dataclass
+class Sampling:
+    """What `generate` takes besides text, prompts, speaker and seed."""
+
+    temperature: float = opt(0.9, "randomness of codebook 0; 0 takes the likeliest code, which tends to loop")
+    top_k: int = opt(50, "sample among so many likeliest codes; 0: all")
+    depth_temperature: float | None = opt(None, "randomness of the other codebooks; none: as codebook 0")
+    depth_top_k: int | None = opt(None, "likeliest codes of the other codebooks; none: as codebook 0")
+    mask_special: bool = opt(True, "never sample ids that the codec does not have")
+    min_len: int = opt(0, "frames (80 ms) before which the speech cannot end")
+    max_len: int = opt(1125, "frames at most; 1125 are 90 seconds")
+    retries: int = opt(0, "tries with the next seed when a take is empty or does not end by itself")
+    chunk_frames: int = opt(16, "frames per chunk of audio at most; the first chunks are 1, 2, 4 .. frames. 1: frame by frame")
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def frequencies(c):
+    """Angular frequency of each pair, (D/2,) float32, with Llama 3's stretching of the slow ones where the config asks.
+
+    Only original/low and original/high enter, so transformers' "equivalent" numbers give the same table to the bit.
+    """
+    f = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
+    if c.rope_scaling is None:
+        return f
+    factor, low, high, old = (c.rope_scaling[k] for k in LLAMA3)
+    wave = 2 * math.pi / f
+    s = (old / wave - low) / (high - low)
+    stretched = torch.where(wave > old / low, f / factor, (1 - s) * f / factor + s * f)
+    return torch.where(wave < old / high, f, stretched)
+
+
+class Tower(nn.Module):
+    """A Llama without embeddings: backbone and depth decoder. (B, L, C) -> (B, L, C), after the final norm."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
+                                          c.head_dim, c.rms_norm_eps) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.config, self.recompute = c, False
+
+    def make_rotary(self, device):
+        self.register_buffer("frequencies", frequencies(self.config).to(device), persistent=False)
+
+    def turn(self, positions):
+        return rotary(positions, self.frequencies)
+
+    def forward(self, x, turn=None, causal=False, mask=None, caches=None, column=None):
+        if turn is None:
+            turn = self.turn(torch.arange(x.shape[1], device=x.device))
+        return self.norm(run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training))
+
+    def caches(self, B, S, x):
+        c = self.config
+        return [Cache(B, c.num_key_value_heads, S, c.head_dim, x.dtype, x.device) for _ in self.layers]
+
+
+def pick(logits, u, temperature, top_k, allowed):
+    """One id per row: (B, V) logits, u (B,) uniform in [0, 1) -> (B,). Ids from `allowed` on are left out."""
+    logits = logits[:, :allowed].float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)  # ties with the k-th stay
+    heap = logits.softmax(-1).cumsum(-1)
+    return (heap < (1 - u[:, None]) * heap[:, -1:]).sum(-1)  # 1 - u is never 0, so no id of probability 0 is hit
+
+
+def _speaker(turn):
+    """The number that the data set gave a named speaker, or what the row says."""
+    return turn.get("speaker_id", turn.get("speaker"))
+
+
+def joined(*linears):
+    """Several linears that read the same input as one function, their outputs side by side."""
+    if any(type(m) is not nn.Linear for m in linears):  # an adapter is on: each runs by itself
+        return lambda x: torch.cat([m(x) for m in linears], -1)
+    weight = torch.cat([m.weight for m in linears])
+    if weight.device.type == "cpu":
+        weight = weight.T.contiguous().T  # one vector times a tall matrix is three times faster column by column
+    return lambda x: F.linear(x, weight)
+
+
+class DepthSteps:
+    """The depth decoder one position at a time, as speaking runs it: K - 1 small steps for every frame.
+
+    The calls cost more than the arithmetic here, so this has fewer of them than the layers that training runs: q, k and
+    v are one matrix, gate and up another, all heads turn at once (v by an angle of zero), keys and values share a cache.
+    """
+
+    def __init__(self, decoder, B, K):
+        c, device = decoder.config, decoder.norm.weight.device
+        self.H, self.G, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.layers = [(m.input_layernorm, joined(m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj), m.self_attn.o_proj,
+                        m.post_attention_layernorm, joined(m.mlp.gate_proj, m.mlp.up_proj), m.mlp.down_proj) for m in decoder.layers]
+        self.norm = decoder.norm
+        cos, sin = (t[:, None].repeat(1, self.H + 2 * self.G, 1) for t in decoder.turn(torch.arange(K, device=device)))
+        cos[:, self.H + self.G :], sin[:, self.H + self.G :] = 1, 0
+        sin[..., : self.D // 2] *= -1
+        self.cos, self.sin = cos, sin  # (K, H + 2 G, D)
+        self.cache = torch.zeros(len(self.layers), B, K, 2 * self.G, self.D, dtype=self.norm.weight.dtype, device=device)
+
+    def keep(self, rows):
+        self.cache = self.cache[:, rows]
+
+    def __call__(self, x, j):
+        """What comes out at the last of the positions j .. j + n - 1. x (B, n, C) -> (B, C)"""
+        (B, n, _), (H, G, D) = x.shape, (self.H, self.G, self.D)
+        for cache, (norm1, qkv, out, norm2, gate_up, down) in zip(self.cache, self.layers):
+            y = qkv(norm1(x)).view(B, n, H + 2 * G, D)
+            y = (y * self.cos[j : j + n] + y.roll(D // 2, -1) * self.sin[j : j + n]).to(x.dtype)  # in float32, cast back
+            cache[:, j : j + n] = y[:, :, H:]
+            seen = cache[:, : j + n].transpose(1, 2)  # (B, 2 G, j + n, D)
+            y = attend(y[:, :, :H].transpose(1, 2), seen[:, :G], seen[:, G:], causal=n > 1)
+            x = x + out(y.transpose(1, 2).reshape(B, n, H * D))
+            gate, up = gate_up(norm2(x)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
+        return self.norm(x[:, -1])
+
+
+class Codebooks(nn.Module):
+    """The heads of codebooks 1 .. K - 1, one matrix each, used as h @ weight[j - 1]: not transposed like a Linear's."""
+
+    def __init__(self, codebooks, width, vocab):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(codebooks - 1, width, vocab))
+
+
+class CSM(nn.Module):
+    backbone = "csm"
+    namings = ("transformers", "original", "mlx")
+    adapter_namings = {"peft": "transformers", "mlx": "mlx", "voxcpm": "mlx"}  # the last: one file, tables inside, as csm-mlx had it
+    native_adapter = "peft"
+    lora_dropout_after = False
+    speaker_input = True
+    embeddings = ("embed_text_tokens", "backbone_model.embed_tokens")  # what lora.train_embeddings trains
+    # Plain suffix lists in PEFT also wrap the codec, which runs without gradients: those pairs were never trained.
+    harmless_adapter_keys = (r"codec_model\..*",)
+    refused_adapter_keys = {r"layers\.\d+\..*": "without the name of its tower: the trainer that wrote this file let the decoder's layers 0 to 3 "
+                                                  "overwrite the backbone's, so what is left fits neither"}
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        H, D, K, V = c.backbone.hidden_size, c.depth_decoder_config.hidden_size, c.num_codebooks, c.vocab_size
+        # from_pretrained of nothing: an nn.Embedding's own draw imports a compiler on the meta device.
+        self.embed_text_tokens = nn.Embedding.from_pretrained(torch.empty(c.text_vocab_size, H), freeze=False)
+        self.backbone_model = Tower(c.backbone)
+        self.backbone_model.embed_tokens = nn.Module()
+        table = nn.Embedding.from_pretrained(torch.empty(K * V, H), freeze=False)  # row: code + V * codebook
+        self.backbone_model.embed_tokens.embed_audio_tokens = table  # both towers read it
+        self.lm_head = nn.Linear(H, V, bias=False)  # codebook 0; the published name is misleading, it is no text head
+        self.depth_decoder = nn.Module()
+        self.depth_decoder.model = Tower(c.depth_decoder_config)
+        self.depth_decoder.model.inputs_embeds_projector = nn.Linear(H, D, bias=False)
+        self.depth_decoder.codebooks_head = Codebooks(K, D, V)
+        self.training_options = Training()
+        self.naming, self.finish = "transformers", []
+        self.speakers = {}  # {name: number} as the training data had them
+
+    # ---------------------------------------------------------------------------------- data: text, audio, batches
+
+    @property
+    def codec(self):
+        return self._frozen[0]  # in a list, so that it is neither trained nor saved nor cast with the model
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def encode_text(self, text, speaker=None):
+        """Ids of bos "[speaker]text" eos; without a speaker it is 0. Markup of special tokens in the text stays plain text."""
+        speaker = 0 if speaker is None else self.speakers.get(str(speaker), speaker)
+        if isinstance(speaker, bool) or not re.fullmatch(r"\d+", str(speaker)):
+            raise Invalid(f"speaker {speaker!r}: this backbone knows speakers by whole numbers, 0 and up"
+                          + (f", and these names: {', '.join(self.speakers)}" if self.speakers else ""))
+        if not text.strip():
+            raise Invalid(f"text {text!r} is empty")
+        return [self.bos, *self.tokenizer.encode(f"[{speaker}]{text}"), self.eos]
+
+    def encode_audio(self, source, start=None, end=None):
+        """Codes (K, T) int16 of a path or of (n,) samples at `sample_rate`; any length."""
+        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
+        return self.codec.encode(wave).to("cpu", torch.int16)
+
+    def _codes(self, source, start=None, end=None):
+        """(K, T) int64 codes of a path, samples (n,) or codes (K, T)."""
+        if not (torch.is_tensor(source) and source.ndim == 2):
+            return self.encode_audio(source, start, end).long()
+        if len(source) != self.config.num_codebooks:
+            raise Invalid(f"codes of {len(source)} codebooks; this model has {self.config.num_codebooks}")
+        return source.long().cpu()
+
+    def _segment(self, text, audio, speaker, start=None, end=None):
+        """(rows, mask, is audio) of one turn: its text, then, if it is spoken, its frames and the end frame."""
+        ids = self.encode_text(text, speaker)
+        K, S = self.config.num_codebooks, len(ids)
+        codes = torch.zeros(K, 0, dtype=torch.long) if audio is None else F.pad(self._codes(audio, start, end), (0, 1))
+        rows = torch.zeros(S + codes.shape[1], K + 1, dtype=torch.long)
+        rows[:S, K], rows[S:, :K] = torch.tensor(ids), codes.T
+        heard = torch.arange(len(rows)) >= S
+        mask = heard[:, None].repeat(1, K + 1)
+        mask[:, K] = ~heard
+        return rows, mask, heard
+
+    def encode(self, row):
+        """{rows (L, K + 1), mask (L, K + 1), train (L,)} of a row with text and audio, or with turns, spoken in order.
+
+        Turns in front of the first trained one are kept as far as context_turns says. A row that is too long for the
+        model loses turns from the left, never the end of a turn.
+        """
+        o = self.training_options
+        turns = row.get("turns") or [row]
+        silent = {str(s) for s in o.mask_speakers}
+        spoken = [t.get("audio") is not None for t in turns]
+        if not any(spoken):
+            raise Invalid("this row has no audio, so there is nothing to train")
+        last = max(i for i, s in enumerate(spoken) if s)
+        trained = [s and t.get("train", True) and (o.train_on == "all" or i == last)
+                   and not silent & {str(t.get("speaker") or 0), str(_speaker(t) or 0)} for i, (s, t) in enumerate(zip(spoken, turns))]
+        first = max(0, (trained.index(True) if any(trained) else last) - o.context_turns)
+        segments = [self._segment(t.get("text") or "", t.get("audio"), _speaker(t), t.get("start"), t.get("end")) for t in turns[first:]]
+        trained, room = trained[first:], self.config.backbone.max_position_embeddings
+        while sum(len(s[0]) for s in segments) > room and any(trained[1:]):
+            segments, trained = segments[1:], trained[1:]
+        return {"rows": torch.cat([s[0] for s in segments]), "mask": torch.cat([s[1] for s in segments]),
+                "train": torch.cat([s[2] & t for s, t in zip(segments, trained)])}
+
+    def length(self, example):
+        """Rows of the backbone."""
+        return len(example["rows"])
+
+    def collate(self, examples, seeds=None):
+        """Batch and counts. Drawn per row, from its own seed: which trained frames the depth decoder sees.
+
+        `frames` are numbers in the list of all trained frames of the batch. seeds=None: fixed by the row's content.
+        """
+        B, L = len(examples), max(len(e["rows"]) for e in examples)
+        rows = torch.zeros(B, L, self.config.num_codebooks + 1, dtype=torch.long)
+        mask, train = torch.zeros(rows.shape, dtype=torch.bool), torch.zeros(B, L, dtype=torch.bool)
+        frames, seen = [], 0
+        for b, e in enumerate(examples):
+            n = len(e["rows"])
+            rows[b, :n], mask[b, :n], train[b, :n] = e["rows"], e["mask"], e["train"]
+            count = int(e["train"].sum())
+            seed = zlib.crc32(e["rows"].numpy().tobytes()) if seeds is None else seeds[b]
+            drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            drawn = drawn[: max(1, count // self.training_options.amortize)].sort().values
+            frames.append(seen + drawn)
+            seen += count
+        trained = train.flatten().nonzero().flatten()
+        # The backbone reads the real rows only, each row's last one excepted: nothing is predicted from it.
+        inner = mask.any(-1)
+        inner[torch.arange(B), inner.sum(1) - 1] = False
+        place = inner.flatten().nonzero().flatten()
+        kind = mask.flatten(0, 1)[place]
+        batch = {"rows": rows, "place": place, "text": kind[:, -1].nonzero().flatten(), "audio": kind[:, 0].nonzero().flatten(),
+                 "trained": trained, "before": torch.searchsorted(place, trained - 1), "frames": torch.cat(frames)}
+        return batch, self.counts(batch)
+
+    def counts(self, batch):
+        N, M, K = len(batch["trained"]), len(batch["frames"]), self.config.num_codebooks
+        return {"loss/semantic": N, "loss/acoustic": M * (K - 1), "metric/codebook_00": N,
+                **{f"metric/codebook_{k:02d}": M for k in range(1, K)}}
+
+    # ---------------------------------------------------------------------------------- training
+
+    def forward(self, batch):
+        """Sums of the cross-entropies: codebook 0 over all trained frames, the others over the frames that were drawn."""
+        B, L = batch["rows"].shape[:2]
+        rows, place = batch["rows"].flatten(0, 1), batch["place"]
+        x = self._embed(rows[place], batch["text"], batch["audio"])[None]  # (1, P, H), P real rows
+        h = self.backbone_model(x, self.backbone_model.turn(place % L), mask=Packing(place, B, L))[0, batch["before"]]  # (N, H)
+        codes = rows[batch["trained"]][:, :-1]  # (N, K)
+        first = F.cross_entropy(self.lm_head(h).float(), codes[:, 0], reduction="sum")
+        h, codes = h[batch["frames"]], codes[batch["frames"]]
+        logits = self._depth(h, codes)
+        rest = F.cross_entropy(logits.flatten(0, 1).float(), codes[:, 1:].T.flatten(), reduction="none").view(logits.shape[:2]).sum(1)
+        out = {"loss/semantic": first, "loss/acoustic": rest.sum(), "metric/codebook_00": first.detach()}
+        return out | {f"metric/codebook_{k:02d}": x for k, x in enumerate(rest.detach(), 1)}
+
+    def _embed(self, rows, text, audio):
+        """(P, K + 1) -> (P, H). text, audio: places of rows of that kind; all others are padding and become zero."""
+        spoken = self._frames(rows[audio][:, :-1])
+        x = spoken.new_zeros(len(rows), spoken.shape[1]).index_copy(0, audio, spoken)
+        return x.index_copy(0, text, self.embed_text_tokens(rows[text][:, -1]).to(x.dtype))
+
+    def _frames(self, codes):
+        """(N, K) -> (N, H), the sum of a frame's table rows."""
+        table = self.backbone_model.embed_tokens.embed_audio_tokens.weight
+        return F.embedding_bag(codes + self.offsets, table, mode="sum").to(self.dtype)
+
+    def _code(self, codes, codebook):
+        """(B,) codes of one codebook -> (B, H)"""
+        return self.backbone_model.embed_tokens.embed_audio_tokens(codes + self.config.vocab_size * codebook).to(self.dtype)
+
+    def _depth(self, h, codes):
+        """Logits (K - 1, M, V) of codebooks 1 .. K - 1: position j reads the state, then codes 0 .. j - 1. h (M, H), codes (M, K)."""
+        decoder = self.depth_decoder.model
+        table = self.backbone_model.embed_tokens.embed_audio_tokens
+        x = table(codes[:, :-1] + self.offsets[:-1]).to(h.dtype)  # (M, K - 1, H)
+        # Projected one by one: where table and projection are frozen, autograd has nothing to keep for all but the state.
+        x = torch.cat([decoder.inputs_embeds_projector(h[:, None]), decoder.inputs_embeds_projector(x)], 1)  # (M, K, D)
+        y = decoder(x, causal=True)[:, 1:]  # what stands at position 0 predicts nothing
+        return torch.bmm(y.transpose(0, 1), self.depth_decoder.codebooks_head.weight)
+
+    def sample_request(self, row):
+        """What a validation sample of a row is conditioned on, besides its text."""
+        tokens = len(self.encode_text(row["text"], _speaker(row)))
+        return {"speaker": _speaker(row), "max_len": 25 + 4 * tokens}  # an untrained model seldom ends by itself
+
+    @property
+    def frame_rate(self):
+        """Frames per second of audio."""
+        return self.sample_rate / self.codec.config.frame
+
+    @property
+    def max_length(self):
+        return self.config.backbone.max_position_embeddings
+
+    def set_recompute(self, on):
+        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
+        for tower in self.stacks():
+            tower.recompute = on
+
+    def stacks(self):
+        return [self.backbone_model, self.depth_decoder.model]
+
+    def blocks(self):
+        """The modules that torch.compile takes one by one."""
+        return [m for m in self.modules() if isinstance(m, Layer)]
+
+    def lora_targets(self, settings):
+        """With no word given: attention and feed-forward of both towers."""
+        for key in ("enable_lm", "enable_dit", "enable_proj"):
+            if getattr(settings, key) is not None:
+                raise Invalid(f"lora.{key}: this backbone is chosen by lora.target_modules: attn, mlp, q_proj, v_proj .., "
+                              "codebook0_head, projection; backbone or decoder for all layers of one tower")
+        return [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+
+    def freeze(self):
+        """What training_options.freeze names keeps its weights: requires_grad of every parameter is set."""
+        for name, p in self.named_parameters():
+            depth = name.startswith("depth_decoder.")
+            p.requires_grad = self.training_options.freeze != ("decoder" if depth else "backbone")
+
+    # ---------------------------------------------------------------------------------- generation
+
+    def _request(self, text, prompts=(), speaker=None, seed=None, noise=None):
+        """Rows and mask of the turns so far and of the text to speak."""
+        if noise is not None:
+            raise Invalid("noise: this backbone samples codes and takes a seed, no noise")
+        turns = []
+        for said, heard, who in prompts:
+            if said is None:
+                raise Invalid("a voice prompt without its transcript: this backbone hears a clip as an earlier turn, so give its text")
+            turns.append(self._segment(said, heard, who))
+        turns.append(self._segment(text, None, speaker))
+        return dict(turns=turns, seed=seed)
+
+    def _fit(self, request, s):
+        """(rows, mask, cap): old turns are dropped where prompt and speech would not fit the model."""
+        turns, room = request["turns"], self.config.backbone.max_position_embeddings
+        wanted = min(s.max_len, 25 + 4 * len(turns[-1][0]))  # speech takes two to four frames per token
+        kept = list(turns)
+        while len(kept) > 1 and sum(len(t[0]) for t in kept) + wanted > room:
+            kept = kept[1:]
+        rows, mask = torch.cat([t[0] for t in kept]), torch.cat([t[1] for t in kept])
+        cap = min(s.max_len, room - len(rows))
+        if cap < 1:
+            raise Invalid(f"the text takes {len(rows)} positions and max_len is {s.max_len}; the model has {room} positions")
+        if len(kept) < len(turns):
+            warnings.warn(f"{len(turns) - len(kept)} of {len(turns) - 1} earlier turns were left out: the model has {room} positions")
+        return rows, mask, cap
+
+    @torch.no_grad()
+    def _run(self, requests, s):
+        """Yields (i, frame (K,)) of every request, one backbone step for all that still speak; sets self.finish.
+
+        Between two frames the host waits once, for the frame itself; within a frame it never does.
+        """
+        c, device = self.config, self.device
+        prompts = [self._fit(r, s) for r in requests]
+        caps = [cap for _, _, cap in prompts]
+        B, L = len(requests), max(len(rows) for rows, _, _ in prompts)
+        S, K = L + max(caps), c.num_codebooks
+        self.finish = ["cap"] * B
+        rows, mask = torch.zeros(B, L, K + 1, dtype=torch.long), torch.zeros(B, L, K + 1, dtype=torch.bool)
+        draws = torch.empty(B, c.backbone.max_position_embeddings, K)
+        for b, (r, m, _) in enumerate(prompts):  # padded on the left, so that all rows end at the same column
+            rows[b, L - len(r):], mask[b, L - len(r):] = r, m
+            g = torch.Generator()
+            g.seed() if requests[b]["seed"] is None else g.manual_seed(requests[b]["seed"])
+            draws[b].uniform_(generator=g)  # all at once and always as many, so that no cap changes a draw
+        text, audio = (mask.flatten(0, 1)[:, k].nonzero().flatten().to(device) for k in (K, 0))
+        pad = torch.tensor([L - len(r) for r, _, _ in prompts], device=device)
+        draws, column = draws[:, : max(caps)].to(device), torch.arange(L, device=device)
+        seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
+        near = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
+        turn = self.backbone_model.turn((column[None] - pad[:, None]).clamp(min=0)[:, None])
+        x = self._embed(rows.flatten(0, 1).to(device), text, audio).view(B, L, -1)
+        caches, steps = self.backbone_model.caches(B, S, x), DepthSteps(self.depth_decoder.model, B, K)
+        h = self.backbone_model(x, turn, mask=near, caches=caches, column=column)[:, -1]
+
+        left = list(range(B))
+        for n in range(max(caps)):
+            frame = self._frame(h, draws[:, n], s, n, steps)  # (B, K)
+            shown = frame.cpu()
+            spoken = shown.numpy().any(1)
+            going = []
+            for k, i in enumerate(left):
+                if not spoken[k]:
+                    self.finish[i] = "end"
+                    continue
+                if n + 1 < caps[i]:
+                    going.append(k)
+                yield i, shown[k]
+            if not going:
+                return
+            if len(going) < len(left):
+                left = [left[k] for k in going]
+                keep = torch.tensor(going, device=device)
+                frame, pad, seen, draws = frame[keep], pad[keep], seen[keep], draws[keep]
+                for cache in [*caches, steps]:
+                    cache.keep(keep)
+            h = self._step(frame, seen, pad, torch.tensor([L + n], device=device), caches)
+
+    def _step(self, frame, seen, pad, column, caches):
+        """The newest frame (B, K) goes in at `column` (1,), the state that predicts the next comes out (B, H)."""
+        mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
+        turn = self.backbone_model.turn((column - pad)[:, None, None])
+        return self.backbone_model(self._frames(frame)[:, None], turn, mask=mask, caches=caches, column=column)[:, 0]
+
+    def _frame(self, h, u, s, n, steps):
+        """One frame (B, K) from the backbone's state (B, H) and uniform numbers (B, K)."""
+        project, heads = self.depth_decoder.model.inputs_embeds_projector, self.depth_decoder.codebooks_head.weight
+        allowed = min(self.config.vocab_size, self.codec.config.codebook_size) if s.mask_special else self.config.vocab_size
+        depth = (s.temperature if s.depth_temperature is None else s.depth_temperature,
+                 s.top_k if s.depth_top_k is None else s.depth_top_k, allowed)
+        logits = self.lm_head(h)
+        if n < s.min_len:
+            logits = logits.index_fill(1, torch.zeros(1, dtype=torch.long, device=h.device), -math.inf)  # the end frame begins with 0
+        codes = [pick(logits, u[:, 0], s.temperature, s.top_k, allowed)]
+        x = torch.stack([h, self._code(codes[0], 0)], 1)  # (B, 2, H)
+        for j in range(1, self.config.num_codebooks):
+            y = steps(project(x), j if j > 1 else 0)  # (B, D); the first step reads two positions
+            codes.append(pick(y @ heads[j - 1], u[:, j], *depth))
+            x = self._code(codes[j], j)[:, None]  # (B, 1, H)
+        return torch.stack(codes, 1)
+
+    def _takes(self, requests, s):
+        """_run, and again with the next seed for requests whose take was empty or met its cap, the last one being kept."""
+        if not s.retries:
+            yield from self._run(requests, s)
+            return
+        left, finish = list(range(len(requests))), ["cap"] * len(requests)
+        for attempt in range(s.retries + 1):
+            takes = {i: [] for i in left}
+            tried = [dict(requests[i], seed=None if requests[i]["seed"] is None else requests[i]["seed"] + attempt) for i in left]
+            for k, frame in self._run(tried, s):
+                takes[left[k]].append(frame)
+            bad = [i for k, i in enumerate(left) if (self.finish[k] == "cap" or not takes[i]) and attempt < s.retries]
+            for k, i in enumerate(left):
+                finish[i] = self.finish[k]
+                if i not in bad:
+                    yield from ((i, frame) for frame in takes[i])
+            left = bad
+            if not left:
+                break
+        self.finish = finish
+
+    def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
+        """Frames (K,) int64, one by one, without the end frame; self.finish is then ["end"] or ["cap"]."""
+        s = Sampling(**sampling)
+        for _, frame in self._takes([self._request(text, prompts, speaker, seed, noise)], s):
+            yield frame
+
+    def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
+        """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole."""
+        for _, chunk in self.generate_batch([dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)], **sampling):
+            yield chunk
+
+    @torch.no_grad()
+    def generate_batch(self, requests, **sampling):
+        """Yields (i, chunk). Chunks grow from one frame to chunk_frames: the codec's cost per call is mostly fixed."""
+        s = Sampling(**sampling)
+        requests = [self._request(**r) for r in requests]
+        codec = self.codec.to(self.device)
+        streams, waiting, size, empty = [codec.stream() for _ in requests], [[] for _ in requests], [1] * len(requests), set(range(len(requests)))
+        for i, frame in self._takes(requests, s):
+            waiting[i].append(frame)
+            empty.discard(i)
+            if len(waiting[i]) >= size[i]:
+                yield i, streams[i].decode(torch.stack(waiting[i], 1)).cpu()
+                waiting[i], size[i] = [], min(2 * size[i], s.chunk_frames)
+        for i, frames in enumerate(waiting):
+            if frames:
+                yield i, streams[i].decode(torch.stack(frames, 1)).cpu()
+        for i in sorted(empty):
+            warnings.warn(f"request {i}: the first frame was the end, so there is only silence; try another seed, or retries")
+            yield i, torch.zeros(codec.config.frame)
+
+    # ---------------------------------------------------------------------------------- names and files
+
+    def published_name(self, parameter, naming=None):
+        """The name of a parameter in a published file; the shared audio table has a second one in transformers'."""
+        return renamed(parameter, naming or self.naming)
+
+    def published_copies(self, parameter, naming=None):
+        """Further names of the same tensor in that naming."""
+        return TIED[1:] if (naming or self.naming) == "transformers" and parameter == TIED[0] else ()
+
+    def adapter_words(self, modules, values):
+        """lora_config.json of the single-file form."""
+        return {**values, "target_modules": sorted({m.split(".")[-1] for m in modules})}
+
+    def published_rows(self, parameter, naming=None):
+        """Row order of the published weight (published = ours[rows]), None where it is ours."""
+        return pair_order(self.config, parameter) if (naming or self.naming) != "transformers" else None
+
+    def published_state_dict(self, naming=None, merged=False):
+        """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32. transformers' holds the codec, too."""
+        naming, out = naming or self.naming, {}
+        for name, p in self.named_parameters():
+            if ".lora_" in name:
+                continue
+            holder = self.get_submodule(name.rpartition(".")[0])
+            w = holder.merged(name.rpartition(".")[2]) if merged and hasattr(holder, "merged") else p.detach()
+            rows = self.published_rows(name, naming)
+            out[self.published_name(name, naming)] = w if rows is None else w[rows.to(w.device)]
+        if naming == "transformers":
+            out[TIED[1]] = out[TIED[0]].clone()  # a copy: safetensors refuses two names for one memory
+            out |= {f"codec_model.{n}": w for n, w in mimi.published(self.codec).items()}
+        return out
+
+    def save(self, folder, naming=None, merged=False):
+        """Write a folder in a published layout: weights, config.json, the tokenizer's files, and the codec."""
+        naming = naming or self.naming
+        if naming not in self.namings:
+            raise Invalid(f"naming {naming!r}: known are {', '.join(self.namings)}")
+        if not merged and any(".lora_" in n for n, _ in self.named_parameters()):
+            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_tensors(folder / ("ckpt.safetensors" if naming == "mlx" else "model.safetensors"),
+                                self.published_state_dict(naming, merged))
+        if naming != "transformers":  # upstream keeps the codec elsewhere; here the folder is whole
+            checkpoint.save_tensors(folder / CODEC_FILE, mimi.published(self.codec, "moshi"))
+        text = json.dumps(self._published_config(), indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        for path in self.files:
+            if path.parent.resolve() != folder.resolve():
+                shutil.copyfile(path, folder / path.name)
+        return folder
+
+    def _published_config(self):
+        """config.json with both vocabularies of fields, as sesame/csm-1b has it: what was read, completed from what is known."""
+        c, raw = self.config, dict(self.raw_config)
+
+        def tower(t, given, **more):
+            known = {k: v for k, v in dataclasses.asdict(t).items() if k not in ("rope_theta", "rope_scaling")}
+            if "rope_parameters" not in given and "rope_scaling" not in given:
+                known["rope_parameters"] = rope_block(t)
+            return {**known, **more, **given}
+
+        raw.pop("transformers_weights", None)  # the published folder's pointer to shards; here the default name is used
+        depth = tower(c.depth_decoder_config, raw.get("depth_decoder_config") or {}, model_type="csm_depth_decoder_model",
+                      num_codebooks=c.num_codebooks, vocab_size=c.vocab_size, backbone_hidden_size=c.backbone.hidden_size)
+        raw = tower(c.backbone, raw, model_type="csm", architectures=["CsmForConditionalGeneration"], num_codebooks=c.num_codebooks,
+                    vocab_size=c.vocab_size, text_vocab_size=c.text_vocab_size, bos_token_id=self.bos, tie_codebooks_embeddings=True,
+                    **{k: self.tokenizer.id(t) for k, t in AUDIO_TOKENS.items() if self.tokenizer.id(t) is not None},
+                    codebook_eos_token_id=0, codebook_pad_token_id=c.vocab_size - 1, audio_vocab_size=c.vocab_size,
+                    audio_num_codebooks=c.num_codebooks, backbone_flavor="llama-1B", decoder_flavor="llama-100M")
+        return {**raw, "depth_decoder_config": depth, "codec_config": {**mimi.settings_of(self.codec.config), **(raw.get("codec_config") or {})}}
+
+    @property
+    def codec_key(self):
+        """Names the frozen codec and how it is used: cached codes with another key are of another codec."""
+        if self._codec_key is None:
+            self._codec_key = f"mimi-{self.codec.fingerprint()}-{self.config.num_codebooks}"
+        return self._codec_key
+
+    @property
+    def encode_key(self):
+        """Names everything else that `encode` reads."""
+        o = self.training_options
+        told = (zlib.crc32(self.files[0].read_bytes()), self.bos, self.eos, self.config.backbone.max_position_embeddings,
+                o.context_turns, o.train_on, sorted(map(str, o.mask_speakers)))
+        return f"{self.codec_key}-{zlib.crc32(repr(told).encode()):08x}"
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
+              "processor_config.json", "chat_template.jinja")
+CODEC_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"  # the name it has at kyutai/moshiko-pytorch-bf16
+AUDIO_TOKENS = {"audio_token_id": "<|AUDIO|>", "audio_eos_token_id": "<|audio_eos|>", "pad_token_id": "<|AUDIO|>"}
+TIED = ("backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight")
+
+# Ours are transformers' names. (ours, original, mlx); a pair that is a prefix ends in a dot.
+NAMES = (
+    ("backbone_model.layers.", "backbone.layers.", "backbone.layers."),
+    ("depth_decoder.model.layers.", "decoder.layers.", "decoder.layers."),
+    ("backbone_model.norm.weight", "backbone.norm.scale", "backbone.norm.weight"),
+    ("depth_decoder.model.norm.weight", "decoder.norm.scale", "decoder.norm.weight"),
+    ("embed_text_tokens.", "text_embeddings.", "text_embeddings."),
+    ("backbone_model.embed_tokens.embed_audio_tokens.", "audio_embeddings.", "audio_embeddings."),
+    ("depth_decoder.model.inputs_embeds_projector.", "projection.", "projection."),
+    ("lm_head.", "codebook0_head.", "codebook0_head."),
+    ("depth_decoder.codebooks_head.weight", "audio_head", "audio_head"),
+)
+LEAVES = ((".self_attn.o_proj.", ".attn.output_proj."), (".self_attn.", ".attn."), (".mlp.gate_proj.", ".mlp.w1."),
+          (".mlp.down_proj.", ".mlp.w2."), (".mlp.up_proj.", ".mlp.w3."), (".input_layernorm.weight", ".sa_norm.scale"),
+          (".post_attention_layernorm.weight", ".mlp_norm.scale"))
+
+
+def renamed(name, naming, back=False):
+    """Our name in another naming, or with `back` the other way round; a name that is in no table stays what it is."""
+    if naming == "transformers":
+        return name
+    column = {"original": 1, "mlx": 2}[naming]
+    for entry in NAMES:
+        old, new = (entry[column], entry[0]) if back else (entry[0], entry[column])
+        if name.startswith(old):
+            name = new + name[len(old):]
+            break
+    for own, theirs in LEAVES if naming == "original" else ():
+        name = name.replace(*((theirs, own) if back else (own, theirs)))
+    return name
+
+
+def naming_of(names):
+    """Which of the three namings these tensor names are, told by them alone; None for none."""
+    if any(n.startswith("backbone_model.layers.") for n in names):
+        return "transformers"
+    if any(n.startswith("backbone.layers.") and ".attn." in n for n in names):
+        return "original"
+    return "mlx" if any(n.startswith("backbone.layers.") and ".self_attn." in n for n in names) else None
+
+
+def pair_order(config, name):
+    """Where the interleaved namings take the rows of a q or k weight from, None for every other parameter."""
+    m = re.fullmatch(r"(backbone_model|depth_decoder\.model)\.layers\.\d+\.self_attn\.([qk])_proj\.weight", name)
+    if not m:
+        return None
+    c = config.backbone if m[1] == "backbone_model" else config.depth_decoder_config
+    heads = c.num_attention_heads if m[2] == "q" else c.num_key_value_heads
+    return mimi.interleaved(torch.arange(heads * c.head_dim), heads)
+
+
+def rope_block(c):
+    """rope_parameters for transformers, in which the old context may not exceed the positions: equal numbers, other scale."""
+    if c.rope_scaling is None:
+        return {"rope_type": "default", "rope_theta": c.rope_theta}
+    s, shrink = dict(c.rope_scaling), 1
+    while s["original_max_position_embeddings"] / shrink >= c.max_position_embeddings:
+        shrink *= 2
+    for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
+        s[key] = type(c.rope_scaling[key])(s[key] / shrink)
+    return {"rope_type": "llama3", "rope_theta": c.rope_theta, **s}
+
+
+def recognizes(config):
+    names = config.get("tensors", ())
+    if names:
+        return naming_of(names) is not None and any(n in names for n in ("audio_head", "depth_decoder.codebooks_head.weight"))
+    return (config.get("model_type") == "csm" and "depth_decoder_config" in config) or {"backbone_flavor", "decoder_flavor"} <= set(config)
+
+
+def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
+    """The model in eval mode from a published folder or file. extra: paths of codec and tokenizer kept elsewhere.
+
+    weights picks a naming or a file where several lie side by side; "scratch" draws the weights of what config.json says.
+    """
+    path, extra = Path(folder), extra or {}
+    folder = path if path.is_dir() else path.parent
+    raw = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    where = str(folder / "config.json")
+    if weights == "scratch":
+        stored, naming, source = {}, "original" if "backbone_flavor" in raw and "hidden_size" not in raw else "transformers", path
+    else:
+        source, stored, naming = _find_weights(path, weights)
+    parts = {n.removeprefix("codec_model."): stored.pop(n) for n in list(stored) if n.startswith("codec_model.")}
+    if naming != "transformers":  # mlx files that were saved while wrapped have one level more
+        stored = {renamed(n.replace(".linear.weight", ".weight"), naming, back=True): t for n, t in stored.items()}
+    tied = [stored[n] for n in TIED if n in stored]
+    if len(tied) == 2 and not torch.equal(tied[0].load(), tied[1].load()):
+        raise Invalid(f"{source}: {TIED[0]} and {TIED[1]} differ, but the two towers share one table; were they trained apart?")
+    if tied:
+        stored = {n: t for n, t in stored.items() if n not in TIED} | {TIED[0]: tied[0]}
+    config = read_config(raw, {renamed(n, "mlx"): t.shape for n, t in stored.items()}, where)
+    if naming != "transformers":
+        stored = {n: t if (rows := pair_order(config, n)) is None else _half_split(t, rows) for n, t in stored.items()}
+    with torch.device("meta"):
+        model = CSM(config)
+    if weights == "scratch":
+        model.to_empty(device="cpu")
+        draw(model)
+        model.to(device, dtype)
+    else:
+        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(source))
+    model._frozen = [_load_codec(folder, extra.get("codec"), parts, config)]
+    _finish(model, device)
+    model.naming, model.raw_config = naming, raw
+    tokenizer = Path(extra.get("tokenizer") or folder / "tokenizer.json")
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    if not tokenizer.is_file():
+        raise Invalid(f"no tokenizer.json at {tokenizer}; it lies in sesame/csm-1b, or give the path of Llama 3.2's as extra tokenizer")
+    model.tokenizer = Tokenizer(tokenizer)
+    model.bos, model.eos = model.tokenizer.id("<|begin_of_text|>"), model.tokenizer.id("<|end_of_text|>")
+    if model.bos is None or model.eos is None:
+        raise Invalid(f"{tokenizer} has no <|begin_of_text|> and <|end_of_text|>; it is not CSM's tokenizer")
+    model.files = [tokenizer] + [folder / n for n in COMPANIONS if (folder / n).is_file()]
+    model.training_options = Training(**(options or {}))
+    model.freeze()
+    return model.eval()
+
+
+def _finish(model, device):
+    """What is computed, once weights and codec are there."""
+    for tower in model.stacks():
+        tower.make_rotary(device)
+    offsets = torch.arange(model.config.num_codebooks, device=device) * model.config.vocab_size
+    model.register_buffer("offsets", offsets, persistent=False)
+    model._codec_key = None
+    model.sample_rate = model.out_sample_rate = model.codec.config.sampling_rate
+
+
+def _half_split(tensor, rows):
+    def load():
+        out = torch.empty_like(w := tensor.load())
+        out[rows] = w
+        return out
+    return Stored(tensor.shape, tensor.dtype, load)
+
+
+def _find_weights(path, wanted):
+    """(file, {published name: Stored}, naming): the file given, or the first in the folder that holds a CSM of the wanted naming."""
+    if path.is_dir() and wanted and (path / wanted).is_file():
+        path = path / wanted
+    names = ("model.safetensors.index.json", "model.safetensors", "transformers.safetensors.index.json", "ckpt.safetensors", "ckpt.pt")
+    files = [path] if path.is_file() else [path / n for n in names if (path / n).is_file()]
+    seen = []
+    for file in files:
+        stored = checkpoint.read(file)
+        naming = naming_of(stored)
+        if naming and wanted in (None, naming, file.name):
+            return file, stored, naming
+        seen.append(f"{file.name} ({naming or 'no CSM'})")
+    raise Invalid(f"{path}: no CSM weights" + (f" in naming {wanted!r}" if wanted else "") + f"; looked for {', '.join(names)}"
+                  + (f", found {', '.join(seen)}" if seen else ""))
+
+
+def _load_codec(folder, given, parts, config):
+    """Mimi from `given` (file or folder), from the model's own file, or from a file beside it."""
+    K = config.num_codebooks
+    if given is None and parts:
+        return mimi.load(parts, config.codec_config, K, what=f"the codec in {folder}")
+    if given is not None and not Path(given).exists():
+        raise Invalid(f"the codec: nothing at {given}")
+    place = Path(given) if given is not None else folder
+    files = [place] if place.is_file() else [*sorted(place.glob("tokenizer-*.safetensors")), *sorted(place.glob("mimi*.safetensors")),
+                                             *sorted(place.glob("*.index.json")), *sorted(place.glob("*.safetensors"))]
+    for file in files:
+        stored = checkpoint.read(file)
+        inside = {n.removeprefix("codec_model."): t for n, t in stored.items() if n.startswith("codec_model.")}
+        stored = inside or stored
+        if mimi.naming_of(stored):
+            settings = config.codec_config
+            if given is not None and (file.parent / "config.json").is_file() and not inside:
+                beside = checkpoint.read_json(file.parent / "config.json")
+                settings = beside.get("codec_config", beside if beside.get("model_type") == "mimi" else {})
+            return mimi.load(stored, settings, K, what=str(file))
+    raise Invalid(f"{place} holds no Mimi codec. It comes with transformers' files of sesame/csm-1b (codec_model.*), as kyutai/mimi, or as "
+                  f"{CODEC_FILE} of kyutai/moshiko-pytorch-bf16; put it into the folder or give its path as extra codec")
+
+
+def draw(model):
+    """Random weights; upstream's own start is not known, this is transformers': normal 0.02, norms one."""
+    for name, p in model.named_parameters():
+        nn.init.ones_(p) if name.endswith("norm.weight") else nn.init.normal_(p, std=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ shapes for measuring
+
+# backbone: width, feed-forward, layers, heads, groups; decoder: the same; head sizes; text vocabulary; of the codec: filters, width, layers
+SHAPES = {"tiny": ((64, 128, 2, 4, 2), (32, 64, 1, 2, 1), (16, 16), 300, (4, 32, 1)),
+          "mid": ((512, 2048, 6, 8, 2), (256, 1024, 2, 4, 1), (64, 64), 4096, (16, 128, 8)),
+          "real": ((2048, 8192, 16, 32, 8), (1024, 8192, 4, 8, 2), (64, 128), 128256, (64, 512, 8))}
+
+
+def shape(size, version=""):
+    """(Config, Config of the codec) in the published size, or smaller in nearly the same proportions; there is one version."""
+    if version:
+        raise Invalid(f"version {version!r}: there is only one CSM; leave version out")
+    backbone, decoder, heads, text, (filters, width, layers) = SHAPES[size]
+    towers = [TowerConfig(*t, size, rope_scaling=LLAMA3) for t, size in zip((backbone, decoder), heads)]
+    codec = mimi.Config(channels=[filters, 2 * filters, 4 * filters, 8 * filters], ratios=[4, 5, 6, 8], compress=2, residual_layers=1,
+                        kernels=(7, 3, 3), hidden=width, ffn=4 * width, layers=layers, kv_width=width, stride=2, upsample_groups=width,
+                        codebook_size=2048, codebook_dim=width // 2, projected=True, semantic=1, acoustic=31,
+                        num_attention_heads=max(2, width // 64), head_dim=min(64, width // 2))
+    return Config(*towers, text, 2051, 32, {}), codec
+
+
+def blank(size, version, device, dtype):
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
+    config, codec = shape(size, version)
+    with torch.device("meta"):
+        model = CSM(config)
+    model.to_empty(device=device)
+    draw(model)
+    model.to(dtype)
+    model._frozen = [mimi.blank(codec)]
+    _finish(model, device)
+    vocab = {p: i for i, p in enumerate(["<unk>", "<|begin_of_text|>", "<|end_of_text|>", *"[]0abcdefghijklmnopqrstuvwxyz "])}
+    model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
+    model.bos, model.eos = 1, 2
+    model.path, model.fingerprint, model.files, model.raw_config = "", "", [], {}
+    return model.eval()
