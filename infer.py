@@ -100,6 +100,8 @@ def load_model(cfg, path, chosen):
         scale = f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}" if len(chosen) == 1 else f"rank {max(len(m.lora_A) for m in modules.values())} together"
         print(f"adapters: {' + '.join(f'{p} x {x:g}' for p, x in chosen)}: {len(loaded)} tensors in {len(modules)} modules, "
               f"{len(skipped)} skipped; {scale}", file=sys.stderr)
+        for path, _ in chosen:
+            model.speakers = {**getattr(model, "speakers", {}), **adapters.read_record(path).get("speakers", {})}
     if cfg.compile:
         for block in model.blocks():
             block.compile()
@@ -108,8 +110,8 @@ def load_model(cfg, path, chosen):
 
 def check_speakers(requests, chosen):
     """A name that no adapter was trained with is an error that lists those it was."""
-    known = {str(s) for path, _ in chosen for s in adapters.read_record(path).get("speakers", [])}
-    wrong = sorted({item["speaker"] for _, item in requests if item["speaker"]} - known)
+    known = {name: n for path, _ in chosen for name, n in adapters.read_record(path).get("speakers", {}).items()}
+    wrong = sorted({item["speaker"] for _, item in requests if item["speaker"]} - known.keys() - {str(n) for n in known.values()})
     if known and wrong:
         raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: {', '.join(sorted(known))}")
 

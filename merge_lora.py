@@ -68,7 +68,7 @@ def main():
     try:
         if cfg.to:
             keep_strength(model)
-            speakers = sorted({s for path, _ in chosen for s in adapters.read_record(path).get("speakers", [])})
+            speakers = {name: n for path, _ in chosen for name, n in adapters.read_record(path).get("speakers", {}).items()}
             lora.save_lora_weights(model, tmp, cfg.to, cfg.naming or None, base=str(base), speakers=speakers)
         else:
             lora.merge_lora_weights(model)

@@ -416,7 +416,7 @@ def evaluate(cfg, model, examples, lambdas, device, rank, world):
 def speak(cfg, model, rows, step, log):
     """The first validation texts as wav files and in TensorBoard, with the recording beside. Rank 0 only."""
     model.eval()
-    for i, row in enumerate(rows[: cfg.val_samples]):
+    for i, row in enumerate([row for row in rows if row.get("text")][: cfg.val_samples]):
         chunks = list(model.generate(row["text"], **model.sample_request(row), seed=cfg.seed))
         wave = torch.cat(chunks) if chunks else torch.zeros(1)
         path = Path(cfg.save_path) / "samples" / f"step_{step:07d}_{i}.wav"
@@ -507,8 +507,9 @@ def main():
             block.compile()
 
     # ------------------------------------------------------------------------------------------------ data
-    rows = read_manifest(cfg.train_manifest)
-    val_rows = read_manifest(cfg.val_manifest) if cfg.val_manifest else []
+    speakers = {}  # name -> number, filled by the manifests and kept in the adapter
+    rows = read_manifest(cfg.train_manifest, speakers)
+    val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(rows + val_rows)
     if missing and world > 1:
@@ -526,9 +527,8 @@ def main():
     kept = pick_rows(cfg, rows, lengths, model, log)
     rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
     val_examples = [cache.get(row) for row in val_rows]
-    speakers = sorted({str(row["speaker"]) for row in rows if row.get("speaker") is not None})
     if len(speakers) > 1 and not model.speaker_input:
-        log.say(f"the rows name {len(speakers)} speakers ({', '.join(speakers[:5])}) and this backbone is not told who speaks: each sentence would "
+        log.say(f"the rows name {len(speakers)} speakers ({', '.join(list(speakers)[:5])}) and this backbone is not told who speaks: each sentence would "
                 "get one of them by chance. Train one adapter per speaker, or give rows a ref_audio where the checkpoint takes one.", "warning")
     seconds = [seconds_of(row) for row in rows]
 
@@ -704,10 +704,12 @@ def main():
         full = cfg.save_epochs and math.floor(after[2] / cfg.save_epochs + 1e-9) > math.floor(passed / cfg.save_epochs + 1e-9)
         passed = after[2]
         saving = bool(stop or full or step == steps or (cfg.save_interval and step % cfg.save_interval == 0))
+        paused = time.perf_counter()
         if step == steps or (cfg.valid_interval and step % cfg.valid_interval == 0):
             validate(saving)
         if saving:
             save_now()
+        started += time.perf_counter() - paused  # the time per step is that of training
         if stop:
             log.say(f"asked to stop: saved step {step}; the same command goes on from here", "warning")
             break

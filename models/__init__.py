@@ -54,7 +54,7 @@ def read_config(path):
     files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".pt", ".pth", ".bin")]
     if not files:
         raise Invalid(f"{path} holds no config.json, no config.yaml and no weights; is it the right folder?")
-    return {"tensors": sorted(checkpoint.read(files[0]))}
+    return {"tensors": sorted({name for file in files for name in checkpoint.read(file)})}
 
 
 def find(path):

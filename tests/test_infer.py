@@ -18,11 +18,14 @@ import lora
 import models
 from models import voxcpm
 from models.parts import Invalid, audio
+from tests import tiny_csm
 from tests import tiny_voxcpm as tiny
 from tests.conftest import ROOT
 from tests.running import here
 
-SHORT = ("--min_len", "3", "--max_len", "4")  # four patches, whatever the stop head says
+FOUR = ("--min_len", "3", "--max_len", "4")  # patches, whatever the stop head says
+SHORT = (*FOUR, "--inference_timesteps", "3")
+ONE_LAYER = {"lm_config": {"num_hidden_layers": 1}, "residual_lm_num_layers": 1, "encoder_config": {"num_layers": 1}, "dit_config": {"num_layers": 1}}
 
 
 class Home:
@@ -31,22 +34,22 @@ class Home:
     def __init__(self, folder):
         self.folder = folder
         for version in tiny.VERSIONS:
-            tiny.write(folder / f"base{version}", version, codec_file="audiovae.safetensors")  # read faster than a pickle
+            tiny.write(folder / f"base{version}", version, codec_file="audiovae.safetensors", **ONE_LAYER)  # loads fast
         self.base, self.v2 = folder / "base1.5", folder / "base2"
         self.model = models.load(self.base)
-        self.own("first", 1, enable_lm=True, speakers=["anna", "ben"])
+        self.own("first", 1, enable_lm=True, speakers={"anna": 0, "ben": 1})
         self.own("second", 2, enable_dit=True, r=2)
-        tiny.write_adapter(folder / "original", "1.5", base=self.base)
+        tiny.write_adapter(folder / "original", "1.5", base=self.base, **ONE_LAYER)
         self.speech, self.other = folder / "speech.wav", folder / "other.flac"
         audio.write(self.speech, 0.5 * tiny.wave(9000), 22050)
         audio.write(self.other, 0.5 * tiny.wave(14000).flip(0), 44100)
 
-    def own(self, name, seed, speakers=(), **settings):
+    def own(self, name, seed, speakers=None, **settings):
         lora.apply_lora_to_model(self.model, {"r": 4, "alpha": 8.0, **settings})
         g = torch.Generator().manual_seed(seed)
         for m in lora.lora_modules(self.model).values():
             m.lora_B.data = 0.3 * torch.randn(m.lora_B.shape, generator=g)
-        lora.save_lora_weights(self.model, self.folder / name, speakers=list(speakers))
+        lora.save_lora_weights(self.model, self.folder / name, speakers=speakers or {})
         lora.remove_lora(self.model)
 
     def __truediv__(self, name):
@@ -88,7 +91,7 @@ def fails(code, *flags):
 
 def direct(model, text="hello", prompts=(), seed=42, **sampling):
     """The same from the model itself, as 16-bit samples."""
-    sampling = {"min_len": 3, "max_len": 4, **sampling}
+    sampling = {"min_len": 3, "max_len": 4, "inference_timesteps": 3, **sampling}
     return torch.from_numpy(audio.pcm16(torch.cat(list(model.generate(text, prompts=prompts, seed=seed, **sampling)))))
 
 
@@ -108,7 +111,7 @@ def test_a_sentence_becomes_a_file_of_pcm16_at_the_models_rate(home, version, ra
     assert (head.samplerate, head.channels, head.subtype, head.format) == (rate, 1, "PCM_16", "WAV")
     model = models.load(home / f"base{version}")
     assert head.frames == round(4 * rate / model.frame_rate) and torch.equal(said("deep/in/a.wav"), direct(model))
-    assert "real-time factor 0." in err or "real-time factor 1." in err or "real-time factor" in err
+    assert re.search(r"1/1 \| 0\.\d s of audio in \d+\.\d s \| real-time factor \d+\.\d\d", err)
     assert "stopped at the length cap" in err
 
 
@@ -130,25 +133,25 @@ def test_streaming_gives_the_samples_of_the_file(home):
 
 
 def test_sampling_fields_are_flags(home):
-    base = ("--ckpt_dir", home.base, "--text", "hello", *SHORT)
+    base = ("--ckpt_dir", home.base, "--text", "hello", *FOUR)
     waves = {}
     for flags in ((), ("--cfg-value", "3"), ("--inference_timesteps=4",)):
         speak(*base, *flags)
         waves[flags] = said()
     assert len({w.numpy().tobytes() for w in waves.values()}) == 3
-    assert torch.equal(waves["--cfg-value", "3"], direct(home.model, cfg_value=3.0))
+    assert torch.equal(waves["--cfg-value", "3"], direct(home.model, cfg_value=3.0, inference_timesteps=10))
     assert torch.equal(waves["--inference_timesteps=4",], direct(home.model, inference_timesteps=4))
 
 
 def test_the_length_in_milliseconds_is_never_exceeded(home):
     for ms, patches in ((1000, 6), (160, 1), (640, 4), (10, 1)):  # a patch is 160 ms
-        speak("--ckpt_dir", home.base, "--text", "hello", "--min_len", "99", "--max_audio_length_ms", ms)
+        speak("--ckpt_dir", home.base, "--text", "hello", "--min_len", "99", "--inference_timesteps", "3", "--max_audio_length_ms", ms)
         assert len(said()) == patches * 7056, ms
 
 
 def test_a_runaway_take_is_tried_again_with_the_next_seeds(home):
     """At this ratio every take is too long, so the last of four is kept; a user's own number of tries wins."""
-    flags = ("--ckpt_dir", home.base, "--text", "hello there world", "--length_ratio", "0.1")
+    flags = ("--ckpt_dir", home.base, "--text", "hello there world", "--length_ratio", "0.1", "--inference_timesteps", "3")
     waves = []
     for more in (("--seed", "7"), ("--seed", "10", "--retries", "0"), ("--seed", "7", "--retries", "1"), ("--seed", "8", "--retries", "0")):
         speak(*flags, *more)
@@ -180,7 +183,7 @@ def test_adapters_act_with_their_strength_and_add_up(home):
         _, err = speak(*flags, *given)
         waves.append(said())
         assert close(waves[-1], adapted(home, *chosen))
-        modules = {"first": 20, "second": 12, "original": 35}
+        modules = {"first": 8, "second": 4, "original": 15}
         assert f" in {sum(modules[n] for n, _ in chosen)} modules, 0 skipped" in err
         assert "r 4, alpha 8, scale 2" in err or len(chosen) > 1 and "rank 4 together" in err
     assert len({w.numpy().tobytes() for w in waves}) == len(waves)
@@ -380,7 +383,6 @@ def test_a_line_with_its_own_recording_does_not_take_the_words_of_another(home):
 
 
 def test_speakers_may_be_numbers(tmp_path, home):
-    from tests import tiny_csm
     tiny_csm.write(tmp_path / "csm", tiny_csm.VARIANTS[0])
     Path("rows.jsonl").write_text('{"text": "hi", "speaker": 0}\n{"text": "hi", "speaker": "0"}\n{"text": "hi", "speaker": 1}\n{"text": "hi"}')
     paths, _ = speak("--ckpt_dir", tmp_path / "csm", "--input", "rows.jsonl", "--max_len", "3", "--min_len", "3", "--speaker", "1")

@@ -122,3 +122,13 @@ def test_from_a_real_speaker_to_a_voice_with_the_scripts_started_by_their_paths(
     speech(tmp_path / "talk", 5)
     seconds = sum(audio.info(path).seconds for path in (tmp_path / "talk/wavs").iterdir())
     journey(tmp_path, by_path(tmp_path), "voxcpm", "1.5", seconds, full=False)
+
+
+def test_what_an_option_of_the_backbone_freezes_stays_frozen_in_full_tuning(tmp_path):
+    tones(tmp_path / "talk")
+    importlib.import_module("tests.tiny_csm").write(tmp_path / "base", "transformers")
+    forked(tmp_path)("train", "--pretrained_path", "base", "--train_manifest", "talk/metadata.csv", "--save_path", "half", "--num_iters", 1,
+                     "--warmup_steps", 0, "--learning_rate", 1e-2, "--backbone.freeze", "backbone")
+    base, after = models.load(tmp_path / "base"), models.load(tmp_path / "half" / "latest")
+    moved = {n for n, p in base.named_parameters() if not torch.equal(p, after.get_parameter(n))}
+    assert moved and all(n.startswith("depth_decoder.") for n in moved)
