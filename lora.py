@@ -7,14 +7,13 @@ is a buffer: on, off, strength and reset change its value or the parameters in p
 What is trained in full beside LoRA (embeddings, say) keeps a copy of its base and is switched with the adapter.
 """
 import math
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, adapters, opt
+from models.parts import Invalid, adapters, opt, targets
 
 
 @dataclass
@@ -85,52 +84,13 @@ def lora_modules(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def targets(model, s):
-    """Names of the nn.Linear modules that settings `s` mean; a word that means nothing is an error."""
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    spelled = {n: {n} | {model.published_name(n + ".weight", naming).removesuffix(".weight") for naming in model.namings} for n in linears}
-    words = {f.name: getattr(s, f.name) for f in fields(s) if f.name.startswith(("enable_", "target_")) and f.name != "target_layers"}
-    names = []
-    for word in s.target_modules:
-        hits = [n for n in linears if any(_means(word, spelling) for spelling in spelled[n])]
-        if not hits:
-            raise Invalid(f"lora.target_modules: {word!r} matches no Linear; this model has names such as {linears[0]!r}, {linears[-1]!r}")
-        names += hits
-    if not s.target_modules or any(v for k, v in words.items() if k != "target_modules"):
-        names += model.lora_targets(s)
-    names = sorted(set(names), key=linears.index)
-    if s.target_layers:  # 3 is layer 3 of every targeted stack that has one, decoder.3 that of one stack
-        layer = {n: m[1] for n in names if (m := re.search(r"\.(\d+)\.", n))}
-        asked = {n for n in names if n not in layer}
-        for entry in s.target_layers:
-            stack, _, index = str(entry).rpartition(".")
-            hits = [n for n in layer if layer[n] == index and (not stack or any(_means(stack, spelling) for spelling in spelled[n]))]
-            if not hits:
-                raise Invalid(f"lora.target_layers: no targeted stack has a layer {entry}; they have 0 to {max(map(int, layer.values()), default=-1)}")
-            asked.update(hits)
-        names = [n for n in names if n in asked]
-    return names
-
-
-def _means(word, name):
-    """A word means a module by its name, its end, any step on the way to it, or as a regex."""
-    return name == word or name.endswith("." + word) or (not word.isdigit() and word in name.split(".")) or _matches(word, name)
-
-
-def _matches(pattern, name):
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as e:
-        raise Invalid(f"lora.target_modules: {pattern!r} is no module name and no regex ({e})") from None
-
-
 def apply_lora_to_model(model, settings):
     """Wrap what the settings name, freeze the rest. settings: LoRAConfig or a dict with the YAML's keys. Returns the names."""
     s = settings if isinstance(settings, LoRAConfig) else LoRAConfig(**settings)
     if s.r < 1 or not 0 <= s.dropout < 1:
         raise Invalid(f"lora: r {s.r} must be at least 1 and dropout {s.dropout} in [0, 1)")
-    names = targets(model, s)
-    full = _modules_in_full(model, s)
+    names = targets.linears(model, s)
+    full = targets.in_full(model, s)
     for name in names:
         if any(name == f or name.startswith(f + ".") for f in full):
             raise Invalid(f"lora: {name} is both a LoRA target and trained in full; choose one")
@@ -148,18 +108,6 @@ def _train_in_full(model, base):
     for n in base:
         p = model.get_parameter(n)
         p.data, p.requires_grad = p.data.float(), True  # trained values need float32, as adapters do
-
-
-def _modules_in_full(model, s):
-    patterns = list(s.train_modules) + (list(model.embeddings) if s.train_embeddings else [])
-    names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
-    found = []
-    for p in patterns:
-        hits = [n for n in names if n == p or _matches(p, n)]
-        if not hits:
-            raise Invalid(f"lora.train_modules: {p!r} matches no module; this model has names such as {names[0]!r}")
-        found += hits
-    return found
 
 
 def wrap(module, s, after):
@@ -271,53 +219,46 @@ def load_lora_weights(model, adapter, ignore_base=False):
     """
     several = adapter if isinstance(adapter, (list, tuple)) else [(adapter, 1.0)]
     read = [(adapters.read(path, model, ignore_base), float(strength)) for path, strength in several]
-    pairs, full, bias, loaded, skipped = {}, {}, {}, [], []
-    for a, strength in read:
-        for name, (A, B, scale) in a.pairs.items():
-            pairs.setdefault(name, []).append((A, B, scale, strength))
-        if (a.full or a.bias) and len(read) > 1:
-            raise Invalid(f"{a.path} holds more than LoRA pairs and cannot be stacked with others; merge them one after the other")
-        full, bias = a.full, a.bias
-        loaded, skipped = loaded + a.loaded, skipped + a.skipped
-    one = len(read) == 1
-    s = LoRAConfig(**{**read[0][0].settings, "target_layers": [], "bias": bool(bias)})
-    stacked = {}
-    for name, parts in pairs.items():
-        A = torch.cat([A for A, _, _, _ in parts])
-        scale = parts[0][2] if one else 1.0
-        B = parts[0][1] if one else torch.cat([B * scale * strength for _, B, scale, strength in parts], 1)
-        stacked[name] = (A, B, scale)
+    a = read[0][0] if len(read) == 1 else adapters.stack(read)
+    s = LoRAConfig(**{**a.settings, "target_layers": [], "bias": bool(a.bias)})
     here = lora_modules(model)
-    same = (set(here) == set(stacked) and not full and not state(model).base
-            and all(here[n].lora_A.shape == A.shape and (here[n].lora_bias is not None) == bool(bias) for n, (A, _, _) in stacked.items()))
-    if not same:
+    same = set(here) == set(a.pairs) and not a.full and not state(model).base and all(
+        here[n].lora_A.shape == A.shape and (here[n].lora_bias is not None) == s.bias for n, (A, _, _) in a.pairs.items())
+    if not same:  # another shape: build the layers anew, which a compiled model notices once
         remove_lora(model)
         model.requires_grad_(False)
-        for name, (A, _, _) in stacked.items():
+        for name, (A, _, _) in a.pairs.items():
             shape = LoRAConfig(r=len(A), dropout=s.dropout, bias=s.bias)
             wrap(model.get_submodule(name), shape, model.lora_dropout_after if s.dropout_after is None else s.dropout_after)
-        base = {n: model.get_parameter(n).detach().clone() for n in full}
+        base = {n: model.get_parameter(n).detach().clone() for n in a.full}
         _train_in_full(model, base)
         model.lora_state = State(base=base)
     st = state(model)
     st.settings, st.enabled, st.strength, st.gain = s, True, 1.0, 1.0
-    for name, (A, B, scale) in stacked.items():
+    _fill(model, a)
+    for name, (_, _, scale) in a.pairs.items():
         module = model.get_submodule(name)
-        module.lora_A.data.copy_(A)
-        module.lora_B.data.copy_(B)
         module.lora_full_scale = scale
         module.lora_scale.fill_(scale)
         module.lora_strength.fill_(1.0)
-        if bias:
-            module.lora_bias.data.copy_(bias.get(name, torch.zeros_like(module.lora_bias)))
-    for name, value in full.items():
-        model.get_parameter(name).data.copy_(value)
-    if one and several[0][1] != 1.0:
-        set_lora_strength(model, several[0][1])
-    return loaded, skipped
+    if len(read) == 1 and read[0][1] != 1.0:
+        set_lora_strength(model, read[0][1])
+    return a.loaded, a.skipped
 
 
 @torch.no_grad()
+def _fill(model, a):
+    """Copy the values of an adapter into the layers that stand."""
+    for name, (A, B, _) in a.pairs.items():
+        module = model.get_submodule(name)
+        module.lora_A.copy_(A)
+        module.lora_B.copy_(B)
+        if module.lora_bias is not None:
+            module.lora_bias.copy_(a.bias.get(name, torch.zeros(len(B))))
+    for name, value in a.full.items():
+        model.get_parameter(name).copy_(value)
+
+
 def restore_lora_weights(model, path, ignore_base=False):
     """Put saved values into the adapter that stands, structure untouched; everything must be in the file and fit."""
     a = adapters.read(path, model, ignore_base)
@@ -325,13 +266,7 @@ def restore_lora_weights(model, path, ignore_base=False):
     biased = {n for n, m in here.items() if m.lora_bias is not None}
     if set(a.pairs) != set(here) or set(a.full) != set(state(model).base) or set(a.bias) != biased:
         raise Invalid(f"{a.path} holds {len(a.pairs)} modules, the run has {len(here)}, or other modules trained in full")
-    for name, (A, B, _) in a.pairs.items():
-        here[name].lora_A.copy_(A)
-        here[name].lora_B.copy_(B)
-    for name, value in a.bias.items():
-        here[name].lora_bias.copy_(value)
-    for name, value in a.full.items():
-        model.get_parameter(name).copy_(value)
+    _fill(model, a)
 
 
 def save_lora_weights(model, folder, format="native", naming=None, **record):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 import models
 from models import csm
-from models.parts import Invalid, audio
+from models.parts import Invalid, audio, targets
 from tests import conftest, tiny_csm
 
 LAYOUTS = Path(conftest.ROOT).parent / "shared/layouts"
@@ -665,7 +665,7 @@ def test_words_that_users_of_other_tools_know(folders):
     m = load(folders["transformers"])
 
     def hit(*words, **more):
-        return set(lora.targets(m, lora.LoRAConfig(target_modules=list(words), **more)))
+        return set(targets.linears(m, lora.LoRAConfig(target_modules=list(words), **more)))
 
     assert hit("attn") == hit("q_proj", "k_proj", "v_proj", "o_proj") and len(hit("attn")) == 4 * 5
     assert hit("codebook0_head") == {"lm_head"} and hit("projection") == {"depth_decoder.model.inputs_embeds_projector"}

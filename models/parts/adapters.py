@@ -183,6 +183,21 @@ def read(path, model, ignore_base=False) -> Adapter:
     return a
 
 
+def stack(read) -> Adapter:
+    """[(Adapter, strength), ...] -> one whose update is the sum of theirs: A's on top of each other, B's side by side."""
+    for a, _ in read:
+        if a.full or a.bias:
+            raise Invalid(f"{a.path} holds more than LoRA pairs and cannot be stacked with others; merge them one after the other")
+    out = Adapter(read[0][0].path, read[0][0].settings, {})
+    parts = {}
+    for a, strength in read:
+        for name, (A, B, scale) in a.pairs.items():
+            parts.setdefault(name, []).append((A, B * scale * strength))
+        out.loaded, out.skipped = out.loaded + a.loaded, out.skipped + a.skipped
+    out.pairs = {name: (torch.cat([A for A, _ in p]), torch.cat([B for _, B in p], 1), 1.0) for name, p in parts.items()}
+    return out
+
+
 def _by_rank(A, settings, kind, config):
     patterns = kind == "peft" and config and checkpoint.read_json(config).get("rank_pattern")
     return bool(patterns) or A.shape[0] == settings["r"]
