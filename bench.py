@@ -178,7 +178,8 @@ def main():
     median = out["step_ms_median"] / 1e3
     print(json.dumps({
         "backbone": cfg.backbone, "version": cfg.version, "task": cfg.task, "size": cfg.size, "device": str(device), "dtype": str(dtype)[6:],
-        "batch": cfg.batch, "lengths": seconds, "texts": texts, "fill": round(sum(seconds) / len(seconds) / max(seconds), 4), "threads": torch.get_num_threads(), "rank": 0 if cfg.full else cfg.rank, "full": cfg.full,
+        "batch": cfg.batch, "lengths": seconds, "texts": texts, "fill": round(sum(seconds) / len(seconds) / max(seconds), 4),
+        "threads": torch.get_num_threads(), "rank": 0 if cfg.full else cfg.rank, "full": cfg.full,
         "ckpt": cfg.ckpt, "compile": cfg.compile, "steps": cfg.steps, **out, "samples_per_s": round(cfg.batch / median, 4),
         "audio_s_per_s": round(audio / median, 4), "rtf": round(median / audio, 5), "params": sum(p.numel() for p in model.parameters()),
         "optimizer": None, "clip": None, "adapter_params": 0, **info, "shapes": shapes(dataclasses.asdict(model.config)),

@@ -221,7 +221,7 @@ def pick(logits, u, temperature, top_k, allowed):
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)  # ties with the k-th stay
     heap = logits.softmax(-1).cumsum(-1)
-    return (heap < (1 - u[:, None]) * heap[:, -1:]).sum(-1)  # 1 - u is never 0, so no id of probability 0 is hit
+    return torch.searchsorted(heap, (1 - u[:, None]) * heap[:, -1:])[:, 0]  # 1 - u is never 0, so no id of probability 0 is hit
 
 
 def _speaker(turn):
@@ -229,51 +229,68 @@ def _speaker(turn):
     return turn.get("speaker_id", turn.get("speaker"))
 
 
-def joined(*linears):
-    """Several linears that read the same input as one function, their outputs side by side."""
+def joined(*linears, rows=None):
+    """Linears that read the same input as one function: (N, C) -> (N, all outputs side by side, in the order `rows`).
+
+    What is given as its second argument is added.
+    """
     if any(type(m) is not nn.Linear for m in linears):  # an adapter is on: each runs by itself
-        return lambda x: torch.cat([m(x) for m in linears], -1)
-    weight = torch.cat([m.weight for m in linears])
-    if weight.device.type == "cpu":
-        weight = weight.T.contiguous().T  # one vector times a tall matrix is three times faster column by column
-    return lambda x: F.linear(x, weight)
+        def run(x, plus=0):
+            y = torch.cat([m(x) for m in linears], -1)
+            return plus + (y if rows is None else y[:, rows])
+        return run
+    weight = torch.cat([m.weight for m in linears]) if len(linears) > 1 else linears[0].weight
+    weight = (weight if rows is None else weight[rows]).T
+    if len(linears) > 1 and weight.device.type == "cpu":
+        weight = weight.contiguous()  # one vector times a tall matrix is faster column by column
+    return lambda x, plus=None: torch.mm(x, weight) if plus is None else torch.addmm(plus, x, weight)
 
 
 class DepthSteps:
     """The depth decoder one position at a time, as speaking runs it: K - 1 small steps for every frame.
 
-    The calls cost more than the arithmetic here, so this has fewer of them than the layers that training runs: q, k and
-    v are one matrix, gate and up another, all heads turn at once (v by an angle of zero), keys and values share a cache.
+    The calls cost more than the arithmetic here, so this has half as many as the layers that training runs: q, k and v
+    are one matrix, gate and up another; the pairs of q and k lie side by side (attention does not mind their order), so
+    that one complex product turns all heads, v by an angle of zero; keys and values share a cache; sums are fused.
     """
 
     def __init__(self, decoder, B, K):
-        c, device = decoder.config, decoder.norm.weight.device
+        c, weight = decoder.config, decoder.norm.weight
         self.H, self.G, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.layers = [(m.input_layernorm, joined(m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj), m.self_attn.o_proj,
-                        m.post_attention_layernorm, joined(m.mlp.gate_proj, m.mlp.up_proj), m.mlp.down_proj) for m in decoder.layers]
-        self.norm = decoder.norm
-        cos, sin = (t[:, None].repeat(1, self.H + 2 * self.G, 1) for t in decoder.turn(torch.arange(K, device=device)))
-        cos[:, self.H + self.G :], sin[:, self.H + self.G :] = 1, 0
-        sin[..., : self.D // 2] *= -1
-        self.cos, self.sin = cos, sin  # (K, H + 2 G, D)
-        self.cache = torch.zeros(len(self.layers), B, K, 2 * self.G, self.D, dtype=self.norm.weight.dtype, device=device)
+        turned = (self.H + self.G) * self.D
+        rows = torch.arange(turned + self.G * self.D, device=weight.device)
+        rows[:turned] = mimi.interleaved(rows[:turned], self.H + self.G)
+        self.layers = [(m.input_layernorm.weight, joined(m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, rows=rows),
+                        joined(m.self_attn.o_proj), m.post_attention_layernorm.weight, joined(m.mlp.gate_proj, m.mlp.up_proj),
+                        joined(m.mlp.down_proj)) for m in decoder.layers]
+        self.weight, self.eps = weight, torch.tensor(c.rms_norm_eps, device=weight.device)
+        angle = torch.arange(K, device=weight.device)[:, None, None].float() * decoder.frequencies
+        angle = angle.repeat(1, self.H + 2 * self.G, 1)
+        angle[:, self.H + self.G :] = 0
+        self.turn = torch.polar(torch.ones_like(angle), angle)  # (K, H + 2 G, D / 2) complex
+        self.cache = torch.zeros(len(self.layers), B, 2 * self.G, K, self.D, dtype=weight.dtype, device=weight.device)
 
     def keep(self, rows):
         self.cache = self.cache[:, rows]
 
+    def normed(self, x, weight):
+        """RMSNorm of (N, C) in half the calls of the one in layers.py, which is put together from parts on the CPU."""
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        return (x * torch.addcmul(self.eps, size, size, value=1 / x.shape[1]).rsqrt_()).to(x.dtype) * weight
+
     def __call__(self, x, j):
         """What comes out at the last of the positions j .. j + n - 1. x (B, n, C) -> (B, C)"""
-        (B, n, _), (H, G, D) = x.shape, (self.H, self.G, self.D)
-        for cache, (norm1, qkv, out, norm2, gate_up, down) in zip(self.cache, self.layers):
-            y = qkv(norm1(x)).view(B, n, H + 2 * G, D)
-            y = (y * self.cos[j : j + n] + y.roll(D // 2, -1) * self.sin[j : j + n]).to(x.dtype)  # in float32, cast back
-            cache[:, j : j + n] = y[:, :, H:]
-            seen = cache[:, : j + n].transpose(1, 2)  # (B, 2 G, j + n, D)
-            y = attend(y[:, :, :H].transpose(1, 2), seen[:, :G], seen[:, G:], causal=n > 1)
-            x = x + out(y.transpose(1, 2).reshape(B, n, H * D))
-            gate, up = gate_up(norm2(x)).chunk(2, -1)
-            x = x + down(F.silu(gate) * up)
-        return self.norm(x[:, -1])
+        (B, n, C), (H, G, D) = x.shape, (self.H, self.G, self.D)
+        x, turn = x.reshape(B * n, C), self.turn[j : j + n]
+        for cache, (weight1, qkv, out, weight2, gate_up, down) in zip(self.cache, self.layers):
+            y = qkv(self.normed(x, weight1)).view(B, n, H + 2 * G, D // 2, 2)
+            y = torch.view_as_real(torch.view_as_complex(y.float()) * turn).view(B, n, H + 2 * G, D).transpose(1, 2).to(x.dtype)
+            cache[:, :, j : j + n] = y[:, H:]
+            y = attend(y[:, :H], *cache[:, :, : j + n].chunk(2, 1), causal=n > 1)  # (B, H, n, D)
+            x = out(y.transpose(1, 2).reshape(B * n, H * D), x)
+            gate, up = gate_up(self.normed(x, weight2)).chunk(2, 1)
+            x = down(F.silu(gate) * up, x)
+        return self.normed(x if n == 1 else x[n - 1 :: n], self.weight)
 
 
 class Codebooks(nn.Module):
@@ -567,7 +584,7 @@ class CSM(nn.Module):
         left = list(range(B))
         for n in range(max(caps)):
             frame = self._frame(h, draws[:, n], s, n, steps)  # (B, K)
-            shown = frame.cpu()
+            shown = frame.cpu().clone()  # outside of inference mode, so that a caller may train on it
             spoken = shown.numpy().any(1)
             going = []
             for k, i in enumerate(left):
@@ -587,12 +604,14 @@ class CSM(nn.Module):
                     cache.keep(keep)
             h = self._step(frame, seen, pad, torch.tensor([L + n], device=device), caches)
 
+    @torch.inference_mode()
     def _step(self, frame, seen, pad, column, caches):
         """The newest frame (B, K) goes in at `column` (1,), the state that predicts the next comes out (B, H)."""
         mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
         turn = self.backbone_model.turn((column - pad)[:, None, None])
         return self.backbone_model(self._frames(frame)[:, None], turn, mask=mask, caches=caches, column=column)[:, 0]
 
+    @torch.inference_mode()  # a quarter less time than no_grad: most of it goes into calls
     def _frame(self, h, u, s, n, steps):
         """One frame (B, K) from the backbone's state (B, H) and uniform numbers (B, K)."""
         project, heads = self.depth_decoder.model.inputs_embeds_projector, self.depth_decoder.codebooks_head.weight
@@ -683,11 +702,7 @@ class CSM(nn.Module):
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32. transformers' holds the codec, too."""
         naming, out = naming or self.naming, {}
-        for name, p in self.named_parameters():
-            if ".lora_" in name:
-                continue
-            holder = self.get_submodule(name.rpartition(".")[0])
-            w = holder.merged(name.rpartition(".")[2]) if merged and hasattr(holder, "merged") else p.detach()
+        for name, w in checkpoint.weights(self, merged).items():
             rows = self.published_rows(name, naming)
             out[self.published_name(name, naming)] = w if rows is None else w[rows.to(w.device)]
         if naming == "transformers":

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from models.parts import Invalid, audio, audiovae, checkpoint, opt
@@ -728,14 +727,7 @@ class VoxCPM(nn.Module):
 
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32."""
-        out = {}
-        for name, p in self.named_parameters():
-            if ".lora_" in name:
-                continue
-            holder = self.get_submodule(name.rpartition(".")[0])
-            add = merged and hasattr(holder, "merged")
-            out[name] = holder.merged(name.rpartition(".")[2]) if add else p.detach()
-        return out
+        return checkpoint.weights(self, merged)
 
     def save(self, folder, naming=None, merged=False):
         """Write a folder in the published layout: model.safetensors, config.json, the codec and the tokenizer as they were read."""
@@ -743,8 +735,7 @@ class VoxCPM(nn.Module):
             raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.cpu().contiguous() for k, v in self.published_state_dict(naming, merged).items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
         for path in self.files:
             if path.parent.resolve() != folder.resolve():
                 shutil.copyfile(path, folder / path.name)

@@ -60,6 +60,7 @@ def assert_same(a, b, tolerance):
 def perturb(model, std=0.05):
     g = torch.Generator().manual_seed(0)
     for _, m in sorted(lora.lora_modules(model).items()):
+        m.lora_A.data = torch.randn(m.lora_A.shape, generator=g) * m.in_features**-0.5
         m.lora_B.data = torch.randn(m.lora_B.shape, generator=g) * std
 
 

@@ -102,7 +102,7 @@ def test_loading_peaks_at_one_copy_of_the_model(tmp_path):
     """200 MB of weights in bf16 into float32: 400 MB stay, and no more than a tenth on top of it was ever there."""
     big = {f"l{i}.weight": torch.zeros(1000, 5000, dtype=torch.bfloat16) for i in range(20)}
     save_file(big, tmp_path / "x.safetensors")
-    code = """
+    code = r"""
 import re, sys, torch
 from models.parts import checkpoint
 def memory(what):
@@ -191,7 +191,7 @@ def test_damage_to_any_file_is_noticed_and_the_step_before_is_used(tmp_path, har
 
 def test_a_full_disk_leaves_earlier_checkpoints_and_names_the_place(tmp_path):
     checkpoint.write_step(tmp_path, 1, write(1), {"step": 1})
-    code = """
+    code = r"""
 import resource, signal, sys, torch
 from models.parts import Invalid, checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

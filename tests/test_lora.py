@@ -343,3 +343,10 @@ def test_switching_never_recompiles_and_another_rank_does_so_once(model, tmp_pat
         block.requires_grad_(False)
         run(x)
         assert len(compiled) <= first + 1
+
+
+def test_a_merged_folder_has_the_dtypes_of_the_base(base, tmp_path):
+    model = models.load(base, dtype=torch.bfloat16)
+    lora.apply_lora_to_model(model, {"r": 2, "enable_lm": True, "train_embeddings": True})
+    model.save(tmp_path / "merged", merged=True)
+    assert {v.dtype for v in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}

@@ -211,6 +211,19 @@ def remove(path):
         Path(path).unlink(missing_ok=True)
 
 
+def weights(model, merged=False) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a model without its adapters; merged adds them, tensor by tensor, in float32. In the base's dtypes."""
+    trained_in_full = getattr(getattr(model, "lora_state", None), "base", {})  # float32 while they are trained
+    out = {}
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            holder, _, leaf = name.rpartition(".")
+            holder = model.get_submodule(holder)
+            w = holder.merged(leaf) if merged and hasattr(holder, "merged") else p.detach()
+            out[name] = w.to(trained_in_full[name].dtype) if name in trained_in_full else w
+    return out
+
+
 def fingerprint(model) -> str:
     """Names a base by 64 values of each of its weights, rounded to bf16 so that every dtype of one base agrees."""
     crc = 0
@@ -367,5 +380,12 @@ def save_tensors(path, tensors, metadata=None):
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt", **(metadata or {})})
+    os.chmod(tmp, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
     _flush(tmp)
     os.replace(tmp, path)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
