@@ -25,7 +25,7 @@ def run(mutant):
         return f"the text occurs {text.count(old)} times"
     with tempfile.TemporaryDirectory() as tmp:
         tree = Path(tmp) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".pytest_cache", "*.pyc", "runs"))
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", ".carry", "__pycache__", ".pytest_cache", "*.pyc", "runs"))
         (tree / file).write_text(text.replace(old, new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *test.split()]
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
