@@ -348,6 +348,12 @@ def test_a_bfloat16_model_keeps_its_codec_in_float32(golden):
 # ------------------------------------------------------------------------------------------------ data
 
 
+def test_clips_in_one_pass_are_what_they_are_alone(golden):
+    waves = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (4000, 3999, 2560, 700, 1)]
+    both = zip(golden.model.encode_audio_batch(waves), [golden.model.encode_audio(w) for w in waves])
+    assert all(a.shape == b.shape and (a - b).abs().max() <= 3e-6 * b.abs().max() for a, b in both)
+
+
 def test_training_audio_is_padded_on_the_right(golden, tmp_path):
     n, model = int(golden.metadata["wave_samples"]), golden.model
     soundfile.write(tmp_path / "a.wav", tiny.wave(n).numpy(), model.sample_rate, subtype="FLOAT")
@@ -396,3 +402,27 @@ def test_requests_in_one_batch_equal_requests_alone(golden):
         joined[i].append(chunk)
     for request, chunks in zip(requests, joined):
         same(torch.cat(chunks), torch.cat(list(golden.model.generate(**request, min_len=9, max_len=4))), 1e-3, 2e-4)
+
+
+@pytest.mark.parametrize("more", [1, 7, 64])
+def test_padding_changes_no_loss_and_no_gradient(golden, tmp_path, more):
+    model = models.load(tiny.write(tmp_path / "base", golden.version))
+    g = torch.Generator().manual_seed(0)
+    P, D = model.config.patch_size, model.config.feat_dim
+    clips = [{"text": torch.tensor(model.encode_text(t) + [101]), "latents": torch.randn(n, P, D, generator=g)}
+             for t, n in (("Hello there.", 5), ("Good.", 9))]
+    batch, _ = model.collate(clips, [1, 2])
+
+    def measure(batch):
+        model.zero_grad()
+        out = model(batch)
+        (out["loss/diff"] + out["loss/stop"]).backward()
+        return out["loss/diff"].item(), out["loss/stop"].item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    row, L = batch["real"] // batch["L"], batch["L"] + more  # the same rows in a wider rectangle
+    wider = {**batch, "L": L, "real": row * L + batch["positions"]}
+    diff, stop, grads = measure(batch)
+    diff_wider, stop_wider, grads_wider = measure(wider)
+    assert abs(diff - diff_wider) <= 1e-6 * diff and abs(stop - stop_wider) <= 1e-6 * stop
+    off = {name: float((grad - grads_wider[name]).norm() / grad.norm()) for name, grad in grads.items()}
+    assert max(off.values()) <= 1e-6, max(off, key=off.get)
