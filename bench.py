@@ -39,6 +39,7 @@ class Bench:
     rank: int = opt(8, "of the adapter")
     full: bool = opt(False, "train every weight instead of an adapter")
     adapter: str = opt("none", "generation with an adapter on, or merged into the weights", choices=("none", "on", "merged"))
+    options: dict = opt({}, "options of the backbone's own for training, such as --options.amortize 1; see Training in its file")
     timesteps: int = opt(0, "solver steps per frame where the backbone has a solver; 0 takes its default")
     steps: int = opt(5, "measured repetitions")
     warmup: int = opt(2, "repetitions before")
@@ -59,8 +60,12 @@ def check(cfg):
         raise Usage("\n".join([f"--backbone {cfg.backbone!r}: known are {', '.join(models.BACKBONES)}", *wrong]))
     if cfg.timesteps and "inference_timesteps" not in {f.name for f in dataclasses.fields(models.BACKBONES[cfg.backbone].Sampling)}:
         wrong.append(f"--timesteps: {cfg.backbone} has no solver")
-    only = {"train": ("full", "ckpt", "lengths"), "generate": ("adapter", "timesteps"), "encode": ("lengths",)}
-    given = [k for k in ("full", "ckpt", "lengths", "adapter", "timesteps") if getattr(cfg, k) not in (False, 0, [], "none")]
+    try:
+        configs.build(models.BACKBONES[cfg.backbone].Training, cfg.options, "options")
+    except Usage as e:
+        wrong.append(str(e))
+    only = {"train": ("full", "ckpt", "lengths", "options"), "generate": ("adapter", "timesteps"), "encode": ("lengths",)}
+    given = [k for k in ("full", "ckpt", "lengths", "adapter", "timesteps", "options") if getattr(cfg, k) not in (False, 0, [], {}, "none")]
     wrong += [f"--{k} does not go with --task {cfg.task}" for k in given if k not in only[cfg.task]]
     if wrong:
         raise Usage("\n".join(wrong))
@@ -73,9 +78,7 @@ def shapes(values):
 
 def training(cfg, model, clips, device):
     """(step, info): one optimizer step on a fixed batch."""
-    if cfg.full:
-        model.requires_grad_(True)
-    else:
+    if not cfg.full:  # as built all is trained, but for what an option of the backbone freezes
         lora.apply_lora_to_model(model, {"r": cfg.rank, "alpha": float(cfg.rank)})
     model.train()
     model.set_recompute(cfg.ckpt)
@@ -152,7 +155,9 @@ def main():
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
     try:
-        model = models.BACKBONES[cfg.backbone].blank(cfg.size, cfg.version, device, dtype)
+        backbone = models.BACKBONES[cfg.backbone]
+        options = dataclasses.asdict(configs.build(backbone.Training, cfg.options, "options"))
+        model = backbone.blank(cfg.size, cfg.version, device, dtype, options)
     except Invalid as e:
         raise Usage(e) from None
     seconds = [(cfg.lengths or [cfg.seconds])[i % len(cfg.lengths or [0])] for i in range(cfg.batch)]
@@ -180,7 +185,7 @@ def main():
         "backbone": cfg.backbone, "version": cfg.version, "task": cfg.task, "size": cfg.size, "device": str(device), "dtype": str(dtype)[6:],
         "batch": cfg.batch, "lengths": seconds, "texts": texts, "fill": round(sum(seconds) / len(seconds) / max(seconds), 4),
         "threads": torch.get_num_threads(), "rank": 0 if cfg.full else cfg.rank, "full": cfg.full,
-        "ckpt": cfg.ckpt, "compile": cfg.compile, "steps": cfg.steps, **out, "samples_per_s": round(cfg.batch / median, 4),
+        "ckpt": cfg.ckpt, "compile": cfg.compile, "options": cfg.options, "steps": cfg.steps, **out, "samples_per_s": round(cfg.batch / median, 4),
         "audio_s_per_s": round(audio / median, 4), "rtf": round(median / audio, 5), "params": sum(p.numel() for p in model.parameters()),
         "optimizer": None, "clip": None, "adapter_params": 0, **info, "shapes": shapes(dataclasses.asdict(model.config)),
         "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}), flush=True)

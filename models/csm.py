@@ -264,10 +264,10 @@ class DepthSteps:
                         joined(m.self_attn.o_proj), m.post_attention_layernorm.weight, joined(m.mlp.gate_proj, m.mlp.up_proj),
                         joined(m.mlp.down_proj)) for m in decoder.layers]
         self.weight, self.eps = weight, torch.tensor(c.rms_norm_eps, device=weight.device)
-        angle = torch.arange(K, device=weight.device)[:, None, None].float() * decoder.frequencies
+        angle = torch.arange(K)[:, None, None].float() * decoder.frequencies.cpu()
         angle = angle.repeat(1, self.H + 2 * self.G, 1)
         angle[:, self.H + self.G :] = 0
-        self.turn = torch.polar(torch.ones_like(angle), angle)  # (K, H + 2 G, D / 2) complex
+        self.turn = torch.polar(torch.ones_like(angle), angle).to(weight.device)  # (K, H + 2 G, D / 2) complex
         self.cache = torch.zeros(len(self.layers), B, 2 * self.G, K, self.D, dtype=weight.dtype, device=weight.device)
 
     def keep(self, rows):
@@ -360,7 +360,11 @@ class CSM(nn.Module):
     def encode_audio(self, source, start=None, end=None):
         """Codes (K, T) int16 of a path or of (n,) samples at `sample_rate`; any length."""
         wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
-        return self.codec.encode(wave).to("cpu", torch.int16)
+        return self.encode_audio_batch([wave])[0]
+
+    def encode_audio_batch(self, waves):
+        """What encode_audio makes of each of several clips (n,), in one pass of the codec."""
+        return [codes.to("cpu", torch.int16) for codes in self.codec.encode_batch(waves)]
 
     def _codes(self, source, start=None, end=None):
         """(K, T) int64 codes of a path, samples (n,) or codes (K, T)."""
@@ -979,8 +983,8 @@ def shape(size, version=""):
     return Config(*towers, text, 2051, 32, {}), codec
 
 
-def blank(size, version, device, dtype):
-    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
+def blank(size, version, device, dtype, options=None):
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only. options: Training's."""
     config, codec = shape(size, version)
     with torch.device("meta"):
         model = CSM(config)
@@ -993,4 +997,6 @@ def blank(size, version, device, dtype):
     model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
     model.bos, model.eos = 1, 2
     model.path, model.fingerprint, model.files, model.raw_config = "", "", [], {}
+    model.training_options = Training(**(options or {}))
+    model.freeze()
     return model.eval()

@@ -369,7 +369,12 @@ class VoxCPM(nn.Module):
     def encode_audio(self, source, start=None, end=None):
         """Latents (T, D) of a path or of (n,) samples at `sample_rate`, padded with zeros to a whole number of patches."""
         wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
-        return self.codec.encode(F.pad(wave, (0, -len(wave) % (self.config.patch_size * self.codec.hop)))).cpu()
+        return self.encode_audio_batch([wave])[0]
+
+    def encode_audio_batch(self, waves):
+        """What encode_audio makes of each of several clips (n,), in one pass of the codec."""
+        whole = self.config.patch_size * self.codec.hop
+        return [z.cpu() for z in self.codec.encode_batch([F.pad(w, (0, -len(w) % whole)) for w in waves])]
 
     def _patches(self, source, start=None, end=None, left=False):
         """(A, P, D) patches of a path, of samples (n,) or of latents (T, D). Audio is padded to whole patches: on the right
@@ -854,8 +859,8 @@ def shape(size, version):
     return Config(lm, stack, stack, "voxcpm2" if two else "voxcpm", P, 64, residual, two, latent, max_length=limit), codec
 
 
-def blank(size, version, device, dtype):
-    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
+def blank(size, version, device, dtype, options=None):
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only. options: Training's."""
     config, codec = shape(size, version)
     with torch.device("meta"):
         model = VoxCPM(config)
@@ -869,4 +874,5 @@ def blank(size, version, device, dtype):
     vocab = {"<unk>": 0, **{ch: i + 3 for i, ch in enumerate("abcdefghijklmnopqrstuvwxyz ")}}
     model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
     model.split_pieces, model.path, model.fingerprint, model.files = set(), "", "", []
+    model.training_options = Training(**(options or {}))
     return model.eval()

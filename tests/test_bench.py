@@ -66,6 +66,14 @@ def test_steps_train_and_full_trains_everything():
     assert again["forward_loss"] == said["forward_loss"], "recomputing activations changes nothing, and the seed decides"
 
 
+@pytest.mark.parametrize("backbone, option", [("csm", "amortize=1"), ("voxcpm", "training_cfg_rate=1.0")])
+def test_options_of_the_backbone_act(backbone, option):
+    flags = ("--backbone", backbone, "--batch", "1", "--seconds", "3")
+    plain, said = bench(*flags), bench(*flags, f"--options.{option}")
+    assert plain["options"] == {} and list(said["options"]) == [option.partition("=")[0]]
+    assert said["forward_loss"] != plain["forward_loss"]
+
+
 def test_generation_with_an_adapter_on_or_merged():
     flags = ("--backbone", "voxcpm", "--task", "generate", "--batch", "2", "--timesteps", "2", "--rank", "4")
     on, merged = bench(*flags, "--adapter", "on"), bench(*flags, "--adapter", "merged")
@@ -86,6 +94,8 @@ def test_generation_with_an_adapter_on_or_merged():
     (("--backbone", "voxcpm", "--task", "encode", "--full"), "--full does not go with --task encode"),
     (("--backbone", "voxcpm", "--wramup", "1"), "--wramup: unknown; the nearest known name is warmup"),
     (("--backbone", "csm", "--task", "generate", "--timesteps", "4"), "--timesteps: csm has no solver"),
+    (("--backbone", "csm", "--task", "generate", "--options.amortize", "4"), "--options does not go with --task generate"),
+    (("--backbone", "csm", "--options.amortise", "4", "--steps", "0"), "options.amortise: unknown; the nearest known name is amortize"),
 ])
 def test_wrong_flags_exit_2(flags, words):
     code, out, err = here("bench", flags)

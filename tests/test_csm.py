@@ -200,6 +200,12 @@ def test_rows_of_a_turn_are_text_frames_and_an_end_frame(model):
     assert model.encode_audio(noise(1000)).dtype == torch.int16
 
 
+def test_clips_in_one_pass_are_what_they_are_alone(model):
+    waves = [noise(n) for n in (24000, 23999, 9600, 1921, 1920, 1)]
+    both = zip(model.encode_audio_batch(waves), [model.encode_audio(w) for w in waves])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in both)
+
+
 def test_audio_is_read_as_24_khz_mono_and_as_loud_as_it_is(model, tmp_path):
     soundfile = pytest.importorskip("soundfile")
     t = torch.arange(8000) / 16000
@@ -659,6 +665,26 @@ def test_merged_folders_load_in_transformers(folders, tmp_path):
     hf = transformers.CsmForConditionalGeneration.from_pretrained(tmp_path).eval()
     out = hf(**for_transformers(m, ROWS[0]))
     assert [float(out.backbone_loss), float(out.depth_decoder_loss)] == pytest.approx(mean_losses(m), rel=1e-5)
+
+
+@pytest.mark.parametrize("naming", ["original", "transformers"])
+def test_fully_tuned_folders_load_in_transformers(folders, model, tmp_path, naming):
+    transformers = pytest.importorskip("transformers")
+    m = load(folders[naming], amortize=1)
+    optimizer = torch.optim.AdamW(m.parameters(), 3e-3)
+    for _ in range(3):
+        batch, counts = m.collate([m.encode(r) for r in ROWS])
+        optimizer.zero_grad()
+        sum(v / counts[k] for k, v in m(batch).items() if k in csm.LAMBDAS).backward()
+        optimizer.step()
+    assert all((p != model.get_parameter(n)).any() for n, p in m.named_parameters())
+    ours = mean_losses(m)
+    assert all(abs(a - b) > 1e-2 for a, b in zip(ours, mean_losses(model)))
+    m.save(tmp_path, "transformers")
+    hf, told = transformers.CsmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())  # nothing missing, unexpected or of another shape
+    out = hf.eval()(**for_transformers(m, ROWS[0]))
+    assert [float(out.backbone_loss), float(out.depth_decoder_loss)] == pytest.approx(ours, rel=1e-5)
 
 
 def test_words_that_users_of_other_tools_know(folders):

@@ -75,7 +75,7 @@ def losses(run):
     return [(line["step"], line["loss/total"]) for line in lines if line["split"] == "train"]
 
 
-def journey(folder, run, name, variant, seconds, full=True):
+def journey(folder, run, name, variant, seconds, full=True, more=()):
     importlib.import_module(f"tests.tiny_{name}").write(folder / "base", variant)
     run("prepare_data", "--input", "talk", "--output_dir", "data", "--ckpt_dir", "base", "--val_split", 0.2, "--workers", 1)
     ready = [json.loads(line) for side in ("train", "val") for line in (folder / "data" / f"{side}.jsonl").read_text().splitlines()]
@@ -86,7 +86,7 @@ def journey(folder, run, name, variant, seconds, full=True):
     text = ("--text", "hello there.", "--seed", 3, "--max_len", 6, "--min_len", 5)
 
     # LoRA: train, go on, speak, merge, speak
-    how = (settings(folder, name, variant, "lora"), *common, "--save_path", "voice", "--lora.r", 4, "--lora.alpha", 8)
+    how = (settings(folder, name, variant, "lora"), *common, "--save_path", "voice", "--lora.r", 4, "--lora.alpha", 8, *more)
     run("train", *how, "--num_iters", 2, "--val_samples", 0)
     said = run("train", *how, "--num_iters", 4, "--val_samples", 0)
     assert "going on from voice/step_0000002" in said and "encoded" not in said  # the cache holds every clip
@@ -115,6 +115,15 @@ def journey(folder, run, name, variant, seconds, full=True):
 def test_from_recordings_to_a_voice(tmp_path, name, variant):
     tones(tmp_path / "talk")
     journey(tmp_path, forked(tmp_path), name, variant, sum(0.5 + 0.13 * i for i in range(7)))
+
+
+def test_from_recordings_to_a_voice_with_the_embeddings_trained_beside_lora(tmp_path):
+    tones(tmp_path / "talk")
+    journey(tmp_path, forked(tmp_path), "csm", "original", sum(0.5 + 0.13 * i for i in range(7)), full=False,
+            more=("--lora.train_embeddings", "true"))
+    base, voice = models.load(tmp_path / "base"), models.load(tmp_path / "merged")
+    tables = [n for n, _ in base.named_parameters() if n.startswith(base.embeddings)]
+    assert len(tables) == 2 and not any(torch.equal(base.get_parameter(n), voice.get_parameter(n)) for n in tables)
 
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="the recordings of LJSpeech-24 are not here")

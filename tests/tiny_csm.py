@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from tests import tiny
 
 NAMINGS = ("original", "transformers", "mlx")
-
-
-VARIANTS = ("transformers",)
+VARIANTS = NAMINGS  # what tests/test_backbones.py and tests/test_journey.py go through
 
 
 def config(**overrides):
