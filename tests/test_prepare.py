@@ -13,8 +13,9 @@ import torch
 
 import configs
 import prepare_data
-from models.parts import Invalid, audio, cache as cache_part
+from models.parts import Invalid, audio, cache as cache_part, clips as cutting
 from prepare_data import Cache, read_manifest
+from tests import running
 from tests.conftest import ROOT
 
 LJ = Path(ROOT).parent / "shared/audio/LJSpeech-24"
@@ -357,6 +358,14 @@ def test_slice_cuts_untranscribed_recordings_into_clips(tmp_path):
     assert len(read_manifest(table)) == 3
 
 
+def test_pieces_begin_and_end_where_they_should(tmp_path):
+    pauses = [(1, 1.5), (6, 6.5), (12, 13)]
+    assert cutting.pieces(0, 20, pauses, 4, 15, 0.3, 0.5) == [(0, 6.25), (6.25, 12.5), (12.5, 20)]
+    path = speech(tmp_path / "long.wav", 40, 1, 24, rate=2000)  # longer than what is read at a time
+    begin, end, found = cutting.silences(path, 65, -40, 0.01, 0.3, 0.5)
+    assert (begin, end) == (0, 65) and found == [(pytest.approx(40, abs=0.02), pytest.approx(41, abs=0.02))]
+
+
 def test_word_times_cut_a_long_clip_with_its_text(tmp_path):
     speech(tmp_path / "in/audio/long.wav", *[0.8, 0.2] * 30)
     words = [{"word": f"w{i}", "start": float(i), "end": i + 0.8} for i in range(30)]
@@ -406,6 +415,12 @@ def test_a_recording_is_never_on_both_sides():
     assert 5 < len(chosen) <= 18
     for key in (lambda r: r["audio"], lambda r: r["text"], lambda r: r["facts"]["sha"]):
         assert not {key(r) for r in rows if r["id"] in chosen} & {key(r) for r in rows if r["id"] not in chosen}
+
+
+def test_copies_under_other_names_stay_together():
+    rows = [{**row, "facts": {"sha": str(i // 2)}} for i, row in enumerate(fake_rows(40))]
+    chosen = prepare_data.split(rows, 0.4, 3)
+    assert len(chosen) == 16 and all((a["id"] in chosen) == (b["id"] in chosen) for a, b in zip(rows[::2], rows[1::2]))
 
 
 def test_a_small_set_still_has_a_validation_row_and_one_recording_has_none():
@@ -589,6 +604,92 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     cache = Cache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
     assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.heard == 12 - counts[-1]
+
+
+def slow_model():
+    """A hook: the model of the script takes its time, and shards are small."""
+    class Slow(Model):
+        def encode_audio(self, *source):
+            time.sleep(0.02)
+            return super().encode_audio(*source)
+
+    cache_part.SHARD_SECONDS = 0.03
+    prepare_data.models.load = lambda path, device: Slow()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
+def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_path, clips):
+    random, command = np.random.default_rng(1), ["--input", clips, "--ckpt_dir", "any", "--output_dir"]
+
+    def wanted(out):
+        return {p.name: p.read_bytes() for p in Path(out).iterdir() if p.suffix == ".jsonl"}
+
+    running.start("prepare_data", ["--help"], tmp_path).wait()  # the server is up: what is timed next is the script alone
+    began = time.monotonic()
+    assert running.start("prepare_data", [*command, "whole"], tmp_path, hook=slow_model).wait() == 0
+    took, met, number, least = time.monotonic() - began, [], 0, 0
+    for _ in range(int(os.environ.get("KILLS", 4))):
+        run = running.start("prepare_data", [*command, f"out{number}"], tmp_path, hook=slow_model)
+        run.until(lambda run: False, random.uniform(0, took))
+        if run.process.exitcode is None:
+            os.kill(run.pid, signal.SIGKILL)
+        assert run.wait() in (0, -9), run.said
+        out = tmp_path / f"out{number}"
+        there = wanted(out) if out.is_dir() else {}
+        assert all(text == wanted(tmp_path / "whole")[name] for name, text in there.items())  # whole, or not there
+        cache = Cache(out / "cache", Model())
+        assert not cache.bad and len(cache.records) >= least  # nothing that was there is lost
+        for row in (row for name in there for row in read_manifest(out / name)):
+            assert cache.missing([row]) or same(cache.get(row), Model().encode(row))
+        met.append((number, len(there), len(cache.records)))
+        number, least = (number + 1, 0) if len(cache.records) == 24 else (number, len(cache.records))
+    print(f"folder, manifests and records of the cache after each kill: {met}")
+    for out in {f"out{n}" for n, *_ in met}:
+        last = running.start("prepare_data", [*command, out], tmp_path, hook=slow_model)
+        assert last.wait() == 0, last.said
+        rows = read_manifest([tmp_path / out / "train.jsonl", tmp_path / out / "val.jsonl"])
+        cache = Cache(tmp_path / out / "cache", Model())
+        assert wanted(tmp_path / out) == wanted(tmp_path / "whole") and len(rows) == 12 and cache.missing(rows) == []
+        assert all(same(cache.get(row), Model().encode(row)) for row in rows)
+        assert json.loads((tmp_path / out / "report.json").read_text())["checkpoints"]
+
+
+class Batches(Model):
+    """A stand-in whose codec takes several clips; it knows which sizes of batch it was given."""
+
+    codec = torch.nn.Linear(1, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def encode_audio_batch(self, waves):
+        self.sizes.append([len(w) / self.sample_rate for w in waves])
+        if any(len(w) == 16000 for w in waves):
+            raise Invalid("not one second, please")
+        return [super(Batches, self).encode_audio(w) for w in waves]
+
+    def encode_audio(self, source, start=None, end=None):
+        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
+        return self.encode_audio_batch([wave])[0]
+
+
+def test_clips_of_similar_length_share_a_pass(tmp_path, clips, monkeypatch):
+    monkeypatch.setitem(cache_part.BATCH_SECONDS, "cpu", 4)
+    rows = [{**r, "gain_db": -6.0} if i == 11 else r for i, r in enumerate(read_manifest(clips))]  # 0.5, 0.6 ... 1.6 s
+    cache = Cache(tmp_path / "c", Batches())
+    with pytest.raises(Invalid, match="^5: not one second, please$"):
+        cache.add(rows, say=lambda *_: None)
+    assert cache.missing(rows) == [5]
+    one_by_one = Cache(tmp_path / "d", Model())
+    one_by_one.add(rows, say=lambda *_: None)
+    assert all(same(cache.get(r), one_by_one.get(r)) for i, r in enumerate(rows) if i != 5)
+    assert cache.model.sizes == [[1.6, 1.5], [1.4, 1.3], [1.2, 1.1, 1.0], [1.2], [1.1], [1.0], [0.9, 0.8, 0.7, 0.6], [0.5]]
+    monkeypatch.setitem(cache_part.BATCH_SECONDS, "cpu", 0)
+    alone = Cache(tmp_path / "e", Batches())
+    with pytest.raises(Invalid):
+        alone.add(rows, say=lambda *_: None)
+    assert {len(s) for s in alone.model.sizes} == {1}
 
 
 def test_one_changed_row_of_a_thousand_is_one_encode_call(tmp_path):

@@ -108,6 +108,7 @@ LINES = {  # line of a manifest: what is said about it
     b'{"audio": "/no/such/place.wav", "text": "x"}': "no file at /no/such/place.wav",
     b'{"audio": "https://example.org/a.wav", "text": "x"}': "is a URL",
     b'{"audio": "file:///etc/passwd", "text": "x"}': "is a URL",
+    b'{"audio": "s3://bucket/a.wav", "text": "x"}': "is a URL",
     b'{"audio": "a\\u0000b.wav", "text": "x"}': "it holds a NUL",
     b'{"audio": "' + b"a" * 5000 + b'.wav", "text": "x"}': "it has 5004 characters",
     b'{"audio": "' + b"a" * 3000 + b'.wav", "text": "x"}': "no file at aaaa",
@@ -244,6 +245,8 @@ def test_broken_json_lists_and_tables_are_named(tmp_path):
     for path, what in ((tmp_path / "u16.csv", "UTF-16"), (tmp_path / "none.jsonl", "no file or folder")):
         with pytest.raises(Invalid, match=what):
             read_manifest(path)
+    with pytest.raises(Invalid, match="m.jsonl line 4: text is empty"):  # blank lines count, as in an editor
+        read_manifest(put(tmp_path / "m.jsonl", '\n\r\n\n{"audio": "good.wav", "text": " "}\n'))
     for empty in ("", "\n\n", "\ufeff"):
         with pytest.raises(Invalid, match="holds no rows"):
             read_manifest(put(tmp_path / "e.jsonl", empty))

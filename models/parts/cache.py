@@ -4,7 +4,8 @@
     cache.add(rows)                         # encodes what is missing; a kill loses seconds
     example = cache.get(rows[0])            # {name: CPU tensor}, as windows into the files
 
-Rows are those of models.parts.manifests. The model offers encode, encode_audio, encode_key, codec_key and sample_rate.
+Rows are those of models.parts.manifests. The model offers encode, encode_audio, encode_key, codec_key and sample_rate;
+and encode_audio_batch, several waves in and as many codec outputs out, where its codec can take more than one at a time.
 """
 import copy
 import hashlib
@@ -25,6 +26,9 @@ from models.parts.manifests import CUT, holders, listing
 # What encode may look at. Anything else in a row (id, duration, ...) can change without encoding it again.
 READ = ("audio", "text", "speaker", "speaker_id", "ref_audio", "ref_text", "emotion", "turns", "messages", *CUT)
 SHARD_BYTES, SHARD_SECONDS, SHARD_RECORDS = 64 << 20, 20, 4096  # what a kill can lose, at most
+# Audio in one pass of the codec, padding included. On a CPU several clips at once take longer than one after the other,
+# since their layers do not fit into its caches; there, each thread takes a clip of its own.
+BATCH_SECONDS = {"cpu": 0, "cuda": 120}
 
 
 def write_file(path, data):
@@ -195,9 +199,9 @@ class Cache:
         length = {k: (audio.info(path).seconds if end is None else end) - (start or 0)
                   for k, (path, start, end, _) in sounds.items()}
         order = sorted(sounds, key=length.get, reverse=True)  # the longest first: too little memory shows at once
-        failed = self._work("clips", order, lambda k: self._codec(*sounds[k]), length, say)
+        failed = self._work("clips", self._groups(order, length), lambda g: self._codecs([sounds[k] for k in g]), length, say)
         ready = [k for k, (_, wanted, _) in plans.items() if all(s in self.records for s in wanted)]
-        failed |= self._work("rows", ready, lambda k: self._example(*plans[k][1:]), {}, say)
+        failed |= self._work("rows", [[k] for k in ready], lambda g: [attempt(self._example, *plans[g[0]][1:])], {}, say)
         for shard in self.bad:
             shard.unlink(missing_ok=True)
         self.bad = []
@@ -209,13 +213,35 @@ class Cache:
                 names.setdefault(why, []).append(name)
             raise Invalid(listing([(n[0] + (f" and {len(n) - 1} more rows" if n[1:] else ""), 0, why) for why, n in names.items()]))
 
+    def _groups(self, order, length):
+        """Clips that share a pass of the codec: neighbours in length, bounded by the seconds of the padded whole."""
+        device = next((p.device.type for p in self.model.codec.parameters()), "cpu")
+        most = BATCH_SECONDS.get(device, 0) if hasattr(self.model, "encode_audio_batch") else 0
+        groups = []
+        for k in order:
+            if groups and length[groups[-1][0]] * (len(groups[-1]) + 1) <= most:
+                groups[-1].append(k)
+            else:
+                groups.append([k])
+        return groups
+
+    def _codecs(self, sources):
+        """What the codec makes of each (path, start, end, gain), or the Invalid that says what is wrong with that one."""
+        if len(sources) > 1:
+            try:
+                with torch.inference_mode():
+                    return [named(out) for out in self.model.encode_audio_batch([self._wave(*s) for s in sources])]
+            except Invalid:  # one of them; alone, each answers for itself
+                pass
+        return [attempt(self._codec, *s) for s in sources]
+
+    def _wave(self, path, start, end, gain):
+        return audio.read(path, self.model.sample_rate, start, end)[0] * 10 ** ((gain or 0) / 20)
+
     def _codec(self, path, start, end, gain):
         with torch.inference_mode():
-            if gain is None:
-                out = self.model.encode_audio(path, start, end)
-            else:
-                out = self.model.encode_audio(audio.read(path, self.model.sample_rate, start, end)[0] * 10 ** (gain / 20))
-        return out if isinstance(out, dict) else {"": out}
+            plain = (path, start, end) if gain is None else (self._wave(path, start, end, gain),)
+            return named(self.model.encode_audio(*plain))
 
     def _example(self, wanted, told):
         codes = {k: c[""] if list(c) == [""] else c for k, c in ((k, self._load(k)) for k in wanted)}
@@ -225,16 +251,20 @@ class Cache:
         with torch.inference_mode():
             return self.model.encode(told)
 
-    def _work(self, what, keys, make, length, say):
-        """make(key) for every key, on as many threads as torch may use; shards are written on the way. -> {key: error}"""
-        if not keys:
+    def _work(self, what, groups, make, length, say):
+        """make(group) -> [output or Invalid] for every group of keys, on as many threads as torch may use; shards are
+        written on the way. -> {key: Invalid}"""
+        if not groups:
             return {}
+        count = sum(map(len, groups))
         cores, total, done, failed = torch.get_num_threads(), sum(length.values()), 0.0, {}
-        threads = max(1, min(cores, int(240 / max(length.values(), default=1))))  # so many minutes of audio fit into memory
+        largest = max(1, *(len(g) * length.get(g[0], 0) for g in groups))
+        threads = max(1, min(cores, int(240 / largest)))  # so many seconds of audio fit into memory
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
         batch, tensors, size, begun, spoken, written = {}, {}, 0, time.time(), time.time(), time.time()
         try:
-            for n, (key, out) in enumerate(zip(keys, pool.map(lambda k: attempt(make, k), keys)), 1):
+            found = (pair for group, outs in zip(groups, pool.map(make, groups)) for pair in zip(group, outs))
+            for n, (key, out) in enumerate(found, 1):
                 done += length.get(key, 0)
                 if isinstance(out, Invalid):
                     failed[key] = out
@@ -250,11 +280,11 @@ class Cache:
                 if now - written > SHARD_SECONDS or len(batch) >= SHARD_RECORDS or size > SHARD_BYTES:
                     self._write(batch, tensors)
                     batch, tensors, size, written = {}, {}, 0, now
-                if now - spoken > 5 or n == len(keys):
+                if now - spoken > 5 or n == count:
                     spoken, past = now, max(now - begun, 1e-9)
                     rate = f" | {done / 60:.1f} of {total / 60:.1f} min | {done / past:.0f} s audio/s" if total else ""
-                    left = past * ((total - done) / max(done, 1e-9) if total else (len(keys) - n) / n)
-                    say(f"encoded {n}/{len(keys)} {what}{rate} | {n / past:.1f} {what}/s | {clock(left)} left")
+                    left = past * ((total - done) / max(done, 1e-9) if total else (count - n) / n)
+                    say(f"encoded {n}/{count} {what}{rate} | {n / past:.1f} {what}/s | {clock(left)} left")
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
@@ -273,8 +303,12 @@ class Cache:
         self.records.update(records)
 
 
-def attempt(make, key):
+def named(out):
+    return out if isinstance(out, dict) else {"": out}
+
+
+def attempt(make, *arguments):
     try:
-        return make(key)
+        return make(*arguments)
     except Invalid as e:
         return e

@@ -308,19 +308,26 @@ class Mimi(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """(n,) -> (K, ceil(n / 1920)) int64.
+        """(n,) -> (K, ceil(n / 1920)) int64."""
+        return self.encode_batch([wav])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, wavs) -> list[Tensor]:
+        """[(n_i,), ...] -> [(K, ceil(n_i / 1920)), ...] in one pass; nothing looks ahead, so zeros behind a clip reach none of its frames.
 
         The wave is padded with zeros to whole frames first. Upstream versions that pad inside each convolution instead
         disagree with each other in the codes of the last frame; on whole frames all of them agree.
         """
         c = self.config
-        if wav.dim() != 1 or not len(wav):
-            raise Invalid(f"Mimi encodes mono audio (n,) with at least one sample, got shape {list(wav.shape)}")
-        x = wav.to(self.downsample.conv.weight.device, torch.float32)
-        x = F.pad(x, (0, -len(x) % c.frame))[None, None]
+        for wav in wavs:
+            if wav.dim() != 1 or not len(wav):
+                raise Invalid(f"Mimi encodes mono audio (n,) with at least one sample, got shape {list(wav.shape)}")
+        x = nn.utils.rnn.pad_sequence([w.to(self.downsample.conv.weight.device, torch.float32) for w in wavs], batch_first=True)
+        x = F.pad(x, (0, -x.shape[1] % c.frame))[:, None]
         with exact(x.device):
             x = self.encoder_transformer(self.encoder(x, {}), {})
-            return self.quantizer.encode(self.downsample(x, {}), self.codebooks)[0]
+            codes = self.quantizer.encode(self.downsample(x, {}), self.codebooks)  # (B, K, T)
+        return [row[:, : -(-len(w) // c.frame)] for row, w in zip(codes, wavs)]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
