@@ -1,13 +1,13 @@
 """The audio tokenizer of Higgs Audio v2: 24 kHz audio to 25 frames per second of 8 codes, and back.
 
-    wav (n,) ──DAC encoder, strides 8 5 4 2 3─────────────────────────────▶ (256, T) ┐
-         └─16 kHz─▶ HuBERT, mean of its 13 states, every 2nd frame ─▶ convs ▶ (768, T) ┴─fc─▶ 8 residual codebooks ─▶ codes (8, T)
+    wav (n,) ──DAC encoder, strides 8 5 4 2 3───────────────────────▶ (256, T) ┐
+         └─16 kHz─▶ HuBERT, mean of 13 states, every 2nd ─▶ convs ──▶ (768, T) ┴─fc─▶ 8 codebooks ─▶ codes (8, T)
     codes (8, T) ─▶ sum of the codebook rows ─fc2─▶ (256, T) ──DAC decoder──▶ wav (960 T,)
 
-DAC is arXiv 2306.06546, HuBERT arXiv 2106.07447; the two together are those of X-Codec (arXiv 2408.17175). Checkpoint:
-bosonai/higgs-audio-v2-tokenizer, either as model.pth in its original naming or as transformers writes it. Attributes
-bear the names of the transformers layout; ORIGINAL renames the other one. Always float32: a code is the nearest of
-1024 rows, eight times in a row, and rounding to bfloat16 would pick others.
+DAC is arXiv 2306.06546, HuBERT arXiv 2106.07447; the two together are those of X-Codec (arXiv 2408.17175).
+Checkpoint: bosonai/higgs-audio-v2-tokenizer, either as model.pth in its original naming or as transformers writes it.
+Attributes bear the names of the transformers layout; ORIGINAL renames the other one. Always float32: a code is the
+nearest of 1024 rows, eight times in a row, and rounding to bfloat16 would pick others.
 
 B batch, n samples, T frames of 25 Hz, F frames of 50 Hz, C channels, K codebooks. Convolutions work on (B, C, 1, n).
 """
@@ -31,7 +31,7 @@ UNUSED = {
 SEMANTIC_PAD = 160  # zeros at both ends of what HuBERT hears
 REPAIR = 320  # zeros at both ends of the waveform where the two branches would disagree by a frame
 WINDOW = 500  # frames (20 s) that are decoded at once; bounds memory, not the result
-PIECE = 48000  # samples that pass the layers at full rate at once: they stay in the processor's cache, 2.5 times faster
+PIECE = 48000  # samples that pass the layers at full rate at once, so that they stay in the processor's cache
 
 
 def out_length(n, conv):
@@ -40,7 +40,7 @@ def out_length(n, conv):
 
 
 def valid_mask(lengths, size, device):
-    """1 where a row of the batch still has sound, (B, 1, 1, size); None where all rows are full and masks cost nothing."""
+    """1 where a row of the batch still has sound, (B, 1, 1, size); None where all rows are full."""
     if all(n == size for n in lengths):
         return None
     return (torch.arange(size, device=device) < torch.tensor(lengths, device=device)[:, None]).float()[:, None, None]
@@ -104,7 +104,7 @@ class ResidualUnit(nn.Module):
         self.conv2 = Conv(channels, channels, 1)
 
     def forward(self, x, mask=None):
-        return self.conv2(self.snake2(self.conv1(self.snake1(x), mask))).add_(x)  # in place: memory is what takes time
+        return self.conv2(self.snake2(self.conv1(self.snake1(x), mask))).add_(x)
 
 
 class EncoderBlock(nn.Module):
@@ -144,7 +144,11 @@ class Encoder(nn.Module):
         stride = self.block[0].conv1.stride[0]
         reach = math.ceil((3 + REACH + 2 * stride) / stride) * stride
         mask = valid_mask(sizes[0], x.shape[-1], x.device)
-        x = in_pieces(lambda x, mask: self.block[0](lay_out(self.conv1(x)), mask), x, mask, PIECE // stride * stride, reach, stride)
+
+        def head(x, mask):
+            return self.block[0](lay_out(self.conv1(x)), mask)
+
+        x = in_pieces(head, x, mask, PIECE // stride * stride, reach, stride)
         for block, size in zip(self.block[1:], sizes[1:]):
             x = block(x, valid_mask(size, x.shape[-1], x.device))
         return self.conv2(self.snake1(x), valid_mask(sizes[-1], x.shape[-1], x.device))
@@ -197,7 +201,7 @@ class Decoder(nn.Module):
         return in_pieces(tail, x, None, math.ceil(PIECE / stride), reach, up=stride)
 
     def context(self):
-        """How many frames before and after itself a frame of sound depends on: the reach of every layer, walked backwards."""
+        """How many frames before and after itself a frame of sound depends on, found by walking backwards."""
         first, last = 0, math.prod(block.conv_t1.stride[0] for block in self.block) - 1  # the samples of frame 0
         first, last = first - 3, last + 3
         for block in reversed(self.block):
@@ -212,7 +216,7 @@ class Decoder(nn.Module):
 
 
 class FeatureLayer(nn.Module):
-    """Convolution, in the first layer a norm of each channel over time (GroupNorm with one channel per group), GELU."""
+    """Convolution, in the first layer a norm of each channel over time (a GroupNorm of one-channel groups), GELU."""
 
     def __init__(self, channels, out_channels, kernel, stride, norm):
         super().__init__()
@@ -259,7 +263,7 @@ class FeatureProjection(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """Tells HuBERT where it is: a wide grouped convolution. An even kernel gives one frame too many; the last is dropped."""
+    """Tells HuBERT where it is: a wide grouped convolution. An even kernel gives a frame too many, the last."""
 
     def __init__(self, width, kernel, groups):
         super().__init__()
@@ -279,8 +283,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, mask):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, F, D)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, F, D)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -380,7 +385,8 @@ class SemanticEncoder(nn.Module):
     def __init__(self, widths, kernel, unit_kernel, dilations):
         super().__init__()
         self.conv = Conv(widths[0], widths[0], kernel, padding=kernel // 2, bias=False)
-        self.conv_blocks = nn.ModuleList([SemanticBlock(*pair, unit_kernel, dilations) for pair in zip(widths, widths[1:])])
+        blocks = [SemanticBlock(*pair, unit_kernel, dilations) for pair in zip(widths, widths[1:])]
+        self.conv_blocks = nn.ModuleList(blocks)
 
     def forward(self, x, mask):
         x = self.conv(x, mask)
@@ -442,7 +448,8 @@ class ResidualQuantizer(nn.Module):
 class HiggsCodec(nn.Module):
     """wav (n,) <-> codes (K, T) int64, T = floor(n / 960) + (1 if n mod 960 >= 119) with the published strides."""
 
-    def __init__(self, acoustic, decoder, hubert, semantic, quantizer, sample_rate, semantic_sample_rate, semantic_hop):
+    def __init__(self, acoustic, decoder, hubert, semantic, quantizer,
+                 sample_rate, semantic_sample_rate, semantic_hop):
         super().__init__()
         self.acoustic_encoder = Encoder(**acoustic)
         self.acoustic_decoder = Decoder(**decoder)
@@ -478,26 +485,25 @@ class HiggsCodec(nn.Module):
 
         Rows of unequal length share a batch: statistics, convolutions and attention see only their own row's sound.
         """
-        plans = [self._plan(len(w)) for w in wavs]
-        frames, size = [t for t, _ in plans], max(map(len, wavs))
-        x = torch.zeros(len(wavs), size, device=self.device)
-        shifted = torch.zeros(len(wavs), 1, 1, max(len(w) + 2 * pad for w, (_, pad) in zip(wavs, plans)), device=self.device)
-        for i, (w, (_, pad)) in enumerate(zip(wavs, plans)):
-            x[i, : len(w)] = w
-            shifted[i, 0, 0, pad : pad + len(w)] = x[i, : len(w)]
+        sizes = [len(w) for w in wavs]
+        frames, pads = zip(*map(self._plan, sizes))
+        shifted_sizes = [n + 2 * pad for n, pad in zip(sizes, pads)]
+        x = torch.zeros(len(wavs), max(sizes), device=self.device)
+        shifted = torch.zeros(len(wavs), 1, 1, max(shifted_sizes), device=self.device)
+        for i, (w, n, pad) in enumerate(zip(wavs, sizes, pads)):
+            x[i, :n] = w
+            shifted[i, 0, 0, pad : pad + n] = x[i, :n]
 
         heard = audio.resample(x, self.sample_rate, self.semantic_sample_rate)
-        lengths = [-(-len(w) * self.semantic_sample_rate // self.sample_rate) for w in wavs]
-        mask = valid_mask(lengths, heard.shape[1], self.device)
+        heard_sizes = [-(-n * self.semantic_sample_rate // self.sample_rate) for n in sizes]
+        mask = valid_mask(heard_sizes, heard.shape[1], self.device)
         heard = heard if mask is None else heard * mask[:, 0, 0]  # the filter rings on beyond the end of a row
         heard = F.pad(heard, (SEMANTIC_PAD, SEMANTIC_PAD))
-        semantic, _ = self.semantic_model(heard, [n + 2 * SEMANTIC_PAD for n in lengths], self.step)  # (B, T', C)
-        semantic_frames = [-(-self.semantic_model.lengths(n + 2 * SEMANTIC_PAD) // self.step) for n in lengths]
+        semantic, semantic_frames = self.semantic_model(heard, [n + 2 * SEMANTIC_PAD for n in heard_sizes], self.step)
         mask = valid_mask(semantic_frames, semantic.shape[1], self.device)
-        semantic = self.encoder_semantic(semantic.transpose(1, 2)[:, :, None], mask)
+        semantic = self.encoder_semantic(semantic.transpose(1, 2)[:, :, None], mask)  # (B, C, 1, T)
 
-        acoustic = self.acoustic_encoder(shifted, [len(w) + 2 * pad for w, (_, pad) in zip(wavs, plans)])
-        T = max(frames)
+        acoustic, T = self.acoustic_encoder(shifted, shifted_sizes), max(frames)
         both = torch.cat([acoustic[..., :T], semantic[..., :T]], 1)[:, :, 0].transpose(1, 2)
         return self.fc(both), frames
 
@@ -507,8 +513,8 @@ class HiggsCodec(nn.Module):
         wavs = [torch.as_tensor(w, dtype=torch.float32, device=self.device) for w in wavs]
         for w in wavs:
             if w.ndim != 1 or self._plan(len(w))[0] < 1:
-                raise Invalid(f"the codec takes mono audio (n,) of at least {self._shortest()} samples at {self.sample_rate} Hz, "
-                              f"got {list(w.shape)}")
+                raise Invalid(f"the codec takes mono audio (n,) of at least {self._shortest()} samples at "
+                              f"{self.sample_rate} Hz, got {list(w.shape)}")
         x, frames = self.features(wavs)
         return [codes[:, :t] for codes, t in zip(self.quantizer.encode(x), frames)]
 
@@ -532,12 +538,12 @@ class HiggsCodec(nn.Module):
         if codes.ndim != 2 or len(codes) != self.codebooks or codes.dtype.is_floating_point:
             raise Invalid(f"codes must be integers ({self.codebooks}, T), got {codes.dtype} {list(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.bins:
-            raise Invalid(f"codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... {int(codes.max())}. Take off the "
-                          "delay and the stream's begin and end marks first.")
+            raise Invalid(f"codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... {int(codes.max())}. "
+                          "Take off the delay and the stream's begin and end marks first.")
         return codes.long()
 
     def decode(self, codes):
-        """(K, T) int64 -> (hop * T,) float32. In windows that overlap by all that a frame depends on; equal to the whole."""
+        """(K, T) int64 -> (hop * T,) float32, in windows that overlap by all that a frame depends on."""
         codes = self._checked(codes)
         T = codes.shape[1]
         parts = [self._decode(codes, i, min(i + WINDOW, T)) for i in range(0, T, WINDOW)]
@@ -611,8 +617,8 @@ class Sizes(dict):
     """Shapes by name, with an error that a user can act on where one is missing."""
 
     def __missing__(self, name):
-        raise Invalid(f"{self.what}: no tensor {name}. Is this the audio tokenizer (model.pth or model.safetensors of "
-                      f"bosonai/higgs-audio-v2-tokenizer)? Its names begin with {', '.join(sorted(self)[:3]) or 'nothing'}.")
+        raise Invalid(f"{self.what}: no tensor {name}. Is this the audio tokenizer (model.pth or model.safetensors "
+                      f"of bosonai/higgs-audio-v2-tokenizer)? Its names begin with {', '.join(sorted(self)[:3])}.")
 
     def count(self, name):
         return next(i for i in range(len(self) + 1) if name.format(i) not in self)
@@ -638,8 +644,8 @@ def build(stored, config, what):
                                   ("downsampling_ratios", said.get("downsampling_ratios"), acoustic["strides"]),
                                   ("upsampling_ratios", said.get("upsampling_ratios"), dac_decoder["strides"])):
         if ratios is not None and list(ratios) != strides:
-            raise Invalid(f"{what}: config.json says {name} {list(ratios)}, the kernels are those of {strides}. They belong to "
-                          "two different checkpoints.")
+            raise Invalid(f"{what}: config.json says {name} {list(ratios)}, the kernels are those of {strides}. "
+                          "They belong to two different checkpoints.")
 
     told = config.get("semantic_model_config") or {}
     extractor = "semantic_model.feature_extractor.conv_layers.{}.conv.weight"
@@ -648,27 +654,29 @@ def build(stored, config, what):
     width, group, pos_kernel = sizes["semantic_model.encoder.pos_conv_embed.conv.weight"]
     heads = told.get("num_attention_heads", 12)
     if width % heads or len(strides) != len(kernels):
-        raise Invalid(f"{what}: HuBERT is {width} wide with {len(kernels)} convolutions, but {heads} heads and the strides {strides} "
-                      "are assumed. State num_attention_heads and conv_stride in config.json under semantic_model_config.")
+        raise Invalid(f"{what}: HuBERT is {width} wide with {len(kernels)} convolutions, but {heads} heads and the strides "
+                      f"{strides} are assumed. State num_attention_heads and conv_stride in config.json, under "
+                      "semantic_model_config.")
     for key, value in dict(hidden_act="gelu", feat_extract_activation="gelu", feat_extract_norm="group",
                            do_stable_layer_norm=False, conv_pos_batch_norm=False).items():
         if told.get(key, value) != value:
-            raise Invalid(f"{what}: semantic_model_config.{key} is {told[key]!r}; only HuBERT base's {value!r} is known here")
+            raise Invalid(f"{what}: semantic_model_config.{key} is {told[key]!r}; only HuBERT base's {value!r} is known")
     if set(config.get("strides", [1])) != {1}:
         raise Invalid(f"{what}: strides {config['strides']} of the semantic encoder; only 1 was ever published")
-    hubert = dict(feature_widths=[s[0] for s in kernels], kernels=[s[2] for s in kernels], strides=strides, width=width,
-                  inner=sizes["semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
+    hubert = dict(feature_widths=[s[0] for s in kernels], kernels=[s[2] for s in kernels], strides=strides,
+                  width=width, inner=sizes["semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
                   layers=sizes.count("semantic_model.encoder.layers.{}.layer_norm.weight"), heads=heads,
                   pos_kernel=pos_kernel, pos_groups=width // group, eps=told.get("layer_norm_eps", 1e-5))
 
     blocks = sizes.count("encoder_semantic.conv_blocks.{}.conv.weight")
     units = sizes.count("encoder_semantic.conv_blocks.0.res_units.{}.conv1.weight")
     dilations = list(config.get("block_dilations", [1] * units))
-    semantic = dict(widths=[width, *(sizes[f"encoder_semantic.conv_blocks.{i}.conv.weight"][0] for i in range(blocks))],
-                    kernel=sizes["encoder_semantic.conv.weight"][2], dilations=dilations,
+    out_widths = [sizes[f"encoder_semantic.conv_blocks.{i}.conv.weight"][0] for i in range(blocks)]
+    semantic = dict(widths=[width, *out_widths], kernel=sizes["encoder_semantic.conv.weight"][2], dilations=dilations,
                     unit_kernel=sizes["encoder_semantic.conv_blocks.0.res_units.0.conv1.weight"][2])
     bins, size = sizes["quantizer.quantizers.0.codebook.embed"]
-    quantizer = dict(stages=sizes.count("quantizer.quantizers.{}.codebook.embed"), width=sizes["fc.weight"][0], bins=bins, size=size)
+    quantizer = dict(stages=sizes.count("quantizer.quantizers.{}.codebook.embed"), width=sizes["fc.weight"][0],
+                     bins=bins, size=size)
     with torch.device("meta"):
         return HiggsCodec(acoustic, dac_decoder, hubert, semantic, quantizer, config.get("sample_rate", 24000),
                           config.get("semantic_sample_rate", 16000), config.get("downsample_factor", 320))
@@ -681,11 +689,12 @@ def load(path, device="cpu", weights=None, allow_unused=False):
     """
     path = Path(path)
     if path.is_dir():
-        found = [name for name in ([weights] if weights else ["model.safetensors", "model.pth"]) if (path / name).is_file()]
-        if len(found) != 1:
-            raise Invalid(f"{path} holds {'both model.safetensors and model.pth; say which with weights=' if found else 'neither '}"
-                          f"{'' if found else weights or 'model.safetensors nor model.pth'}. Expected the audio tokenizer "
-                          "bosonai/higgs-audio-v2-tokenizer.")
+        names = [weights] if weights else ["model.safetensors", "model.pth"]
+        found = [name for name in names if (path / name).is_file()]
+        if not found:
+            raise Invalid(f"{path} does not hold {' or '.join(names)}. Expected bosonai/higgs-audio-v2-tokenizer.")
+        if len(found) > 1:
+            raise Invalid(f"{path} holds both {' and '.join(names)}; say which with weights=")
         path = path / found[0]
     config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     stored = checkpoint.fold_weight_norm(checkpoint.read(path))
@@ -693,5 +702,5 @@ def load(path, device="cpu", weights=None, allow_unused=False):
     checkpoint.fill(codec, stored, rename, UNUSED, device=device, allow_unused=allow_unused, what=str(path))
     for module in codec.modules():
         if isinstance(module, (Conv, Upsample)):
-            module.weight.data = lay_out(module.weight[:, :, None].detach())[:, :, 0]  # once, instead of at every call
+            module.weight.data = lay_out(module.weight[:, :, None].detach())[:, :, 0]  # once, not at every call
     return codec.requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """RepCodec, the semantic codec of MaskGCT and IndexTTS2: normalised w2v-BERT vectors to one code per frame, and back.
 
-    features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8) ─nearest of 8192─▶ codes (B, T)
-    codes (B, T) ─▶ codebook rows (B, T, 8) ─out_project─▶ vectors (B, T, 1024)
+    features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8)
+    (B, T, 8) ─nearest of 8192─▶ codes (B, T) ─▶ codebook rows (B, T, 8) ─out_project─▶ vectors (B, T, 1024)
 
 Nearest means nearest in direction: the rows are normalised for the search alone, those that go on are the raw ones
 (arXiv 2110.04627). Paper: arXiv 2409.00750; checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
@@ -113,8 +113,8 @@ class RepCodec(nn.Module):
     def vectors(self, codes):
         """What upstream calls vq2emb, for any batch; upstream's call answers only for the first row."""
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.bins:
-            raise Invalid(f"semantic codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... {int(codes.max())}. "
-                          "Cut at the stop code first.")
+            raise Invalid(f"semantic codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... "
+                          f"{int(codes.max())}. Cut at the stop code first.")
         return self.quantizer.quantizers[0].decode(codes.to(self.device))
 
 
@@ -137,7 +137,7 @@ def build(stored, what):
 
 
 def load(path, device="cpu", allow_unused=False):
-    """The codec from its weight file, or from a folder that holds it as model.safetensors or semantic_codec/model.safetensors."""
+    """The codec from its weight file, or from a folder that holds it under one of its usual names."""
     path = Path(path)
     if path.is_dir():
         names = ("semantic_codec_model.safetensors", "semantic_codec/model.safetensors", "model.safetensors")

@@ -1,11 +1,12 @@
 """w2v-BERT 2.0: 16 kHz speech as 50 vectors per second, read from the middle of a conformer.
 
-    features (T, 160), see audio.w2vbert_features ─LayerNorm, Linear─▶ state 0 ─layer 0─▶ state 1 ─ ... ─layer 16─▶ state 17 (T, 1024)
+    features (T, 160) ─LayerNorm, Linear─▶ state 0 ─layer 0─▶ state 1 ─ ... ─layer 16─▶ state 17 (T, 1024)
 
-IndexTTS2 takes hidden state 17 of 24, so the layers behind it are not even built. A layer is half a feed-forward,
-attention, convolution, half a feed-forward, each added to its input, and a norm. Attention knows positions only by a
-learned vector for each distance, at most 64 back and 8 ahead; the convolution sees no later frame. Paper: arXiv
-2108.06209 and 2312.05187; checkpoint: facebook/w2v-bert-2.0. Attributes bear the published names.
+The features are those of audio.w2vbert_features. IndexTTS2 takes hidden state 17 of 24, so the layers behind it are not
+even built. A layer is half a feed-forward, attention, convolution, half a feed-forward, each added to its input, and a
+norm. Attention knows positions only by a learned vector for each distance, at most 64 back and 8 ahead; the convolution
+sees no later frame. Papers: arXiv 2108.06209 and 2312.05187; checkpoint: facebook/w2v-bert-2.0. Attributes bear the
+published names.
 
 B batch, T frames of 50 Hz, C channels, H heads, D head size.
 """
@@ -54,13 +55,14 @@ class Attention(nn.Module):
         self.distance_embedding = nn.Embedding(left + right + 1, width // heads)
 
     def forward(self, x, rows, mask):
-        """rows: (T, T), which row of the embedding belongs to a query and a key. mask: (B, T) bool of the keys, or None."""
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.linear_q, self.linear_k, self.linear_v))
+        """rows: (T, T), the row of the embedding for each query and key. mask: (B, T) bool over keys, or None."""
+        parts = (self.linear_q, self.linear_k, self.linear_v)
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, D)
         by_distance = q @ self.distance_embedding.weight.T * q.shape[-1] ** -0.5  # (B, H, T, left + right + 1)
         bias = by_distance.gather(-1, rows.expand(*q.shape[:2], -1, -1))  # (B, H, T, T)
         if mask is not None:
             bias = bias.masked_fill_(~mask[:, None, None], float("-inf"))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.linear_out(x.transpose(1, 2).flatten(2))
 
 
@@ -147,24 +149,26 @@ def build(stored, config, layers, what):
     """A model on the meta device with the widths of the stored tensors and `layers` layers."""
     def size(name, axis):
         if name not in stored:
-            raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? Its names begin with {', '.join(sorted(stored)[:3])}.")
+            raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? "
+                          f"Its names begin with {', '.join(sorted(stored)[:3])}.")
         return stored[name].shape[axis]
 
     for key, values in FIXED.items():
         if config.get(key, values[0]) not in values:
-            raise Invalid(f"{what}: {key} is {config[key]!r}; only {values[0]!r}, as in facebook/w2v-bert-2.0, is known here")
+            raise Invalid(f"{what}: {key} is {config[key]!r}; only {values[0]!r}, as in facebook/w2v-bert-2.0, is known")
     first = "encoder.layers.0."
-    width, distances = size(first + "self_attn.linear_q.weight", 0), size(first + "self_attn.distance_embedding.weight", 0)
+    width = size(first + "self_attn.linear_q.weight", 0)
+    distances, head_size = (size(first + "self_attn.distance_embedding.weight", axis) for axis in (0, 1))
     left, right = config.get("left_max_position_embeddings", 64), config.get("right_max_position_embeddings", 8)
     held = next(i for i in range(len(stored) + 1) if f"encoder.layers.{i}.ffn1_layer_norm.weight" not in stored)
     if held < layers:
-        raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted. Is this facebook/w2v-bert-2.0 (24 layers)?")
+        raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted; facebook/w2v-bert-2.0 has 24")
     if left + right + 1 != distances:
-        raise Invalid(f"{what}: {distances} distances are stored, but config.json speaks of {left} back and {right} ahead")
+        raise Invalid(f"{what}: {distances} distances are stored, config.json speaks of {left} back and {right} ahead")
     with torch.device("meta"):
         return W2vBert(size("feature_projection.layer_norm.weight", 0), layers, width=width, left=left, right=right,
                        inner=size(first + "ffn1.intermediate_dense.weight", 0), eps=config.get("layer_norm_eps", 1e-5),
-                       heads=width // size(first + "self_attn.distance_embedding.weight", 1),
+                       heads=width // head_size,
                        kernel=size(first + "conv_module.depthwise_conv.weight", 2))
 
 
@@ -187,5 +191,6 @@ def load(path, layers=17, device="cpu", allow_unused=False):
     config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     stored = checkpoint.read(path)
     model = build(stored, config, layers, str(path))
-    checkpoint.fill(model, stored, None, unused(stored, layers), device=device, allow_unused=allow_unused, what=str(path))
+    known = unused(stored, layers)
+    checkpoint.fill(model, stored, None, known, device=device, allow_unused=allow_unused, what=str(path))
     return model.requires_grad_(False).eval()

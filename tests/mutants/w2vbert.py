@@ -1,0 +1,42 @@
+"""Mutants of w2v-BERT. Items are those of specs/indextts2.md 9; 0 stands for what the sheet does not number."""
+FILE = "models/parts/w2vbert.py"
+LIVE = "tests/test_w2vbert.py -k transformers"
+REST = "tests/test_w2vbert.py"
+
+
+def m(item, old, new, test=LIVE):
+    return item, FILE, old, new, test
+
+
+MUTANTS = [
+    m(11, "for _ in range(layers)])", "for _ in range(layers - 1)])"),
+    m(11, "for _ in range(layers)])", "for _ in range(layers + 1)])"),
+    m(11, "layers=17, device", "layers=16, device", REST),
+    m(11, "(self.depthwise_conv.kernel_size[0] - 1, 0)", "(self.depthwise_conv.kernel_size[0] // 2,) * 2"),
+    m(11, ".clamp(-self.left, self.right)", ".clamp(-self.right, self.left)"),
+    m(11, ".clamp(-self.left, self.right) + self.left", ".clamp(-self.left, self.right) + self.right"),
+    m(11, "rows = (at - at[:, None])", "rows = (at[:, None] - at)"),
+    m(11, "weight.T * q.shape[-1] ** -0.5", "weight.T"),
+    m(11, "attn_mask=bias", "attn_mask=None"),
+    m(11, "x = x + 0.5 * self.ffn1(self.ffn1_layer_norm(x))", "x = x + self.ffn1(self.ffn1_layer_norm(x))"),
+    m(11, "x = x + 0.5 * self.ffn2(self.ffn2_layer_norm(x))", "x = x + self.ffn2(self.ffn2_layer_norm(x))"),
+    m(11, "return self.final_layer_norm(x)", "return x"),
+    m(11, "self.output_dense(F.silu(", "self.output_dense(F.gelu("),
+    m(11, "x = F.silu(self.depthwise_layer_norm(", "x = F.relu(self.depthwise_layer_norm("),
+    m(11, "F.glu(F.linear(x, self.pointwise_conv1.weight[..., 0]), -1)",
+      "F.glu(F.linear(x, self.pointwise_conv1.weight[..., 0]).roll(x.shape[-1], -1), -1)"),
+    m(11, "x = x + self.conv_module(x, mask)", "x = self.conv_module(x, mask)"),
+    m(11, "x = x * mask[..., None]\n        x = F.glu", "x = x\n        x = F.glu"),
+    m(11, "x = x * mask[..., None]\n        rows", "x = x\n        rows"),
+    m(11, "bias = bias.masked_fill_(~mask[:, None, None], float(\"-inf\"))", "bias = bias"),
+    m(11, "x = self.layer_norm(x)\n        if mask", "if mask"),
+    m(11, "return self.projection(self.layer_norm(x))", "return self.projection(x)"),
+    m(0, "config.get(\"layer_norm_eps\", 1e-5)", "1e-5", "tests/test_w2vbert.py -k eps"),
+    m(0, "config.get(\"layer_norm_eps\", 1e-5)", "config.get(\"layer_norm_eps\", 1e-6)", "tests/test_w2vbert.py -k eps"),
+    m(0, "self.layer_norm = nn.LayerNorm(features, eps)", "self.layer_norm = nn.LayerNorm(features, 1e-6)"),
+    m(0, "self.depthwise_layer_norm = nn.LayerNorm(width, eps)", "self.depthwise_layer_norm = nn.LayerNorm(width, 1e-6)", "tests/test_w2vbert.py -k eps"),
+    m(29, "heads=width // head_size", "heads=1"),
+    m(29, "if held < layers:", "if False:", "tests/test_w2vbert.py -k said"),
+    m(29, "if left + right + 1 != distances:", "if False:", "tests/test_w2vbert.py -k said"),
+    m(11, "if lengths is not None and min(lengths) < T:", "if False:"),
+]
