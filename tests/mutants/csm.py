@@ -64,7 +64,7 @@ MUTANTS = [
     ("11 counts of other frames", FILE, "\"loss/acoustic\": M * (K - 1)", "\"loss/acoustic\": N * (K - 1)", some("subset_of_frames")),
     ("11 always the first frames", FILE, "drawn = torch.randperm(count,", "drawn = torch.arange(count) if True else torch.randperm(count,", some("frames_for_the_depth")),
     ("12 the file's own rate", FILE, "audio.read(source, self.sample_rate, start, end)[0]", "audio.read(source, None, start, end)[0]", some("24_khz")),
-    ("12 loudness", FILE, "return self.codec.encode(wave).to(", "return self.codec.encode(wave / wave.abs().max()).to(", some("24_khz")),
+    ("12 loudness", FILE, "self.codec.encode_batch(waves)]", "self.codec.encode_batch([w / w.abs().max() for w in waves])]", some("24_khz")),
     ("eps", FILE, "c.head_dim, c.rms_norm_eps) for _", "c.head_dim, 1e-4) for _", LOSS),
     ("final norm left out", FILE, "return self.norm(run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training))",
      "return run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training)", LOSS),

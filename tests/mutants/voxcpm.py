@@ -87,8 +87,7 @@ MUTANTS = [
     ("9.8 latents not transposed", CODEC, "mu.transpose(1, 2).reshape(*wav", "mu.reshape(*wav", CODEC_TEST),
     ("9.8 prompt padded on the right", MODEL, "wave = F.pad(wave, (-len(wave) % (P * self.codec.hop), 0))",
      "wave = F.pad(wave, (0, -len(wave) % (P * self.codec.hop)))", seen_by("prompt_audio")),
-    ("9.8 training padded on the left", MODEL, "F.pad(wave, (0, -len(wave) % (self.config.patch_size * self.codec.hop)))",
-     "F.pad(wave, (-len(wave) % (self.config.patch_size * self.codec.hop), 0))", seen_by("training_audio")),
+    ("9.8 training padded on the left", MODEL, "F.pad(w, (0, -len(w) % whole))", "F.pad(w, (-len(w) % whole, 0))", seen_by("training_audio")),
     # 9: codec
     ("9.9 textbook padding in V1", CODEC, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "s", CODEC_TEST),
     ("9.9 V1's padding in V2", CODEC, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "2 * math.ceil(s / 2)", CODEC_TEST),
