@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, adapters, opt, targets
+from models.parts.layers import Linear
 
 
 @dataclass
@@ -56,11 +57,11 @@ def state(model):
     return model.__dict__.setdefault("lora_state", State())
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """An nn.Linear that holds an adapter. Adapter parameters are float32; the product runs in the activation's dtype."""
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         z = x if self.lora_after else F.dropout(x, self.lora_dropout, self.training)
         z = F.linear(z, self.lora_A.to(x.dtype)) * self.lora_scale.to(x.dtype)  # scaled where it is narrow
         z = F.linear(z, self.lora_B.to(x.dtype))
@@ -128,7 +129,7 @@ def remove_lora(model):
     for module in lora_modules(model).values():
         for name in ("lora_A", "lora_B", "lora_bias", "lora_scale", "lora_strength"):
             delattr(module, name)
-        module.__class__ = nn.Linear
+        module.__class__ = Linear
     for name, base in state(model).base.items():
         model.get_parameter(name).data = base
     model.lora_state = State()

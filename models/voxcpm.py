@@ -250,19 +250,25 @@ class DiT(nn.Module):
         self.decoder = Stack(lm, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels or c.hidden_dim // c.num_heads, c.num_layers)
         self.width, self.fused, self.float32_time = c.hidden_dim, fused, False
 
-    def forward(self, x, mu, t, cond):
-        """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) float32 in [0, 1], 1 is noise -> (N, P, D)."""
-        P, dtype = x.shape[1], x.dtype
+    def embed_time(self, t, dtype):
+        """Times (N,) float32 in [0, 1], 1 is noise -> (N, C)."""
         t = t if self.float32_time else t.to(dtype)
         time = self.time_mlp(sinusoid(t, self.width).to(dtype))
         # The step size is always given as zero, yet what its MLP makes of a zero was trained and is added.
-        time = time + self.delta_time_mlp(sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype))
+        return time + self.delta_time_mlp(sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype))
+
+    def forward(self, x, mu, t, cond):
+        """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) -> (N, P, D)."""
+        return self.velocity(self.in_proj(x), mu, self.embed_time(t, x.dtype), self.cond_proj(cond))
+
+    def velocity(self, x, mu, time, cond):
+        """The same of embedded x, cond (N, P, C) and time (N, C) or (1, C): generation embeds once what its branches and steps share."""
+        P = x.shape[1]
         if self.fused:
-            head = torch.cat([mu.view(len(mu), 2, self.width), time[:, None]], 1)  # (N, 3, C)
+            head = torch.cat([mu.view(len(mu), 2, self.width), time[:, None].expand(len(mu), 1, -1)], 1)  # (N, 3, C)
         else:
             head = (mu + time)[:, None]  # (N, 1, C)
-        x = torch.cat([head, self.cond_proj(cond), self.in_proj(x)], 1)
-        return self.out_proj(self.decoder(x, keep=slice(-P, None)))
+        return self.out_proj(self.decoder(torch.cat([head, cond, x], 1), keep=slice(-P, None)))
 
 
 class Flow(nn.Module):
@@ -283,12 +289,13 @@ class Flow(nn.Module):
         The condition `cond` stays in both branches, only mu is zeroed. The branch without mu is first rescaled to fit
         the other ("CFG-Zero*", arXiv 2503.18886), and the first 4 % of the steps, at least one, do nothing.
         """
-        t = self.grid(steps, mu.dtype, z.device)
-        mu, cond = torch.cat([mu, torch.zeros_like(mu)]), torch.cat([cond, cond])
+        t, dit = self.grid(steps, mu.dtype, z.device), self.estimator
+        times = dit.embed_time(t, mu.dtype)
+        mu, cond = torch.cat([mu, torch.zeros_like(mu)]), dit.cond_proj(cond).repeat(2, 1, 1)
         x = z
         for i in range(max(1, int((steps + 1) * 0.04)), steps):
-            now = t[i].expand(2 * len(z))
-            with_mu, without = self.estimator(torch.cat([x, x]).to(mu.dtype), mu, now, cond).float().chunk(2)
+            noisy = dit.in_proj(x.to(mu.dtype)).repeat(2, 1, 1)
+            with_mu, without = dit.velocity(noisy, mu, times[i:i + 1], cond).float().chunk(2)
             a, b = with_mu.flatten(1), without.flatten(1)
             scale = ((a * b).sum(1) / (b.square().sum(1) + 1e-8))[:, None, None]
             velocity = scale * without + cfg_value * (with_mu - scale * without)

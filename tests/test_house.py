@@ -1,5 +1,6 @@
 """The rules of the house that a reader relies on and that nobody would notice breaking."""
 import ast
+import importlib
 import json
 import os
 import re
@@ -184,3 +185,9 @@ def test_importing_is_quick_and_changes_nothing():
     for what, tries in json.loads(done.stdout).items():
         median = sorted(tries)[len(tries) // 2]
         assert median <= LIMIT, f"importing {what} takes {median:.2f} s on top of torch"
+
+
+def test_every_mutant_still_finds_its_line():
+    for path in sorted((ROOT / "tests" / "mutants").glob("[!_]*.py")):
+        for item, file, old, new, _ in importlib.import_module(f"tests.mutants.{path.stem}").MUTANTS:
+            assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and old != new, f"{path.stem} {item}: {file} has {old!r} not once"

@@ -36,7 +36,7 @@ UNUSED = {r"encoder\.fc_logvar\..*": "the posterior's variance, used only while 
 
 # Long audio is encoded in pieces of so many frames; exact, since each layer keeps its last inputs. A CPU is three times as
 # fast with pieces of two seconds, whose layers fit into its caches; a GPU wants few large ones.
-CHUNK_FRAMES = {"cpu": 50, "cuda": 500}
+CHUNK_FRAMES = {"cpu": 32, "cuda": 500}
 
 
 class Conv(nn.Conv1d):
@@ -82,7 +82,7 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x, past=None):
-        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
+        return torch.addcdiv(x, (self.alpha * x).sin_().square_(), self.alpha + 1e-9)  # in place: long waves make large tensors
 
 
 class Block(nn.Module):
@@ -215,8 +215,9 @@ class AudioVAE(nn.Module):
             raise Invalid(f"latents of shape {list(z.shape)}: the codec expects (T, {self.latent_dim}) or (B, T, {self.latent_dim})")
         if z.shape[-2] == 0:
             return z.new_zeros(*z.shape[:-2], 0)
-        y = self.decoder(z.reshape(-1, *z.shape[-2:]).transpose(1, 2), bucket, past)
-        return y.reshape(*z.shape[:-2], -1)
+        past = {} if past is None else past
+        pieces = z.reshape(-1, *z.shape[-2:]).transpose(1, 2).split(CHUNK_FRAMES.get(self.device.type, 500), dim=2)
+        return torch.cat([self.decoder(piece, bucket, past) for piece in pieces], dim=2).reshape(*z.shape[:-2], -1)
 
     def _bucket(self, rate):
         if self.boundaries is None:

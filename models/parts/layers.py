@@ -88,14 +88,25 @@ class Cache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 
+class Linear(nn.Linear):
+    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the weights serves 16
+    rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as fast, by rows and width."""
+
+    def forward(self, x):
+        rows = x.shape[:-1].numel()
+        if self.bias is None and x.device.type == "cpu" and 4 < rows <= 32:
+            return torch.mm(self.weight, x.reshape(rows, -1).t()).t().unflatten(0, x.shape[:-1])
+        return F.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads, kv_heads, head_size):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
-        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
-        self.o_proj = nn.Linear(heads * head_size, width, bias=False)
+        self.q_proj = Linear(width, heads * head_size, bias=False)
+        self.k_proj = Linear(width, kv_heads * head_size, bias=False)
+        self.v_proj = Linear(width, kv_heads * head_size, bias=False)
+        self.o_proj = Linear(heads * head_size, width, bias=False)
 
     def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=slice(None)):
         """x (B, L, C). turn: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
@@ -103,9 +114,9 @@ class Attention(nn.Module):
         that are asked for; the others only serve as keys (without mask and cache)."""
         B, L, _ = x.shape
         asked = x[:, keep].contiguous()  # a strided input would take another kernel when weights are frozen: other last bits
-        q = self.q_proj(asked).view(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
-        k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
-        v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
+        q = self.q_proj(asked).reshape(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
+        k = self.k_proj(x).reshape(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
+        v = self.v_proj(x).reshape(B, L, self.kv_heads, self.head_size).transpose(1, 2)
         if turn is not None:
             q, k = rotate(q, turn[0][..., keep, :], turn[1][..., keep, :]), rotate(k, *turn)
         if cache is not None:
@@ -119,9 +130,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -2,8 +2,8 @@
 FILE, TESTS = "models/parts/audiovae.py", "tests/test_audiovae.py"
 MUTANTS = [
     ("V1 pads odd strides as V2", FILE, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "s", TESTS),
-    ("snake without epsilon", FILE, "/ (self.alpha + 1e-9)", "/ self.alpha", TESTS),
-    ("snake's sine not squared", FILE, ".square() / (", " / (", TESTS),
+    ("snake without epsilon", FILE, "self.alpha + 1e-9)", "self.alpha)", TESTS),
+    ("snake's sine not squared", FILE, ".sin_().square_()", ".sin_()", TESTS),
     ("padding on the right", FILE, "F.pad(x, (self.left, 0))", "F.pad(x, (0, self.left))", TESTS),
     ("upsampling drops the head", FILE, "[:, :, drop:-s]", "[:, :, drop + s:]", TESTS),
     ("upsampling forgets its last input", FILE, "        if past is not None and self in past:\n            x, drop", "        if False:\n            x, drop", TESTS),
