@@ -1,4 +1,4 @@
-"""The README's "Coming from ..." table, from tests/coming_from.yaml: python -m tests.coming_from prints it."""
+"""The README's "Coming from ..." part, from tests/coming_from.yaml: python -m tests.coming_from prints it."""
 import shlex
 from pathlib import Path
 
@@ -27,22 +27,29 @@ def arguments(command):
     return words[next(i for i, word in enumerate(words) if word.startswith("--")):]
 
 
+def rows(pairs, quote=""):
+    """A Markdown table's lines of [(there, here)]; quote goes around what stands there."""
+    cells = [[" ".join(text.split()).replace("|", "\\|") for text in pair] for pair in pairs]
+    return ["|---|---|", *(f"| {quote}{there}{quote} | {here} |" for there, here in cells)]
+
+
 def table():
-    """Markdown: per tool its commands, files and names, then the flags that are accepted as they are."""
+    """Markdown: per tool its commands, files and names, the flags that are accepted as they are, its faults, its Python in ours."""
     lines = []
     for tool in tools():
         comes = f" These rows need the {tool['backbone']} backbone, which is to come." if tool.get("to_come") else ""
         lines += [f"**{tool['tool']}** ({tool['home']}), with the {tool['backbone']} backbone.{comes}", ""]
-        lines += ["| there | here |", "|---|---|"]
-        for row in tool["names"]:
-            theirs, ours = (" ".join(row[k].split()).replace("|", "\\|") for k in ("theirs", "ours"))
-            lines.append(f"| `{theirs}` | {ours} |")
+        lines += ["| there | here |", *rows([(row["theirs"], row["ours"]) for row in tool["names"]], "`")]
         for script in SCRIPTS:
             flags = [(flag, key) for flag, where, key, _ in tool["flags"] if where == script]
             if flags:
                 known = [f"`{flag}`" + (f" (`{key}`)" if flag[2:].replace("-", "_") != key else "") for flag, key in flags]
                 lines.append(f"| flags that {SCRIPTS[script]} takes as they are | {', '.join(known)} |")
         lines.append("")
+        if tool.get("wrong"):
+            lines += ["| what went wrong there | here |", *rows([(row["theirs"], row["ours"]) for row in tool["wrong"]]), ""]
+        for code in tool.get("python", ()):
+            lines += ["```python", code.rstrip(), "```", ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Every backbone from recordings to a voice, by the command lines: prepare, train, resume, infer, merge, infer; then full tuning.
+"""Every backbone from recordings to a voice, by the command lines: prepare, train, resume, infer, merge, infer.
 
 A new backbone joins by tests/tiny_<name>.py with VARIANTS and write(folder, variant).
 """
@@ -20,7 +20,9 @@ from tests.running import start
 
 ROOT = Path(ROOT)
 SPEECH = ROOT.parent / "shared/audio/LJSpeech-24"
-CASES = [(name, variant) for name in sorted(models.backbones()) for variant in importlib.import_module(f"tests.tiny_{name}").VARIANTS]
+METHODS = {"lora": (), "full": (), "embeddings": ("--lora.train_embeddings", "true")}  # flags beside those of every run
+CASES = [(name, variant, tuple(METHODS) if i == 0 else ("lora", "full")) for name in sorted(models.backbones())
+         for i, variant in enumerate(importlib.import_module(f"tests.tiny_{name}").VARIANTS)]
 
 
 def forked(folder):
@@ -52,12 +54,13 @@ def tones(folder):
 
 
 def speech(folder, n):
-    """The first n clips of a real speaker."""
+    """The n shortest clips of a real speaker; tiny checkpoints have few positions."""
     (folder / "wavs").mkdir(parents=True)
-    lines = (SPEECH / "metadata.csv").read_text(encoding="utf-8").splitlines()[:n]
+    place = {line: SPEECH / "wavs" / f"{line.split('|')[0]}.wav" for line in (SPEECH / "metadata.csv").read_text(encoding="utf-8").splitlines()}
+    lines = sorted(place, key=lambda line: place[line].stat().st_size)[:n]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for line in lines:
-        shutil.copy(SPEECH / "wavs" / f"{line.split('|')[0]}.wav", folder / "wavs")
+        shutil.copy(place[line], folder / "wavs")
 
 
 def settings(folder, name, variant, method):
@@ -75,62 +78,59 @@ def losses(run):
     return [(line["step"], line["loss/total"]) for line in lines if line["split"] == "train"]
 
 
-def journey(folder, run, name, variant, seconds, full=True, more=()):
+def journey(folder, run, name, variant, seconds, methods):
+    """One preparation; then with each method train, go on and speak, and with adapters merge and speak the same again."""
     importlib.import_module(f"tests.tiny_{name}").write(folder / "base", variant)
     run("prepare_data", "--input", "talk", "--output_dir", "data", "--ckpt_dir", "base", "--val_split", 0.2, "--workers", 1)
     ready = [json.loads(line) for side in ("train", "val") for line in (folder / "data" / f"{side}.jsonl").read_text().splitlines()]
     assert sum(row["duration"] for row in ready) == pytest.approx(seconds, rel=0.01)
+    base = models.load(folder / "base")
+    names = {n for n, _ in base.named_parameters()}
+    tables = {n for n in names if n.startswith(base.embeddings)}
+    assert tables
 
     common = ("--pretrained_path", "base", "--train_manifest", "data/train.jsonl", "--val_manifest", "data/val.jsonl", "--batch_size", 2,
               "--warmup_steps", 0, "--max_steps", 4, "--learning_rate", 3e-3, "--num_workers", 0, "--max_batch_tokens", 0)
     text = ("--text", "hello there.", "--seed", 3, "--max_len", 6, "--min_len", 5)
+    for method in methods:
+        adapter = method != "full"
+        how = (settings(folder, name, variant, "lora" if adapter else "full"), *common, "--save_path", method, *METHODS[method],
+               *(("--lora.r", 4, "--lora.alpha", 8) if adapter else ()))
+        run("train", *how, "--num_iters", 2, "--val_samples", 0)
+        said = run("train", *how, "--num_iters", 4, "--val_samples", 0 if adapter else 1)
+        assert f"going on from {method}/step_0000002" in said and "encoded" not in said  # the cache holds every clip
+        assert [step for step, _ in losses(folder / method)] == [1, 2, 3, 4]
+        assert checkpoint.check_step(folder / method / "latest") is None
+        run("infer", "--lora" if adapter else "--ckpt_dir", f"{method}/latest", *text, "--output", f"{method}.wav")
+        wave = audio.read(folder / f"{method}.wav", None)[0]
+        assert len(wave) > 1000 and wave.std() > 1e-4
+        if adapter:
+            run("merge_lora", "--ckpt_dir", "base", "--lora", f"{method}/latest", "--output_dir", f"{method}_merged")
+            run("infer", "--ckpt_dir", f"{method}_merged", *text, "--output", "merged.wav")
+            assert torch.allclose(audio.read(folder / "merged.wav", None)[0], wave, atol=2e-3)
+        else:
+            assert list((folder / method / "samples").glob("*.wav"))
+        voice = models.load(folder / (f"{method}_merged" if adapter else f"{method}/latest"))
+        moved = {n for n in names if not torch.equal(base.get_parameter(n), voice.get_parameter(n))}
+        if adapter:
+            assert moved and moved < names and moved & tables == (tables if method == "embeddings" else set())
+        else:
+            assert moved == names
 
-    # LoRA: train, go on, speak, merge, speak
-    how = (settings(folder, name, variant, "lora"), *common, "--save_path", "voice", "--lora.r", 4, "--lora.alpha", 8, *more)
-    run("train", *how, "--num_iters", 2, "--val_samples", 0)
-    said = run("train", *how, "--num_iters", 4, "--val_samples", 0)
-    assert "going on from voice/step_0000002" in said and "encoded" not in said  # the cache holds every clip
-    assert [step for step, _ in losses(folder / "voice")] == [1, 2, 3, 4]
-    run("infer", "--lora", "voice/latest", *text, "--output", "adapted.wav")
-    run("merge_lora", "--ckpt_dir", "base", "--lora", "voice/latest", "--output_dir", "merged")
-    run("infer", "--ckpt_dir", "merged", *text, "--output", "merged.wav")
-    waves = {k: audio.read(folder / f"{k}.wav", None)[0] for k in ("adapted", "merged")}
-    assert all(len(w) > 1000 and w.std() > 1e-4 for w in waves.values())
-    assert torch.allclose(waves["merged"], waves["adapted"], atol=2e-3)
-    base, voice = models.load(folder / "base"), models.load(folder / "merged")
-    moved = [n for n, p in base.named_parameters() if not torch.equal(p, voice.get_parameter(n))]
-    assert moved and len(moved) < len(list(base.parameters()))
-    if not full:
-        return
 
-    # every weight: train and speak; the checkpoint is a folder like the base
-    run("train", settings(folder, name, variant, "full"), *common, "--save_path", "tuned", "--num_iters", 2, "--val_samples", 1)
-    assert list((folder / "tuned" / "samples").glob("*.wav"))
-    assert checkpoint.check_step(folder / "tuned" / "latest") is None
-    run("infer", "--ckpt_dir", "tuned/latest", *text, "--output", "tuned.wav")
-    assert len(audio.read(folder / "tuned.wav", None)[0]) > 1000
-
-
-@pytest.mark.parametrize("name, variant", CASES, ids=["-".join(case) for case in CASES])
-def test_from_recordings_to_a_voice(tmp_path, name, variant):
+@pytest.mark.parametrize("name, variant, methods", CASES, ids=["-".join(case[:2]) for case in CASES])
+def test_from_recordings_to_a_voice(tmp_path, name, variant, methods):
     tones(tmp_path / "talk")
-    journey(tmp_path, forked(tmp_path), name, variant, sum(0.5 + 0.13 * i for i in range(7)))
-
-
-def test_from_recordings_to_a_voice_with_the_embeddings_trained_beside_lora(tmp_path):
-    tones(tmp_path / "talk")
-    journey(tmp_path, forked(tmp_path), "csm", "original", sum(0.5 + 0.13 * i for i in range(7)), full=False,
-            more=("--lora.train_embeddings", "true"))
-    base, voice = models.load(tmp_path / "base"), models.load(tmp_path / "merged")
-    tables = [n for n, _ in base.named_parameters() if n.startswith(base.embeddings)]
-    assert len(tables) == 2 and not any(torch.equal(base.get_parameter(n), voice.get_parameter(n)) for n in tables)
+    journey(tmp_path, forked(tmp_path), name, variant, sum(0.5 + 0.13 * i for i in range(7)), methods)
 
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="the recordings of LJSpeech-24 are not here")
-def test_from_a_real_speaker_to_a_voice_with_the_scripts_started_by_their_paths(tmp_path):
+@pytest.mark.parametrize("name, variant, start_script, methods", [("voxcpm", "1.5", by_path, ("lora",)), ("csm", "transformers", forked, tuple(METHODS))],
+                         ids=["voxcpm, scripts started by their paths", "csm"])
+def test_from_a_real_speaker_to_a_voice(tmp_path, name, variant, start_script, methods):
     speech(tmp_path / "talk", 5)
     seconds = sum(audio.info(path).seconds for path in (tmp_path / "talk/wavs").iterdir())
-    journey(tmp_path, by_path(tmp_path), "voxcpm", "1.5", seconds, full=False)
+    journey(tmp_path, start_script(tmp_path), name, variant, seconds, methods)
 
 
 def test_what_an_option_of_the_backbone_freezes_stays_frozen_in_full_tuning(tmp_path):

@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import configs
 import models
 from models.parts import audio
+from tests import tiny_csm
 from tests import tiny_voxcpm as tiny
 from tests.conftest import ROOT
+from tests.tiny import fill
 from tests.running import start
 
 ROOT = Path(ROOT)
@@ -111,7 +114,18 @@ def run(script, argv, folder):
 def tiny_checkpoint(path, version="1.5"):
     if path and not Path(path).exists():
         assert not Path(path).is_absolute(), f"{path}: a path of one machine"
-        tiny.write(path, version, codec_file="audiovae.safetensors")
+        tiny_csm.write(path) if "csm" in path else tiny.write(path, version, codec_file="audiovae.safetensors")
+
+
+def tiny_adapter(path, csm):
+    """An adapter that does something: VoxCPM's folder, or the folder or single file of csm-mlx's names."""
+    if not csm:
+        return tiny.write_adapter(path, "1.5")
+    file = Path(path) if path.endswith(".safetensors") else Path(path) / "lora_weights.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    module = "backbone.layers.0.self_attn.v_proj"
+    save_file(fill({f"{module}.lora_A": (4, 48), f"{module}.lora_B": (32, 4)}), file)
+    (file.parent / "lora_config.json").write_text('{"r": 4, "alpha": 8}')
 
 
 def tone(path, seconds, pitch, rate=22050):
@@ -208,11 +222,16 @@ def test_your_own_voice_in_four_commands(workplace):
     names = {}
     for code in snippets:
         python(code, names)
+        for path in re.findall(r'audio\.write\("([^"]+)"', code):
+            assert Path(path).stat().st_size > 1000
     assert any(torch.is_tensor(v) and v.ndim == 1 and len(v) > 1000 for v in names.values()), "no sound came out of the README's Python"
 
 
 def python(code, names):
-    """Run a snippet on the CPU in float32; checkpoints, adapters and recordings that it names are made where there are none."""
+    """Run a snippet on the CPU in float32; checkpoints, adapters and recordings that it names are made where there are none.
+
+    What has csm in its path is a CSM, and so is every adapter of a snippet that names one.
+    """
     code = re.sub(r"(['\"])(cuda(:\d)?|mps|auto)\1", '"cpu"', code).replace("torch.bfloat16", "torch.float32")
     for call in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
@@ -222,7 +241,7 @@ def python(code, names):
         elif name == "load_lora_weights":
             for path in texts:
                 if not Path(path).exists():
-                    tiny.write_adapter(path, "1.5")
+                    tiny_adapter(path, csm="csm" in code)
         for path in texts:
             if path.endswith((".wav", ".flac")) and not Path(path).exists() and name not in ("write", "save"):
                 tone(path, 1.0, 200)
