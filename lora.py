@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, adapters, opt, targets
-from models.parts.layers import Linear
 
 
 @dataclass
@@ -57,11 +56,11 @@ def state(model):
     return model.__dict__.setdefault("lora_state", State())
 
 
-class LoRALinear(Linear):
+class LoRALinear(nn.Linear):
     """An nn.Linear that holds an adapter. Adapter parameters are float32; the product runs in the activation's dtype."""
 
     def forward(self, x):
-        y = super().forward(x)
+        y = self.lora_plain.forward(self, x)
         z = x if self.lora_after else F.dropout(x, self.lora_dropout, self.training)
         z = F.linear(z, self.lora_A.to(x.dtype)) * self.lora_scale.to(x.dtype)  # scaled where it is narrow
         z = F.linear(z, self.lora_B.to(x.dtype))
@@ -114,7 +113,7 @@ def _train_in_full(model, base):
 def wrap(module, s, after):
     """Turn an nn.Linear into a LoRALinear with a fresh adapter, which changes nothing yet."""
     device = module.weight.device
-    module.__class__ = LoRALinear
+    module.lora_plain, module.__class__ = type(module), LoRALinear
     module.lora_A = nn.Parameter(torch.empty(s.r, module.in_features, device=device))
     module.lora_B = nn.Parameter(torch.zeros(module.out_features, s.r, device=device))
     module.lora_bias = nn.Parameter(torch.zeros(module.out_features, device=device)) if s.bias else None
@@ -129,7 +128,8 @@ def remove_lora(model):
     for module in lora_modules(model).values():
         for name in ("lora_A", "lora_B", "lora_bias", "lora_scale", "lora_strength"):
             delattr(module, name)
-        module.__class__ = Linear
+        module.__class__ = module.lora_plain
+        del module.lora_plain
     for name, base in state(model).base.items():
         model.get_parameter(name).data = base
     model.lora_state = State()

@@ -103,9 +103,9 @@ class Attention(nn.Module):
     def __init__(self, width, heads, kv_heads, head_size):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
-        self.q_proj = Linear(width, heads * head_size, bias=False)
-        self.k_proj = Linear(width, kv_heads * head_size, bias=False)
-        self.v_proj = Linear(width, kv_heads * head_size, bias=False)
+        self.q_proj = nn.Linear(width, heads * head_size, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_size, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.o_proj = Linear(heads * head_size, width, bias=False)
 
     def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=slice(None)):
@@ -114,9 +114,9 @@ class Attention(nn.Module):
         that are asked for; the others only serve as keys (without mask and cache)."""
         B, L, _ = x.shape
         asked = x[:, keep].contiguous()  # a strided input would take another kernel when weights are frozen: other last bits
-        q = self.q_proj(asked).reshape(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
-        k = self.k_proj(x).reshape(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
-        v = self.v_proj(x).reshape(B, L, self.kv_heads, self.head_size).transpose(1, 2)
+        q = self.q_proj(asked).view(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
+        k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
+        v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
         if turn is not None:
             q, k = rotate(q, turn[0][..., keep, :], turn[1][..., keep, :]), rotate(k, *turn)
         if cache is not None:
