@@ -124,18 +124,28 @@ def test_a_codec_run_killed_again_and_again_ends_the_same(tones, tmp_path, monke
     assert codec.encode(torch.zeros(801)).shape == (6, 4)
 
 
-def test_unit_variance_leaves_the_codec_what_it_was():
-    codec = tiny.fill_by_name(audiovae.AudioVAE(**audiovae.settings(dict(encoder_dim=4, encoder_rates=[2, 5], latent_dim=4, decoder_dim=8, decoder_rates=[5, 2]), audiovae.V1)))
-    for name, p in codec.named_parameters():
-        p.data.mul_(0.3 if name.endswith("weight") else 1)
-    codec.requires_grad_(False)
+@pytest.mark.parametrize("depthwise", (True, False))
+def test_the_normalisation_of_training_ends_up_in_the_codec(depthwise):
+    settings = dict(encoder_dim=4, encoder_rates=[2, 5], latent_dim=4, decoder_dim=8, decoder_rates=[5, 2], depthwise=depthwise)
+    codec = audiovae.AudioVAE(**audiovae.settings(settings, audiovae.V1)).requires_grad_(False)
     wav, noise = 0.1 * torch.randn(1, 1, 400), torch.zeros(1, 4, 40)
-    before, latents = train_audiovae.forward(codec, wav, noise)[0], codec.encode(wav[0, 0])
-    spread = codec.encoder.fc_logvar(codec.encoder(wav))
-    train_audiovae.unit_variance(codec, std := torch.tensor([0.5, 2.0, 0.01, 1.0]))
-    assert torch.allclose(train_audiovae.forward(codec, wav, noise)[0], before, atol=1e-5)
-    assert torch.allclose(codec.encode(wav[0, 0]) * std.clamp(min=0.3), latents, atol=1e-5)
-    assert torch.allclose(codec.encoder.fc_logvar(codec.encoder(wav)), spread - 2 * std.clamp(min=0.3).log()[:, None], atol=1e-5)
+    train_audiovae.level(codec, wav)
+    made, (z,) = train_audiovae.forward(codec, wav, noise)[0], codec.encode(wav[:, 0])
+    assert abs(made.std() / torch.tanh(torch.randn(10000) * wav.std()).std() - 1) < 0.2  # as loud as speech from the first step
+    train_audiovae.fold(codec, z.mean(0), z.std(0, correction=0))
+    assert torch.allclose(codec.encode(wav[0, 0]), (z - z.mean(0)) / z.std(0, correction=0), atol=1e-4)
+    assert torch.allclose(codec.decode(codec.encode(wav[0, 0])), made[0, 0], atol=1e-4)
+
+
+def test_levelling_brings_every_layer_to_variance_one():
+    codec = audiovae.AudioVAE(**audiovae.settings(dict(encoder_dim=4, encoder_rates=[2, 5], latent_dim=4, decoder_dim=8, decoder_rates=[5, 2]), audiovae.V1))
+    wav, sizes = 0.1 * torch.randn(2, 1, 400), []
+    train_audiovae.level(codec, wav)
+    for layer in codec.modules():
+        if isinstance(layer, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+            layer.register_forward_hook(lambda layer, _, out: sizes.append(float(out.detach().std())))
+    train_audiovae.forward(codec, wav, torch.zeros(()))
+    assert len(sizes) > 20 and sizes[:-1] == pytest.approx([1] * (len(sizes) - 1), abs=1e-3) and sizes[-1] == pytest.approx(float(wav.std()), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ measures
