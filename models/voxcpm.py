@@ -188,13 +188,16 @@ class Stack(nn.Module):
                 raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; expected {self.head_size // 2}")
         frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+        self.turns = {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
 
     def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=slice(None)):
-        turn = None
-        if self.use_rope:
-            if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device)
+        turn, key = None, (x.shape[1], x.device)
+        if self.use_rope and positions is not None:
             turn = rotary(positions, self.frequencies, self.turn_scale)
+        elif self.use_rope:  # a local stack, always of the same few lengths
+            if key not in self.turns:
+                self.turns[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.turn_scale)
+            turn = self.turns[key]
         x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training, keep)
         return self.norm(x)
 
@@ -298,7 +301,7 @@ class Flow(nn.Module):
             with_mu, without = dit.velocity(noisy, mu, times[i:i + 1], cond).float().chunk(2)
             a, b = with_mu.flatten(1), without.flatten(1)
             scale = ((a * b).sum(1) / (b.square().sum(1) + 1e-8))[:, None, None]
-            velocity = scale * without + cfg_value * (with_mu - scale * without)
+            velocity = torch.add(scale * without * (1 - cfg_value), with_mu, alpha=cfg_value)
             x = x - (t[i] - t[i + 1]) * velocity
         return x
 

@@ -101,13 +101,14 @@ def compare(pairs, repeats=3):
             "theirs_cpu_s": cpu[0], "ours_cpu_s": cpu[1], "faster_cpu": cpu[0] / cpu[1], "difference": worst}
 
 
-def once(part):
+def once(part, threads):
     """Write a file of the published layout, load it in a process of its own, encode 10 s there. -> what that process printed"""
     shapes = {"higgs_codec": test_higgs_codec.shapes(**test_higgs_codec.REAL), "w2vbert": test_w2vbert.shapes(**W2V),
               "repcodec": test_repcodec.shapes(**REP)}[part]
     with tempfile.TemporaryDirectory() as folder:
         save_file(random(shapes), Path(folder) / "model.safetensors")
-        done = subprocess.run([sys.executable, "-m", "tests.bench_parts", "--inside", part, folder], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-m", "tests.bench_parts", "--threads", str(threads), "--inside", part, folder],
+                              capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -148,7 +149,7 @@ def main():
         return inside(*args.inside)
     if args.once:
         for part in ("higgs_codec", "w2vbert", "repcodec"):
-            print(part, json.dumps(once(part)), flush=True)
+            print(part, json.dumps(once(part, args.threads)), flush=True)
         return
     g = torch.Generator().manual_seed(0)
     for name, pairs in (("HuBERT + DAC", higgs), ("w2v-BERT", w2v)):

@@ -1,15 +1,19 @@
 """Higgs Audio's tokenizer against Boson's own code (golden tensors), HuBERT and DAC live against transformers, and its properties."""
+import contextlib
+import importlib
 import json
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.parts import Invalid, checkpoint, higgs_codec
+from models.parts import Invalid, audio, checkpoint, higgs_codec
 from tests import tiny
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "higgs_codec.safetensors")
@@ -131,6 +135,25 @@ def folder(path, original=True, settings=None, **sizes):
     return path
 
 
+def rounded_convolutions(part, model, run, monkeypatch):
+    """Names of the convolutions that run() executes outside `exact`, where a GPU would round them to ten bits, and inside."""
+    depth, seen = [], {True: [], False: []}
+
+    @contextlib.contextmanager
+    def noted(device):
+        depth.append(device)
+        yield
+        depth.pop()
+
+    monkeypatch.setattr(part, "exact", noted)
+    hooks = [m.register_forward_pre_hook(lambda m, x, name=name: seen[bool(depth)].append(name)) for name, m in model.named_modules()
+             if isinstance(m, (torch.nn.Conv1d, torch.nn.ConvTranspose1d))]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen[False], seen[True]
+
+
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     return higgs_codec.load(folder(tmp_path_factory.mktemp("higgs") / "original"))
@@ -149,6 +172,10 @@ def test_codes_and_sound_are_those_of_the_original(codec, n):
     sound = codec.decode(GOLDEN[f"codes.{n}"])
     assert sound.shape == (960 * frames[0],) and sound.dtype == torch.float32
     torch.testing.assert_close(sound[:2000], GOLDEN[f"sound.{n}"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_original_at_these_widths_has_as_many_tensors():
+    assert len(weights()) == int(GOLDEN["names"])
 
 
 def test_a_quiet_clip_is_encoded_as_the_original_does(codec):
@@ -198,20 +225,28 @@ def test_dac_is_that_of_transformers(codec):
     assert wanted.shape == (2, 6, 4) and sound.shape == (2, 1, 1, 4800) and sound.abs().max() > 1.1
 
 
-def test_the_whole_tokenizer_of_transformers_gives_the_same_codes(tmp_path):
-    pytest.importorskip("torchaudio")
-    transformers = pytest.importorskip("transformers")
-    settings = config(SMALL["ratios"], original=False, target_bandwidths=[0.25, 1.0], codebook_size=32, codebook_dim=5)
+@pytest.mark.parametrize("ratios", [SMALL["ratios"], [8, 5, 4, 3], [8, 5, 4, 4, 3]])
+def test_the_whole_tokenizer_of_transformers_gives_the_same_codes(tmp_path, monkeypatch, ratios):
+    """With our resampling, which tests/test_audio.py compares with torchaudio's, and with Boson's repair."""
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(sys.modules, "torchaudio", SimpleNamespace(functional=audio, __spec__=None))  # all that they take of it
+    theirs = importlib.import_module("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
+    bandwidth = 8.2 * math.ceil(24000 / math.prod(ratios)) * math.log2(32) / 1000  # their way to say 8 codebooks of 32 rows
+    settings = config(ratios, original=False, target_bandwidths=[bandwidth], codebook_size=32, codebook_dim=5)
     settings["acoustic_model_config"] |= dict(model_type="dac", encoder_hidden_size=4, decoder_hidden_size=64, hidden_size=6)
     settings["semantic_model_config"] = dict(model_type="hubert", hidden_size=24, num_hidden_layers=3, num_attention_heads=3,
                                              intermediate_size=32, conv_dim=[8] * 7, num_conv_pos_embedding_groups=4)
-    reference = transformers.HiggsAudioV2TokenizerModel.from_pretrained(folder(tmp_path / "hf", False, settings))
-    ours = higgs_codec.load(tmp_path / "hf")
-    for n in (2880, 2998, 3512):  # no repair: transformers pads by 480 where 320 is right
-        codes = ours.encode(WAVE[:n])
+    reference = theirs.HiggsAudioV2TokenizerModel.from_pretrained(folder(tmp_path / "hf", False, settings, ratios=ratios))
+    reference.pad = 160 * reference.config.semantic_downsample_factor  # theirs is half a hop: 480 where 320 is right
+    reference.save_pretrained(tmp_path / "saved")
+    ours, saved = higgs_codec.load(tmp_path / "hf"), higgs_codec.load(tmp_path / "saved")
+    for n in (2 * ours.hop, 2 * ours.hop + ours.hop // 3, 2 * ours.hop + ours.hop * 5 // 6):  # the second is repaired
+        wave = torch.cat([WAVE, WAVE.flip(0)])[:n]
+        codes = ours.encode(wave)
+        assert ours._plan(n)[1] == (reference.pad if n % ours.hop == ours.hop // 3 else 0) and torch.equal(saved.encode(wave), codes)
         with torch.no_grad():
-            assert torch.equal(reference.encode(WAVE[None, None, :n]).audio_codes[0], codes)
-            torch.testing.assert_close(reference.decode(codes[None]).audio_values[0, 0], ours.decode(codes), rtol=1e-4, atol=1e-5)
+            assert torch.equal(reference.encode(wave[None, None]).audio_codes[0], codes)
+            torch.testing.assert_close(reference.decode(codes[None]).audio_values[0, 0], ours.decode(codes), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -225,8 +260,7 @@ def test_the_published_layout_fits_and_every_tensor_of_it_has_a_place(naming):
     folded = checkpoint.fold_weight_norm(stored(real))
     codec = higgs_codec.build(folded, {}, naming)
     left = checkpoint.fill(codec, folded, higgs_codec.rename, higgs_codec.UNUSED, device="meta")
-    kinds = {re.sub(r"\.\d+\.", ".N.", k).split(".N.")[0 if "semantic" in k else -1] for k in left}
-    assert len(left) == (41 if naming == "original" else 40) and len(folded) - len(left) == len(list(codec.parameters())), kinds
+    assert len(left) == (41 if naming == "original" else 40) and len(folded) - len(left) == len(list(codec.parameters())), left
     assert (codec.hop, codec.step, codec.codebooks, codec.bins, codec.sample_rate, codec.context) == (960, 2, 8, 1024, 24000, (10, 10))
     assert len(codec.semantic_model.encoder.layers) == 12 and codec.semantic_model.encoder.layers[0].attention.heads == 12
 
@@ -289,8 +323,8 @@ def test_widths_come_from_the_tensors(tmp_path, sizes, original):
     if hop == 960:
         codes = codec.encode(WAVE)
         assert codes.shape == (8, 4) and codec.decode(codes).shape == (3840,)
-    else:  # fewer than 320 samples of 16 kHz per frame: no such HuBERT, but the decoder stands by itself
-        assert codec.decode(torch.zeros(2, 9, dtype=torch.int64)).shape == (9 * hop,)
+    else:  # HuBERT's frames are longer than the encoder's: the original keeps all of them and cuts the encoder's
+        assert codec.encode(WAVE).shape == (2, 8) and codec.decode(torch.zeros(2, 9, dtype=torch.int64)).shape == (9 * hop,)
 
 
 # ------------------------------------------------------------------------------------------------ properties
@@ -303,6 +337,11 @@ def test_clips_of_unequal_length_share_a_batch_exactly(codec):
         torch.testing.assert_close(x[:t], codec.features([clip])[0][0], rtol=0, atol=1e-4)
     for clip, codes in zip(clips, codec.encode_batch(clips)):
         assert torch.equal(codes, codec.encode(clip))
+
+
+def test_no_convolution_is_rounded_on_a_gpu(codec, monkeypatch):
+    outside, inside = rounded_convolutions(higgs_codec, codec, lambda: codec.decode(codec.encode(WAVE)), monkeypatch)
+    assert not outside and {n.split(".")[0] for n in inside} == {"acoustic_encoder", "acoustic_decoder", "semantic_model", "encoder_semantic"}
 
 
 def test_clips_of_equal_length_share_a_batch_exactly(codec):
@@ -340,11 +379,11 @@ def test_a_frame_of_sound_depends_on_ten_frames_each_way_and_no_more(codec):
     changed = codes.clone()
     changed[:, 20] = 1
     moved = (codec.decode(codes) - codec.decode(changed)).abs().view(41, 960).amax(1).nonzero()[:, 0]
-    assert codec.context == (10, 10) and moved.min() >= 10 and moved.max() <= 30 and len(moved) > 15
+    assert codec.context == (10, 10) and moved.tolist() == list(range(10, 31))
 
 
 def test_the_repair_is_known_from_the_length_alone(codec):
-    for n in range(119, 3 * 960, 7):
+    for n in [*range(119, 3 * 960, 7), *(960 * k + r for k in (1, 30) for r in (118, 119, 631, 632))]:
         frames, pad = codec._plan(n)
         assert frames == n // 960 + (n % 960 >= 119) and pad == (320 if 119 <= n % 960 <= 631 else 0)
 

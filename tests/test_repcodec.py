@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from models.parts import Invalid, checkpoint, repcodec
 from tests import tiny
+from tests.test_higgs_codec import rounded_convolutions
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "repcodec.safetensors")
 LAYOUT = (239, 1434212269)  # tensors, and the checksum over names and shapes, of amphion/MaskGCT's semantic codec
@@ -70,6 +71,11 @@ def test_a_row_of_a_padded_batch_comes_out_as_alone(codec):
     torch.testing.assert_close(codec.encode(x, lengths)[0], GOLDEN["before"][0], rtol=1e-4, atol=1e-5)
     assert torch.equal(codec.quantize(x, lengths)[0][1, :17], codec.quantize(x[1:, :17])[0][0])
     assert not torch.allclose(codec.encode(x)[1:, :17], alone, atol=1e-3)
+
+
+def test_no_convolution_is_rounded_on_a_gpu(codec, monkeypatch):
+    outside, inside = rounded_convolutions(repcodec, codec, lambda: codec.quantize(GOLDEN["x"]), monkeypatch)
+    assert not outside and len(inside) == 4
 
 
 def test_the_published_layout_fits_and_every_tensor_of_it_has_a_place():

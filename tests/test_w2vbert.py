@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from models.parts import Invalid, audio, checkpoint, w2vbert
 from tests import tiny
+from tests.test_higgs_codec import rounded_convolutions
 
 LAYOUT = (773, 1915553377)  # tensors, and the checksum over names and shapes, of facebook/w2v-bert-2.0
 SMALL = dict(features=12, width=24, inner=20, layers=4, heads=3, left=5, right=2, kernel=7)
@@ -110,6 +111,11 @@ def test_attention_tells_distances_apart_up_to_their_bounds(model):
     at = torch.arange(21)
     ours = attention(features(1, 21, 24), (at - at[:, None]).clamp(-5, 2) + 5, None)
     torch.testing.assert_close(ours, attention.linear_out(out.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+
+
+def test_no_convolution_is_rounded_on_a_gpu(model, monkeypatch):
+    outside, inside = rounded_convolutions(w2vbert, model, lambda: model(features()), monkeypatch)
+    assert not outside and len(inside) == 3
 
 
 def test_the_convolution_sees_no_later_frame(model):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, audio, checkpoint
+from models.parts.layers import exact
 
 # Never read by encode or decode, in either naming.
 UNUSED = {
@@ -29,7 +30,6 @@ UNUSED = {
     r"quantizer\..*\.(cluster_size|embed_avg|inited)": "running averages by which training moves the codebooks",
 }
 SEMANTIC_PAD = 160  # zeros at both ends of what HuBERT hears
-REPAIR = 320  # zeros at both ends of the waveform where the two branches would disagree by a frame
 WINDOW = 500  # frames (20 s) that are decoded at once; bounds memory, not the result
 PIECE = 48000  # samples that pass the layers at full rate at once, so that they stay in the processor's cache
 
@@ -460,7 +460,9 @@ class HiggsCodec(nn.Module):
         self.fc2 = nn.Linear(quantizer["width"], decoder["latent"])
         self.sample_rate, self.semantic_sample_rate = sample_rate, semantic_sample_rate
         self.hop = math.prod(acoustic["strides"])
-        self.step = int(self.hop * semantic_sample_rate / sample_rate / semantic_hop)  # HuBERT frames per code frame
+        ratio = self.hop * semantic_sample_rate // (sample_rate * semantic_hop)  # HuBERT frames per code frame: 2
+        self.step = max(1, ratio)  # at a hop so short that ratio is 0, every HuBERT frame is kept, as in the original
+        self.repair = SEMANTIC_PAD * ratio  # zeros at both ends of the waveform where the branches disagree by a frame: 320
         self.codebooks, self.bins = quantizer["stages"], quantizer["bins"]
         self.context = self.acoustic_decoder.context()
 
@@ -468,16 +470,19 @@ class HiggsCodec(nn.Module):
     def device(self):
         return self.fc.weight.device
 
+    def _heard(self, n):
+        """Samples that n samples become at HuBERT's rate."""
+        return -(-n * self.semantic_sample_rate // self.sample_rate)
+
     def _plan(self, n):
         """Frames of an n-sample clip, and the zeros that its waveform needs at both ends, known before anything runs.
 
         For some n the DAC encoder gives a frame less than the semantic branch. The published code notices afterwards
         and runs the encoder once more on a padded waveform. (transformers pads by half a hop, 480, which gives other
-        codes; the language model was trained with 320.) What is then still too long is cut.
+        codes; the language model was trained with 320.) If one branch is still longer, it is cut.
         """
-        at_semantic_rate = -(-n * self.semantic_sample_rate // self.sample_rate)
-        semantic = -(-self.semantic_model.lengths(at_semantic_rate + 2 * SEMANTIC_PAD) // self.step)
-        pad = 0 if self.acoustic_encoder.lengths(n)[-1] == semantic else REPAIR
+        semantic = -(-self.semantic_model.lengths(self._heard(n) + 2 * SEMANTIC_PAD) // self.step)
+        pad = 0 if self.acoustic_encoder.lengths(n)[-1] == semantic else self.repair
         return min(self.acoustic_encoder.lengths(n + 2 * pad)[-1], semantic), pad
 
     def features(self, wavs):
@@ -495,15 +500,15 @@ class HiggsCodec(nn.Module):
             shifted[i, 0, 0, pad : pad + n] = x[i, :n]
 
         heard = audio.resample(x, self.sample_rate, self.semantic_sample_rate)
-        heard_sizes = [-(-n * self.semantic_sample_rate // self.sample_rate) for n in sizes]
+        heard_sizes = [self._heard(n) for n in sizes]
         mask = valid_mask(heard_sizes, heard.shape[1], self.device)
         heard = heard if mask is None else heard * mask[:, 0, 0]  # the filter rings on beyond the end of a row
         heard = F.pad(heard, (SEMANTIC_PAD, SEMANTIC_PAD))
-        semantic, semantic_frames = self.semantic_model(heard, [n + 2 * SEMANTIC_PAD for n in heard_sizes], self.step)
-        mask = valid_mask(semantic_frames, semantic.shape[1], self.device)
-        semantic = self.encoder_semantic(semantic.transpose(1, 2)[:, :, None], mask)  # (B, C, 1, T)
-
-        acoustic, T = self.acoustic_encoder(shifted, shifted_sizes), max(frames)
+        with exact(self.device):
+            semantic, semantic_frames = self.semantic_model(heard, [n + 2 * SEMANTIC_PAD for n in heard_sizes], self.step)
+            mask = valid_mask(semantic_frames, semantic.shape[1], self.device)
+            semantic = self.encoder_semantic(semantic.transpose(1, 2)[:, :, None], mask)  # (B, C, 1, T)
+            acoustic, T = self.acoustic_encoder(shifted, shifted_sizes), max(frames)
         both = torch.cat([acoustic[..., :T], semantic[..., :T]], 1)[:, :, 0].transpose(1, 2)
         return self.fc(both), frames
 
@@ -519,7 +524,7 @@ class HiggsCodec(nn.Module):
         return [codes[:, :t] for codes, t in zip(self.quantizer.encode(x), frames)]
 
     def encode(self, wav):
-        """(n,) float -> (K, T) int64. No loudness normalisation."""
+        """(n,) samples at sample_rate -> (K, T) int64. No loudness normalisation. Invalid if less than a frame."""
         return self.encode_batch([wav])[0]
 
     def _shortest(self):
@@ -530,7 +535,8 @@ class HiggsCodec(nn.Module):
         """The sound of frames first...last-1 of codes (K, T), from those frames and all that they depend on."""
         start, end = max(0, first - self.context[0]), min(codes.shape[1], last + self.context[1])
         x = self.fc2(self.quantizer.decode(codes[None, :, start:end]))
-        wav = self.acoustic_decoder(x.transpose(1, 2)[:, :, None])[0, 0, 0]
+        with exact(self.device):
+            wav = self.acoustic_decoder(x.transpose(1, 2)[:, :, None])[0, 0, 0]
         return wav[(first - start) * self.hop : (last - start) * self.hop]
 
     def _checked(self, codes):
@@ -613,32 +619,30 @@ def rename(name):
     return name
 
 
-class Sizes(dict):
-    """Shapes by name, with an error that a user can act on where one is missing."""
-
-    def __missing__(self, name):
-        raise Invalid(f"{self.what}: no tensor {name}. Is this the audio tokenizer (model.pth or model.safetensors "
-                      f"of bosonai/higgs-audio-v2-tokenizer)? Its names begin with {', '.join(sorted(self)[:3])}.")
-
-    def count(self, name):
-        return next(i for i in range(len(self) + 1) if name.format(i) not in self)
-
-
 def build(stored, config, what):
     """A codec on the meta device whose widths are those of the stored tensors.
 
     What shapes cannot tell comes from config.json of either layout, or is HuBERT base's: 12 heads, the extractor's
-    strides, eps 1e-5.
+    strides, eps 1e-5. Invalid where a tensor is missing or config.json contradicts the shapes.
     """
-    sizes = Sizes({rename(name): tensor.shape for name, tensor in stored.items()})
-    sizes.what = what
-    encoder, decoder = "acoustic_encoder.block.{}.conv1.weight", "acoustic_decoder.block.{}.conv_t1.weight"
-    down = [sizes[encoder.format(i)] for i in range(sizes.count(encoder))]  # (out, in, 2 * stride)
-    up = [sizes[decoder.format(i)] for i in range(sizes.count(decoder))]  # (in, out, 2 * stride)
-    acoustic = dict(widths=[sizes["acoustic_encoder.conv1.weight"][0], *(s[0] for s in down)],
-                    strides=[s[2] // 2 for s in down], latent=sizes["acoustic_encoder.conv2.weight"][0])
-    dac_decoder = dict(latent=sizes["acoustic_decoder.conv1.weight"][1], strides=[s[2] // 2 for s in up],
-                       widths=[sizes["acoustic_decoder.conv1.weight"][0], *(s[1] for s in up)])
+    shapes = {rename(name): tensor.shape for name, tensor in stored.items()}
+
+    def shape(name):
+        if name not in shapes:
+            raise Invalid(f"{what}: no tensor {name}. Is this the audio tokenizer (model.pth or model.safetensors of "
+                          f"bosonai/higgs-audio-v2-tokenizer)? Its names begin with {', '.join(sorted(shapes)[:3])}.")
+        return shapes[name]
+
+    def numbered(name):
+        """The shapes of name with {} = 0, 1, 2, ... as far as they go."""
+        return [shape(name.format(i)) for i in range(len(shapes)) if name.format(i) in shapes]
+
+    down = numbered("acoustic_encoder.block.{}.conv1.weight")  # (out, in, 2 * stride)
+    up = numbered("acoustic_decoder.block.{}.conv_t1.weight")  # (in, out, 2 * stride)
+    acoustic = dict(widths=[shape("acoustic_encoder.conv1.weight")[0], *(s[0] for s in down)],
+                    strides=[s[2] // 2 for s in down], latent=shape("acoustic_encoder.conv2.weight")[0])
+    dac_decoder = dict(latent=shape("acoustic_decoder.conv1.weight")[1], strides=[s[2] // 2 for s in up],
+                       widths=[shape("acoustic_decoder.conv1.weight")[0], *(s[1] for s in up)])
     said = config.get("acoustic_model_config") or {}
     for name, ratios, strides in (("ratios", config.get("ratios"), acoustic["strides"]),
                                   ("downsampling_ratios", said.get("downsampling_ratios"), acoustic["strides"]),
@@ -648,34 +652,31 @@ def build(stored, config, what):
                           "They belong to two different checkpoints.")
 
     told = config.get("semantic_model_config") or {}
-    extractor = "semantic_model.feature_extractor.conv_layers.{}.conv.weight"
-    kernels = [sizes[extractor.format(i)] for i in range(sizes.count(extractor))]
-    strides = list(told.get("conv_stride", [5, 2, 2, 2, 2, 2, 2]))
-    width, group, pos_kernel = sizes["semantic_model.encoder.pos_conv_embed.conv.weight"]
-    heads = told.get("num_attention_heads", 12)
-    if width % heads or len(strides) != len(kernels):
-        raise Invalid(f"{what}: HuBERT is {width} wide with {len(kernels)} convolutions, but {heads} heads and the strides "
-                      f"{strides} are assumed. State num_attention_heads and conv_stride in config.json, under "
-                      "semantic_model_config.")
     for key, value in dict(hidden_act="gelu", feat_extract_activation="gelu", feat_extract_norm="group",
                            do_stable_layer_norm=False, conv_pos_batch_norm=False).items():
         if told.get(key, value) != value:
             raise Invalid(f"{what}: semantic_model_config.{key} is {told[key]!r}; only HuBERT base's {value!r} is known")
-    if set(config.get("strides", [1])) != {1}:
-        raise Invalid(f"{what}: strides {config['strides']} of the semantic encoder; only 1 was ever published")
+    kernels = numbered("semantic_model.feature_extractor.conv_layers.{}.conv.weight")  # (out, in, kernel)
+    strides, heads = list(told.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])), told.get("num_attention_heads", 12)
+    width, group, pos_kernel = shape("semantic_model.encoder.pos_conv_embed.conv.weight")
+    if width % heads or len(strides) != len(kernels):
+        raise Invalid(f"{what}: HuBERT is {width} wide with {len(kernels)} convolutions, but {heads} heads and the strides "
+                      f"{strides} are assumed. State num_attention_heads and conv_stride in config.json, under "
+                      "semantic_model_config.")
     hubert = dict(feature_widths=[s[0] for s in kernels], kernels=[s[2] for s in kernels], strides=strides,
-                  width=width, inner=sizes["semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight"][0],
-                  layers=sizes.count("semantic_model.encoder.layers.{}.layer_norm.weight"), heads=heads,
+                  width=width, inner=shape("semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight")[0],
+                  layers=len(numbered("semantic_model.encoder.layers.{}.layer_norm.weight")), heads=heads,
                   pos_kernel=pos_kernel, pos_groups=width // group, eps=told.get("layer_norm_eps", 1e-5))
 
-    blocks = sizes.count("encoder_semantic.conv_blocks.{}.conv.weight")
-    units = sizes.count("encoder_semantic.conv_blocks.0.res_units.{}.conv1.weight")
-    dilations = list(config.get("block_dilations", [1] * units))
-    out_widths = [sizes[f"encoder_semantic.conv_blocks.{i}.conv.weight"][0] for i in range(blocks)]
-    semantic = dict(widths=[width, *out_widths], kernel=sizes["encoder_semantic.conv.weight"][2], dilations=dilations,
-                    unit_kernel=sizes["encoder_semantic.conv_blocks.0.res_units.0.conv1.weight"][2])
-    bins, size = sizes["quantizer.quantizers.0.codebook.embed"]
-    quantizer = dict(stages=sizes.count("quantizer.quantizers.{}.codebook.embed"), width=sizes["fc.weight"][0],
+    if set(config.get("strides", [1])) != {1}:
+        raise Invalid(f"{what}: strides {config['strides']} of the semantic encoder; only 1 was ever published")
+    units = numbered("encoder_semantic.conv_blocks.0.res_units.{}.conv1.weight")
+    semantic = dict(widths=[width, *(s[0] for s in numbered("encoder_semantic.conv_blocks.{}.conv.weight"))],
+                    kernel=shape("encoder_semantic.conv.weight")[2],
+                    unit_kernel=shape("encoder_semantic.conv_blocks.0.res_units.0.conv1.weight")[2],
+                    dilations=list(config.get("block_dilations", [1] * len(units))))
+    bins, size = shape("quantizer.quantizers.0.codebook.embed")
+    quantizer = dict(stages=len(numbered("quantizer.quantizers.{}.codebook.embed")), width=shape("fc.weight")[0],
                      bins=bins, size=size)
     with torch.device("meta"):
         return HiggsCodec(acoustic, dac_decoder, hubert, semantic, quantizer, config.get("sample_rate", 24000),

@@ -1,7 +1,8 @@
-"""Transformer bricks that more than one backbone uses: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache.
+"""Bricks that more than one backbone uses: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact convolutions.
 
 Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
 """
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -31,16 +32,23 @@ def rotary_frequencies(size, theta, factors=None):
 
 
 def rotary(positions, frequencies, scale=1.0):
-    """cos and sin of every position, (..., D) float32, for the half-split layout. positions: (L,) or (B, 1, L)."""
+    """cos and signed sin of every position, (..., D) float32, for the half-split layout. positions: (L,) or (B, 1, L)."""
     angle = positions[..., None].float() * frequencies
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos() * scale, angle.sin() * scale
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + D/2]) in float32 and cast back. x: (B, H, L, D)."""
-    a, b = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def exact(device):
+    """No TF32 in convolutions on CUDA: ten bits of mantissa change codes. cuDNN uses it unless told."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 class Packing(NamedTuple):
@@ -150,8 +158,8 @@ class Layer(nn.Module):
         self.branch = branch
 
     def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=slice(None)):
-        x = x[:, keep] + self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column, keep) * self.branch
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.branch
+        x = torch.add(x[:, keep], self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column, keep), alpha=self.branch)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.branch)
 
 
 def run_layers(layers, x, turn=None, causal=False, mask=None, caches=None, column=None, recompute=False, keep=slice(None)):

@@ -9,7 +9,6 @@ kyutai/moshiko-pytorch-bf16 (moshi naming, interleaved rotary, q, k and v in one
 Every causal layer takes `state`, a dict from module to what it has to remember. A whole clip is one chunk with a fresh
 dict, so streaming and batch are the same arithmetic. Letters: B batch, C channels, T frames, K codebooks, n samples.
 """
-import contextlib
 import math
 import re
 import zlib
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from models.parts import Invalid
 from models.parts.checkpoint import Stored, fill
-from models.parts.layers import rotary, rotary_frequencies, rotate
+from models.parts.layers import exact, rotary, rotary_frequencies, rotate
 
 
 @dataclass
@@ -368,13 +367,6 @@ class Stream:
             x = codec.upsample(codec.quantizer.decode(x), self.state)
             x = codec.decoder(codec.decoder_transformer(x, self.state), self.state)
         return x.reshape(*codes.shape[:-2], -1)
-
-
-def exact(device):
-    """No TF32 in convolutions on CUDA: ten bits of mantissa change codes. cuDNN uses it unless told."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 # ------------------------------------------------------------------------------------------------ files

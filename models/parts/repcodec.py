@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, checkpoint
+from models.parts.layers import exact
 
 UNUSED = {r"decoder\..*": "rebuilds w2v-BERT's vectors; IndexTTS2 2.0 goes on from the codebook's"}
 EPS = 1e-6  # of every LayerNorm
@@ -103,7 +104,8 @@ class RepCodec(nn.Module):
             lengths = torch.as_tensor(lengths, device=self.device)
             mask = (torch.arange(x.shape[1], device=self.device) < lengths[:, None])[:, None]  # (B, 1, T)
         backbone, out = self.encoder
-        return out(backbone(x, mask))
+        with exact(self.device):
+            return out(backbone(x, mask))
 
     def quantize(self, features, lengths=None):
         codes = self.quantizer.quantizers[0].encode(self.encode(features, lengths))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, checkpoint
+from models.parts.layers import exact
 
 # What the arithmetic below is; config.json may state these keys with no other value.
 FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type=("relative_key",), add_adapter=(False,))
@@ -140,13 +141,17 @@ class W2vBert(nn.Module):
             mask = at < torch.as_tensor(lengths, device=self.device)[:, None]  # (B, T)
             x = x * mask[..., None]
         rows = (at - at[:, None]).clamp(-self.left, self.right) + self.left
-        for layer in self.encoder.layers:
-            x = layer(x, rows, mask)
+        with exact(self.device):
+            for layer in self.encoder.layers:
+                x = layer(x, rows, mask)
         return x
 
 
 def build(stored, config, layers, what):
-    """A model on the meta device with the widths of the stored tensors and `layers` layers."""
+    """A model on the meta device with the widths of the stored tensors and `layers` layers.
+
+    config.json need only say what shapes cannot tell: 64 distances back, 8 ahead and eps 1e-5 are assumed without it.
+    """
     def size(name, axis):
         if name not in stored:
             raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? "

@@ -1,7 +1,9 @@
 """Make higgs_codec.safetensors with Boson AI's own audio tokenizer (PyPI boson_multimodal 0.1.1).
 
 Its constructor fixes every width and downloads HuBERT, so the object is put together here from its own modules at
-tiny widths; the forward, encode and decode that run are its own, untouched.
+tiny widths, with the numbers that the constructor would have worked out, and with the HubertModel of transformers,
+which is what it loads too. The encode and decode that run are its own, untouched. Only `gap` is computed here, from
+its layers: it says which codes are a matter of rounding.
 
     pip install -r tests/golden/requirements_higgs_codec.txt; python tests/golden/make_higgs_codec.py
 """

@@ -1,6 +1,6 @@
-"""Make repcodec.safetensors with Amphion's own RepCodec at tiny widths.
+"""Make repcodec.safetensors with Amphion's own RepCodec at tiny widths; the oracle is its quantize, untouched.
 
-    git clone https://github.com/open-mmlab/Amphion
+    git clone https://github.com/open-mmlab/Amphion && git -C Amphion checkout d3de90f02e7f1c7dbc24b04d52fe1b8ef438effe
     pip install -r tests/golden/requirements_repcodec.txt; python tests/golden/make_repcodec.py Amphion
 """
 import sys

@@ -20,7 +20,7 @@ MUTANTS = [
     m(11, "SEMANTIC_PAD = 160", "SEMANTIC_PAD = 0"),
     m(11, "SEMANTIC_PAD = 160", "SEMANTIC_PAD = 159"),
     m(11, "total += x[:, ::step]", "total += x[:, : total.shape[1]]"),
-    m(11, "/ sample_rate / semantic_hop)", "/ sample_rate / semantic_hop / 2)"),
+    m(11, "// (sample_rate * semantic_hop)", "// (2 * sample_rate * semantic_hop)"),
     m(11, "x = x + self.encoder.pos_conv_embed", "x = self.encoder.pos_conv_embed"),
     m(11, "[..., : x.shape[-1]])", "[..., -x.shape[-1] :])"),
     m(11, "return F.gelu(self.conv(x, mask)", "return (self.conv(x, mask)"),
@@ -54,10 +54,12 @@ MUTANTS = [
     (13, "models/parts/checkpoint.py", "dim=axes, keepdim=True", "dim=0, keepdim=True", GOLDEN),
     (14, "models/parts/checkpoint.py", "return g.load().float() * v /", "return v /", GOLDEN),
     # the repair
-    m(15, "REPAIR = 320", "REPAIR = 480"),
-    m(15, "REPAIR = 320", "REPAIR = 0"),
+    m(15, "self.repair = SEMANTIC_PAD * ratio", "self.repair = self.hop // 2"),
+    m(15, "self.repair = SEMANTIC_PAD * ratio", "self.repair = 0"),
+    m(15, "self.repair = SEMANTIC_PAD * ratio", "self.repair = 320", "tests/test_higgs_codec.py -k whole_tokenizer"),
+    m(15, "self.step = max(1, ratio)", "self.step = ratio", "tests/test_higgs_codec.py -k widths"),
     m(15, "shifted[i, 0, 0, pad : pad + n]", "shifted[i, 0, 0, :n]"),
-    m(15, "[-1] == semantic else REPAIR", "[-1] == semantic else 0"),
+    m(15, "[-1] == semantic else self.repair", "[-1] == semantic else 0"),
     # semantic branch and quantiser
     m(0, "return self.conv2(F.elu(self.conv1(F.elu(x), mask))) + x", "return self.conv2(F.elu(self.conv1(x, mask))) + x"),
     m(0, "return self.conv2(F.elu(self.conv1(F.elu(x), mask))) + x", "return self.conv2(F.elu(self.conv1(F.elu(x), mask)))"),
@@ -69,6 +71,8 @@ MUTANTS = [
     m(0, "x = x - stage.decode(codes[-1])", "x = x"),
     m(0, "x = x - stage.decode(codes[-1])", "x = stage.decode(codes[-1])"),
     m(23, "return self.fc(both), frames", "return self.fc(both).bfloat16().float(), frames"),
+    m(23, "with exact(self.device):\n            semantic", "if True:\n            semantic", "tests/test_higgs_codec.py -k rounded"),
+    m(23, "with exact(self.device):\n            wav", "if True:\n            wav", "tests/test_higgs_codec.py -k rounded"),
     # what shares a batch
     m(0, "x = x if mask is None else x * mask", "x = x", BATCH),
     m(0, "if all(n == x.shape[-1] for n in lengths):", "if True:", BATCH),

@@ -15,6 +15,7 @@ MUTANTS = [
     (13, "models/parts/checkpoint.py", "if size == 1]", "if i > 1]", GOLDEN),
     (13, "models/parts/checkpoint.py", "dim=axes, keepdim=True", "dim=0, keepdim=True", GOLDEN),
     (13, "models/parts/checkpoint.py", "return g.load().float() * v /", "return v /", GOLDEN),
+    m(0, "with exact(self.device):", "if True:", "tests/test_repcodec.py -k rounded"),
     m(0, "EPS = 1e-6", "EPS = 1e-5"),
     m(0, "F.gelu(self.pwconv1(y))", "F.gelu(self.pwconv1(y), approximate=\"tanh\")"),
     m(0, "self.gamma * self.pwconv2", "self.pwconv2"),

@@ -23,7 +23,7 @@ MUTANTS = [
     ("9.1 short factors for ever", MODEL, '"long_factor" if ratio > 1', '"long_factor" if ratio > 9', SETTINGS),
     ("9.1 no attention scaling", MODEL, "self.turn_scale = math.sqrt(1 +", "self.turn_scale = 1 if ratio else math.sqrt(1 +", SETTINGS),
     ("9.1 other theta", LAYERS, "theta ** (-torch.arange", "(2 * theta) ** (-torch.arange", LOSSES),
-    ("9.1 rotated backwards", LAYERS, "torch.cat([-b, a], -1)", "torch.cat([b, -a], -1)", LOSSES),
+    ("9.1 rotated backwards", LAYERS, "torch.cat([-sin, sin], -1)", "torch.cat([sin, -sin], -1)", LOSSES),
     ("9.1 key heads of every stack", MODEL, "heads, lm.num_key_value_heads, head_size", "heads, heads, head_size", LOSSES),
     ("9.1 key heads in turn", LAYERS, "t.repeat_interleave(H // G, 1)", "t.repeat(1, H // G, 1, 1)", LOSSES),
     ("9.1 head size from the width", MODEL, "return self.kv_channels or self.hidden_size", "return self.hidden_size", LOSSES),

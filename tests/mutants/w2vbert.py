@@ -35,6 +35,7 @@ MUTANTS = [
     m(0, "config.get(\"layer_norm_eps\", 1e-5)", "config.get(\"layer_norm_eps\", 1e-6)", "tests/test_w2vbert.py -k eps"),
     m(0, "self.layer_norm = nn.LayerNorm(features, eps)", "self.layer_norm = nn.LayerNorm(features, 1e-6)"),
     m(0, "self.depthwise_layer_norm = nn.LayerNorm(width, eps)", "self.depthwise_layer_norm = nn.LayerNorm(width, 1e-6)", "tests/test_w2vbert.py -k eps"),
+    m(0, "with exact(self.device):", "if True:", "tests/test_w2vbert.py -k rounded"),
     m(29, "heads=width // head_size", "heads=1"),
     m(29, "if held < layers:", "if False:", "tests/test_w2vbert.py -k said"),
     m(29, "if left + right + 1 != distances:", "if False:", "tests/test_w2vbert.py -k said"),
