@@ -498,6 +498,11 @@ def main():
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; leave it out, audio is resampled")
     if cfg.lora:
         wrapped = lora.apply_lora_to_model(model, cfg.lora)
+        if cfg.save_mode != "lora":
+            try:
+                lora.check_mergeable(model)
+            except Invalid as e:  # now, not at the first save
+                raise Usage(f"save_mode {cfg.save_mode}: {e}") from None
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     masters = Masters({n: model.get_parameter(n) for n in names})
     if cfg.checkpointing:

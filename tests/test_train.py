@@ -909,6 +909,11 @@ def test_what_cannot_work_is_said_before_the_first_step(home, what):
     assert len(run.said.splitlines()) < 8 and not list(home.glob(f"refused {what}/step_*"))
 
 
+def test_a_bias_that_cannot_be_merged_is_refused_before_training(home):
+    said = go(home, "biased", "--lora.bias", "true", "--save_mode", "both", code=2)
+    assert "save_mode both: lora.bias cannot be merged" in said and not list((home / "biased").glob("step_*"))
+
+
 def test_save_mode_needs_a_lora_section(home):
     assert "save_mode both is for LoRA runs" in go(home, "no section", "--save_mode", "both", config="full", code=2)
 
