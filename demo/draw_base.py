@@ -20,7 +20,7 @@ from models.parts import audiovae
 SMALLER = {"lm_config": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
            "encoder_config": {"hidden_dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 1},
            "dit_config": {"hidden_dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 2},
-           "audio_vae_config": {"encoder_dim": 4, "decoder_dim": 64}}
+           "audio_vae_config": {"encoder_dim": 4, "encoder_rates": [2, 5, 8, 8], "decoder_dim": 64, "decoder_rates": [8, 8, 5, 2], "depthwise": True}}
 
 
 def main(folder=HERE / "base"):

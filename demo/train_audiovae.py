@@ -49,7 +49,7 @@ class TrainAudioVAE:
     num_iters: int = opt(0, "steps; 0: only minutes counts")
     pause_minutes: float = opt(0.0, "leave after so long in this process, state saved; the same command goes on; 0: never")
     batch_size: int = opt(16, "segments per step")
-    seconds: float = opt(2.0, "length of a segment; the codec remembers about 0.8 seconds")
+    seconds: float = opt(2.0, "length of a segment; with less than the codec remembers, about 0.8 seconds, it fails on whole clips")
     learning_rate: float = opt(6e-4, "peak; falls to a twentieth along a half cosine; the discriminators take half")
     adversarial: str = opt("auto", "on, off, or auto: on where there is a GPU", choices=("auto", "on", "off"))
     adversarial_from: float = opt(0.25, "progress at which the discriminators come in")
