@@ -47,11 +47,11 @@ class Conv(nn.Conv1d):
         self.left = (kernel - 1) * dilation if left is None else left  # zeros before the first sample
 
     def forward(self, x, past=None):
-        if past is None:
-            x = F.pad(x, (self.left, 0))
-        elif self.left:
-            x = torch.cat([past[self] if self in past else x.new_zeros(*x.shape[:2], self.left), x], dim=2)
-            past[self] = x[:, :, -self.left:]
+        if self.left:
+            before = past[self] if past is not None and self in past else x.new_zeros(*x.shape[:2], self.left)
+            x = torch.cat([before, x], dim=2)
+            if past is not None:
+                past[self] = x[:, :, -self.left:]
         return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
