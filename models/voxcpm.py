@@ -196,7 +196,8 @@ class Stack(nn.Module):
             turn = rotary(positions, self.frequencies, self.turn_scale)
         elif self.use_rope:  # a local stack, always of the same few lengths
             if key not in self.turns:
-                self.turns[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.turn_scale)
+                with torch.inference_mode(False):  # it may be kept for a training step
+                    self.turns[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.turn_scale)
             turn = self.turns[key]
         x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training, keep)
         return self.norm(x)

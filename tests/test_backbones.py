@@ -64,6 +64,14 @@ def perturb(model, std=0.05):
         m.lora_B.data = torch.randn(m.lora_B.shape, generator=g) * std
 
 
+def test_who_speaks_in_inference_mode_can_train_afterwards(model):
+    with torch.inference_mode():
+        spoken = list(model.generate("Hello there.", seed=1, max_len=3))
+    assert sum(map(len, spoken)) > 100
+    sum(losses(model, model.collate(examples(model, 0.9), seeds=[7])[0]).values()).backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
 def test_padding_changes_nothing(model):
     short = examples(model, 0.9)[0]
     alone, counts = model.collate([short], seeds=[7])
