@@ -126,10 +126,9 @@ def wrap(module, s, after):
 def remove_lora(model):
     """Back to plain layers; what an adapter had changed in full gets its base values again."""
     for module in lora_modules(model).values():
-        for name in ("lora_A", "lora_B", "lora_bias", "lora_scale", "lora_strength"):
-            delattr(module, name)
         module.__class__ = module.lora_plain
-        del module.lora_plain
+        for name in [n for n in (*vars(module), *module._parameters, *module._buffers) if n.startswith("lora_")]:
+            delattr(module, name)
     for name, base in state(model).base.items():
         model.get_parameter(name).data = base
     model.lora_state = State()

@@ -120,6 +120,9 @@ def test_a_codec_run_killed_again_and_again_ends_the_same(tones, tmp_path, monke
     assert len(lines) == 4 and "judges" not in lines[1] and lines[-1]["judges"] > 0 and lines[-1]["skipped"] == 0
     with pytest.raises(Invalid, match="other settings"):
         go("whole", "--capacity", 2)
+    go("clipped", "--max_grad_norm", 1e-12)
+    steps = [torch.load(tmp_path / where / "state.pth", weights_only=True)["optimizers"][0]["state"][0]["exp_avg"] for where in ("whole", "clipped")]
+    assert steps[1].abs().max() < 1e-9 < steps[0].abs().max()
     codec = audiovae.load(tmp_path / "whole", vae)
     assert codec.encode(torch.zeros(801)).shape == (6, 4)
 
@@ -135,6 +138,15 @@ def test_the_normalisation_of_training_ends_up_in_the_codec(depthwise):
     train_audiovae.fold(codec, z.mean(0), z.std(0, correction=0))
     assert torch.allclose(codec.encode(wav[0, 0]), (z - z.mean(0)) / z.std(0, correction=0), atol=1e-4)
     assert torch.allclose(codec.decode(codec.encode(wav[0, 0])), made[0, 0], atol=1e-4)
+
+
+def test_a_silent_codec_still_feels_which_way_is_louder():
+    mel, speech = train_audiovae.MelDistance(16000), 0.1 * torch.randn(1, 1, 4096)
+    silence = (1e-7 * torch.randn(1, 1, 4096)).requires_grad_()
+    distance = mel(speech, silence)
+    distance.backward()
+    assert float(mel(speech, (silence - 1e-4 * silence.grad / silence.grad.abs().max()).detach())) < distance.item()
+    assert float(mel(torch.zeros(1, 1, 4096), 1e-6 * torch.randn(1, 1, 4096))) < 0.01  # far below the floor nothing counts
 
 
 def test_levelling_brings_every_layer_to_variance_one():

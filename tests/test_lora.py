@@ -52,6 +52,15 @@ def adapter(model, folder, seed, **settings):
     return value
 
 
+@pytest.mark.parametrize("undo", (lora.remove_lora, lora.merge_lora_weights))
+def test_an_unwrapped_layer_is_what_it_was(model, undo):
+    before = {n: type(m) for n, m in model.named_modules()}
+    names = lora.apply_lora_to_model(model, {"target_modules": ["q_proj", "o_proj", "down_proj"]})
+    assert len({before[n] for n in names}) == 2  # plain layers and those that know a faster way for few rows
+    undo(model)
+    assert {n: type(m) for n, m in model.named_modules()} == before and not any("lora" in k for n in names for k in vars(model.get_submodule(n)))
+
+
 def test_the_backbone_chooses_attention_of_both_models_and_the_dit(model):
     names = lora.apply_lora_to_model(model, {})
     assert {n.split(".")[0] for n in names} == {"base_lm", "residual_lm", "feat_decoder"}
