@@ -39,7 +39,7 @@ from torch import nn
 
 from models.parts import Invalid, audio, checkpoint, mimi, opt
 from models.parts.checkpoint import Stored
-from models.parts.layers import Cache, Layer, Packing, RMSNorm, attend, rotary, run_layers
+from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, run_layers
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
@@ -212,16 +212,14 @@ class Tower(nn.Module):
         return [Cache(B, c.num_key_value_heads, S, c.head_dim, x.dtype, x.device) for _ in self.layers]
 
 
-def pick(logits, u, temperature, top_k, allowed):
-    """One id per row: (B, V) logits, u (B,) uniform in [0, 1) -> (B,). Ids from `allowed` on are left out."""
-    logits = logits[:, :allowed].float()
+def pick(logits, u, temperature, top_k):
+    """One id per row: logits (B, V), u (B, 1) uniform in (0, 1] -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
     if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)  # ties with the k-th stay
-    heap = logits.softmax(-1).cumsum(-1)
-    return torch.searchsorted(heap, (1 - u[:, None]) * heap[:, -1:])[:, 0]  # 1 - u is never 0, so no id of probability 0 is hit
+        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -math.inf)  # ties with the k-th stay
+    heap = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(heap, u * heap[:, -1:])[:, 0]
 
 
 def _speaker(turn):
@@ -229,68 +227,93 @@ def _speaker(turn):
     return turn.get("speaker_id", turn.get("speaker"))
 
 
-def joined(*linears, rows=None):
-    """Linears that read the same input as one function: (N, C) -> (N, all outputs side by side, in the order `rows`).
-
-    What is given as its second argument is added.
-    """
+def joined(*linears, scale=None, rows=None, add=False):
+    """Linears that read the same input, as one function of x (N, C) and out (N, all outputs side by side, in the order
+    `rows`), which is overwritten or, with `add`, added to. x is multiplied by `scale` (C,) first."""
     if any(hasattr(m, "lora_A") for m in linears):  # an adapter is on: each runs by itself
-        def run(x, plus=0):
-            y = torch.cat([m(x) for m in linears], -1)
-            return plus + (y if rows is None else y[:, rows])
+        def run(x, out):
+            y = torch.cat([m(x if scale is None else x * scale) for m in linears], -1)
+            y = y if rows is None else y[:, rows]
+            return out.add_(y) if add else out.copy_(y)
         return run
     weight = torch.cat([m.weight for m in linears]) if len(linears) > 1 else linears[0].weight
+    weight = weight if scale is None else weight * scale
     weight = (weight if rows is None else weight[rows]).T
     if len(linears) > 1 and weight.device.type == "cpu":
         weight = weight.contiguous()  # one vector times a tall matrix is faster column by column
-    return lambda x, plus=None: torch.mm(x, weight) if plus is None else torch.addmm(plus, x, weight)
+    return lambda x, out: out.addmm_(x, weight, beta=int(add))
 
 
 class DepthSteps:
-    """The depth decoder one position at a time, as speaking runs it: K - 1 small steps for every frame.
+    """The depth decoder one position at a time, as speaking runs it: K small steps for every frame.
 
-    The calls cost more than the arithmetic here, so this has half as many as the layers that training runs: q, k and v
-    are one matrix, gate and up another; the pairs of q and k lie side by side (attention does not mind their order), so
-    that one complex product turns all heads, v by an angle of zero; keys and values share a cache; sums are fused.
+    The calls cost more than the arithmetic here, so this makes a third of those that training makes. q, k and v are one
+    matrix, gate and up another, each with the weight of the norm in front of it. The pairs of q and k lie side by side
+    (attention does not mind their order), so that one complex product turns all heads; it turns v by an angle of zero and
+    divides q by sqrt(D). Every result has a fixed place, of which the views that a step needs are made once. Rotation and
+    attention are in float32.
     """
 
-    def __init__(self, decoder, B, K):
-        c, weight = decoder.config, decoder.norm.weight
-        self.H, self.G, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        turned = (self.H + self.G) * self.D
-        rows = torch.arange(turned + self.G * self.D, device=weight.device)
-        rows[:turned] = mimi.interleaved(rows[:turned], self.H + self.G)
-        self.layers = [(m.input_layernorm.weight, joined(m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, rows=rows),
-                        joined(m.self_attn.o_proj), m.post_attention_layernorm.weight, joined(m.mlp.gate_proj, m.mlp.up_proj),
-                        joined(m.mlp.down_proj)) for m in decoder.layers]
-        self.weight, self.eps = weight, torch.tensor(c.rms_norm_eps, device=weight.device)
+    def __init__(self, model, B, allowed):
+        decoder, table = model.depth_decoder.model, model.backbone_model.embed_tokens.embed_audio_tokens.weight
+        c, K, device = decoder.config, model.config.num_codebooks, model.device
+        H, G, D, root = c.num_attention_heads, c.num_key_value_heads, c.head_dim, math.sqrt(c.hidden_size)
+        order = torch.arange((H + 2 * G) * D)
+        order[: (H + G) * D] = mimi.interleaved(order[: (H + G) * D], H + G)
+        q, k, v = order.view(-1, D).split((H, G, G))
+        order = torch.cat([q.view(G, -1, D), k[:, None], v[:, None]], 1).flatten().to(device)  # group by group: queries, key, value
+        self.layers = [(joined(m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, scale=root * m.input_layernorm.weight, rows=order),
+                        joined(m.self_attn.o_proj, add=True),
+                        joined(m.mlp.gate_proj, m.mlp.up_proj, scale=root * m.post_attention_layernorm.weight),
+                        joined(m.mlp.down_proj, add=True)) for m in decoder.layers]
+        self.project, self.scale = joined(decoder.inputs_embeds_projector), root * decoder.norm.weight
+        self.floor = torch.tensor(math.sqrt(c.hidden_size * c.rms_norm_eps), device=device)
+        self.allowed, self.tables = allowed, table.unflatten(0, (K, -1)).unbind()
+        self.heads = model.depth_decoder.codebooks_head.weight[:, :, :allowed].unbind()
         angle = torch.arange(K)[:, None, None].float() * decoder.frequencies.cpu()
-        angle = angle.repeat(1, self.H + 2 * self.G, 1)
-        angle[:, self.H + self.G :] = 0
-        self.turn = torch.polar(torch.ones_like(angle), angle).to(weight.device)  # (K, H + 2 G, D / 2) complex
-        self.cache = torch.zeros(len(self.layers), B, 2 * self.G, K, self.D, dtype=weight.dtype, device=weight.device)
+        angle = torch.cat([angle.expand(-1, H // G + 1, -1), 0 * angle], 1)  # (K, heads of a group, D / 2)
+        size = torch.tensor([D**-0.5] * (H // G) + [1.0, 1.0])[:, None].expand_as(angle)
+        self.turns = torch.polar(size, angle).repeat(1, G, 1).flatten(1).to(device).unbind()  # K of (all heads * D / 2,)
+        self.config, self.dtype = c, model.dtype
+        self.place(torch.zeros(len(self.layers), B, G, 2, K, D, device=device))
+
+    def place(self, cache):
+        """Places for the results of one step, and views of them. cache (layers, B, G, 2, K, D): keys and values."""
+        c, (_, B, G, _, K, D) = self.config, cache.shape
+        H, low = c.num_attention_heads, self.dtype != torch.float32
+        widths = c.hidden_size, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
+        self.x, self.normed, self.qkv, self.heard, self.gate_up = (torch.empty(B, n, dtype=self.dtype, device=cache.device) for n in widths)
+        self.gate, self.up = self.gate_up.chunk(2, 1)
+        self.turned, self.mixed = (self.qkv.float(), self.heard.float()) if low else (self.qkv, self.heard)
+        self.pairs, self.groups = self.turned.view(torch.complex64), self.mixed.view(B * G, H // G, D)
+        self.q, self.kv = self.turned.view(B * G, -1, D)[:, :-2], self.turned.view(B, G, -1, D)[:, :, -2:]
+        self.cache = cache
+        groups = cache.view(-1, B * G, 2, K, D)
+        self.seen = [[(new[..., j, :], old[:, 0, : j + 1].mT, old[:, 1, : j + 1]) for new, old in zip(cache, groups)] for j in range(K)]
 
     def keep(self, rows):
-        self.cache = self.cache[:, rows]
+        self.place(self.cache[:, rows])
 
-    def normed(self, x, weight):
-        """RMSNorm of (N, C) in half the calls of the one in layers.py, which is put together from parts on the CPU."""
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return (x * torch.addcmul(self.eps, size, size, value=1 / x.shape[1]).rsqrt_()).to(x.dtype) * weight
+    def norm(self, x):
+        """RMSNorm of x (N, C) without its weight and over sqrt(C): hypot puts eps under the root."""
+        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).hypot(self.floor), out=self.normed)
 
     def __call__(self, x, j):
-        """What comes out at the last of the positions j .. j + n - 1. x (B, n, C) -> (B, C)"""
-        (B, n, C), (H, G, D) = x.shape, (self.H, self.G, self.D)
-        x, turn = x.reshape(B * n, C), self.turn[j : j + n]
-        for cache, (weight1, qkv, out, weight2, gate_up, down) in zip(self.cache, self.layers):
-            y = qkv(self.normed(x, weight1)).view(B, n, H + 2 * G, D // 2, 2)
-            y = torch.view_as_real(torch.view_as_complex(y.float()) * turn).view(B, n, H + 2 * G, D).transpose(1, 2).to(x.dtype)
-            cache[:, :, j : j + n] = y[:, H:]
-            y = attend(y[:, :H], *cache[:, :, : j + n].chunk(2, 1), causal=n > 1)  # (B, H, n, D)
-            x = out(y.transpose(1, 2).reshape(B * n, H * D), x)
-            gate, up = gate_up(self.normed(x, weight2)).chunk(2, 1)
-            x = down(F.silu(gate) * up, x)
-        return self.normed(x if n == 1 else x[n - 1 :: n], self.weight)
+        """What comes out at position j, after all positions before it. x (B, H), a state or a table's row -> (B, C)"""
+        x = self.project(x, self.x)
+        for (place, keys, values), (qkv, out, gate_up, down) in zip(self.seen[j], self.layers):
+            qkv(self.norm(x), self.qkv)
+            if self.turned is not self.qkv:  # in low precision
+                self.turned.copy_(self.qkv)
+            self.pairs.mul_(self.turns[j])
+            place.copy_(self.kv)
+            torch.bmm(torch.bmm(self.q, keys).softmax(-1), values, out=self.groups)
+            if self.mixed is not self.heard:
+                self.heard.copy_(self.mixed)
+            out(self.heard, x)
+            gate_up(self.norm(x), self.gate_up)
+            down(F.silu(self.gate, inplace=True).mul_(self.up), x)
+        return self.norm(x) * self.scale
 
 
 class Codebooks(nn.Module):
@@ -473,10 +496,6 @@ class CSM(nn.Module):
         table = self.backbone_model.embed_tokens.embed_audio_tokens.weight
         return F.embedding_bag(codes + self.offsets, table, mode="sum").to(self.dtype)
 
-    def _code(self, codes, codebook):
-        """(B,) codes of one codebook -> (B, H)"""
-        return self.backbone_model.embed_tokens.embed_audio_tokens(codes + self.config.vocab_size * codebook).to(self.dtype)
-
     def _depth(self, h, codes):
         """Logits (K - 1, M, V) of codebooks 1 .. K - 1: position j reads the state, then codes 0 .. j - 1. h (M, H), codes (M, K)."""
         decoder = self.depth_decoder.model
@@ -577,12 +596,14 @@ class CSM(nn.Module):
             draws[b].uniform_(generator=g)  # all at once and always as many, so that no cap changes a draw
         text, audio = (mask.flatten(0, 1)[:, k].nonzero().flatten().to(device) for k in (K, 0))
         pad = torch.tensor([L - len(r) for r, _, _ in prompts], device=device)
-        draws, column = draws[:, : max(caps)].to(device), torch.arange(L, device=device)
+        draws = 1 - draws[:, : max(caps)].to(device)  # in (0, 1]: 0 would hit an id of probability 0
+        column = torch.arange(L, device=device)
         seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
         near = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
         turn = self.backbone_model.turn((column[None] - pad[:, None]).clamp(min=0)[:, None])
+        allowed = min(c.vocab_size, self.codec.config.codebook_size) if s.mask_special else c.vocab_size
         x = self._embed(rows.flatten(0, 1).to(device), text, audio).view(B, L, -1)
-        caches, steps = self.backbone_model.caches(B, S, x), DepthSteps(self.depth_decoder.model, B, K)
+        caches, steps = self.backbone_model.caches(B, S, x), DepthSteps(self, B, allowed)
         h = self.backbone_model(x, turn, mask=near, caches=caches, column=column)[:, -1]
 
         left = list(range(B))
@@ -617,20 +638,17 @@ class CSM(nn.Module):
 
     @torch.inference_mode()  # a quarter less time than no_grad: most of it goes into calls
     def _frame(self, h, u, s, n, steps):
-        """One frame (B, K) from the backbone's state (B, H) and uniform numbers (B, K)."""
-        project, heads = self.depth_decoder.model.inputs_embeds_projector, self.depth_decoder.codebooks_head.weight
-        allowed = min(self.config.vocab_size, self.codec.config.codebook_size) if s.mask_special else self.config.vocab_size
-        depth = (s.temperature if s.depth_temperature is None else s.depth_temperature,
-                 s.top_k if s.depth_top_k is None else s.depth_top_k, allowed)
-        logits = self.lm_head(h)
+        """One frame (B, K) from the backbone's state (B, H) and numbers (B, K), uniform in (0, 1]."""
+        depth = s.temperature if s.depth_temperature is None else s.depth_temperature, s.top_k if s.depth_top_k is None else s.depth_top_k
+        logits = self.lm_head(h)[:, : steps.allowed]
         if n < s.min_len:
             logits = logits.index_fill(1, torch.zeros(1, dtype=torch.long, device=h.device), -math.inf)  # the end frame begins with 0
-        codes = [pick(logits, u[:, 0], s.temperature, s.top_k, allowed)]
-        x = torch.stack([h, self._code(codes[0], 0)], 1)  # (B, 2, H)
+        u = u.split(1, 1)
+        codes = [pick(logits, u[0], s.temperature, s.top_k)]
+        steps(h, 0)
         for j in range(1, self.config.num_codebooks):
-            y = steps(project(x), j if j > 1 else 0)  # (B, D); the first step reads two positions
-            codes.append(pick(y @ heads[j - 1], u[:, j], *depth))
-            x = self._code(codes[j], j)[:, None]  # (B, 1, H)
+            y = steps(steps.tables[j - 1].index_select(0, codes[-1]).to(h.dtype), j)
+            codes.append(pick(y @ steps.heads[j - 1], u[j], *depth))
         return torch.stack(codes, 1)
 
     def _takes(self, requests, s):

@@ -503,14 +503,49 @@ def test_an_empty_take_is_silence_and_says_so(model, monkeypatch):
 
 
 def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0, 9.0]]).expand(20000, -1)
-    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    got = torch.bincount(csm.pick(logits, u, 0.7, 2, 5), minlength=6) / 20000  # 9.0 is special; the two 1.0 tie for the second place
-    p = torch.tensor([2.0, 1.0, -math.inf, -math.inf, 1.0, -math.inf]).div(0.7).softmax(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]]).expand(20000, -1)
+    u = 1 - torch.rand(20000, 1, generator=torch.Generator().manual_seed(0))
+    got = torch.bincount(csm.pick(logits, u, 0.7, 2), minlength=5) / 20000  # the two 1.0 tie for the second place
+    p = torch.tensor([2.0, 1.0, -math.inf, -math.inf, 1.0]).div(0.7).softmax(0)
     torch.testing.assert_close(got, p, rtol=0, atol=0.01)
-    assert csm.pick(logits[:1], u[:1], 0, 0, 6).tolist() == [5] and csm.pick(logits[:1], u[:1], 0, 0, 5).tolist() == [0]
-    assert csm.pick(torch.tensor([[-math.inf, 1.0]]), torch.zeros(1), 1.0, 0, 2).tolist() == [1]
-    assert csm.pick(torch.tensor([[1.0, -math.inf]]), torch.tensor([1 - 2**-24]), 1.0, 0, 2).tolist() == [0]
+    assert csm.pick(logits[:1], u[:1], 0, 0).tolist() == [0]
+    assert csm.pick(torch.tensor([[-math.inf, 1.0]]), torch.tensor([[2.0**-24]]), 1.0, 0).tolist() == [1]
+    assert csm.pick(torch.tensor([[1.0, -math.inf]]), torch.ones(1, 1), 1.0, 0).tolist() == [0]
+
+
+def test_a_draw_is_never_zero(model, monkeypatch):
+    """The generator may give 0, which would pick an id that was left out."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, generator: self.zero_())
+    seen = []
+    frame = csm.CSM._frame
+    monkeypatch.setattr(csm.CSM, "_frame", lambda self, h, u, *rest: seen.append(u) or frame(self, h, u, *rest))
+    list(model.frames("x", seed=0, max_len=2))
+    assert all((u == 1).all() for u in seen)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_depth_steps_are_the_depth_decoder(folders, dtype, near, adapter):
+    """Position by position, rows leaving on the way, with and without adapters: what the training forward computes."""
+    m = models.load(folders["transformers"], dtype=dtype)
+    if adapter:
+        lora.apply_lora_to_model(m, {"r": 2, "target_modules": ["decoder", "projection"]})
+        randomize(m)
+    decoder, table = m.depth_decoder.model, m.backbone_model.embed_tokens.embed_audio_tokens.weight
+    with torch.no_grad():
+        for layer in decoder.layers:  # ones would hide a norm's weight in the wrong place
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
+                norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
+        x = table[:3 * K].view(3, K, -1)
+        want = decoder(decoder.inputs_embeds_projector(x), causal=True)
+        steps, rows = csm.DepthSteps(m, 3, 32), torch.arange(3)
+        for j in range(K):
+            if j == 3:
+                rows = torch.tensor([0, 2])
+                steps.keep(rows)
+            got = steps(x[rows, j], j)
+            assert got.dtype == dtype
+            assert (got - want[rows, j]).norm() < near * want[rows, j].norm()
 
 
 def test_the_depth_decoder_has_its_own_sampling(model):
