@@ -245,7 +245,7 @@ def joined(*linears, scale=None, rows=None, add=False):
 
 
 class DepthSteps:
-    """The depth decoder one position at a time, as speaking runs it: K small steps for every frame.
+    """The depth decoder position by position, as speaking runs it: K - 1 small steps for every frame, the first of two positions.
 
     The calls cost more than the arithmetic here, so this makes a third of those that training makes. q, k and v are one
     matrix, gate and up another, each with the weight of the norm in front of it. The pairs of q and k lie side by side
@@ -278,42 +278,52 @@ class DepthSteps:
         self.place(torch.zeros(len(self.layers), B, G, 2, K, D, device=device))
 
     def place(self, cache):
-        """Places for the results of one step, and views of them. cache (layers, B, G, 2, K, D): keys and values."""
-        c, (_, B, G, _, K, D) = self.config, cache.shape
-        H, low = c.num_attention_heads, self.dtype != torch.float32
+        """Places for the results of a step of one position and of two. cache (layers, B, G, 2, K, D): keys and values."""
+        self.cache, (_, B, G, _, K, D) = cache, cache.shape
+        seen = cache.view(-1, B * G, 2, K, D)
+        self.seen = [[(slot[..., j, :], old[:, 0, : j + 1].mT, old[:, 1, : j + 1]) for slot, old in zip(cache, seen)] for j in range(K)]
+        self.places = {n * B: self.places_of(B, n) for n in (1, 2)}
+
+    def places_of(self, B, n):
+        """Places for n positions, one (B, ..) under the other, and views of each position's part."""
+        c, device = self.config, self.cache.device
+        H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         widths = c.hidden_size, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
-        self.x, self.normed, self.qkv, self.heard, self.gate_up = (torch.empty(B, n, dtype=self.dtype, device=cache.device) for n in widths)
-        self.gate, self.up = self.gate_up.chunk(2, 1)
-        self.turned, self.mixed = (self.qkv.float(), self.heard.float()) if low else (self.qkv, self.heard)
-        self.pairs, self.groups = self.turned.view(torch.complex64), self.mixed.view(B * G, H // G, D)
-        self.q, self.kv = self.turned.view(B * G, -1, D)[:, :-2], self.turned.view(B, G, -1, D)[:, :, -2:]
-        self.cache = cache
-        groups = cache.view(-1, B * G, 2, K, D)
-        self.seen = [[(new[..., j, :], old[:, 0, : j + 1].mT, old[:, 1, : j + 1]) for new, old in zip(cache, groups)] for j in range(K)]
+        x, normed, qkv, heard, gate_up = (torch.empty(n * B, w, dtype=self.dtype, device=device) for w in widths)
+        turned, mixed = (qkv, heard) if self.dtype == torch.float32 else (qkv.float(), heard.float())
+        parts = [(t.view(torch.complex64), t.view(B, G, -1, D)[:, :, -2:], t.view(B * G, -1, D)[:, :-2], m.view(B * G, -1, D))
+                 for t, m in zip(turned.chunk(n), mixed.chunk(n))]
+        return x, normed, qkv, turned, parts, mixed, heard, gate_up, *gate_up.chunk(2, 1)
 
     def keep(self, rows):
         self.place(self.cache[:, rows])
 
-    def norm(self, x):
+    def norm(self, x, out):
         """RMSNorm of x (N, C) without its weight and over sqrt(C): hypot puts eps under the root."""
-        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).hypot(self.floor), out=self.normed)
+        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).hypot(self.floor), out=out)
 
-    def __call__(self, x, j):
-        """What comes out at position j, after all positions before it. x (B, H), a state or a table's row -> (B, C)"""
-        x = self.project(x, self.x)
-        for (place, keys, values), (qkv, out, gate_up, down) in zip(self.seen[j], self.layers):
-            qkv(self.norm(x), self.qkv)
-            if self.turned is not self.qkv:  # in low precision
-                self.turned.copy_(self.qkv)
-            self.pairs.mul_(self.turns[j])
-            place.copy_(self.kv)
-            torch.bmm(torch.bmm(self.q, keys).softmax(-1), values, out=self.groups)
-            if self.mixed is not self.heard:
-                self.heard.copy_(self.mixed)
-            out(self.heard, x)
-            gate_up(self.norm(x), self.gate_up)
-            down(F.silu(self.gate, inplace=True).mul_(self.up), x)
-        return self.norm(x) * self.scale
+    def __call__(self, inputs, j):
+        """What comes out at the last of the positions j, .. that are read, after all before them.
+
+        inputs: states or rows of a table, (B, H) or those of two positions one under the other. -> (B, C)
+        """
+        x, normed, qkv, turned, parts, mixed, heard, gate_up, gate, up = self.places[len(inputs)]
+        self.project(inputs, x)
+        for i, (to_qkv, out, to_gate_up, down) in enumerate(self.layers):
+            to_qkv(self.norm(x, normed), qkv)
+            if turned is not qkv:  # in low precision
+                turned.copy_(qkv)
+            for n, (pairs, kv, q, y) in enumerate(parts, j):
+                slot, keys, values = self.seen[n][i]
+                pairs.mul_(self.turns[n])
+                slot.copy_(kv)
+                torch.bmm(torch.bmm(q, keys).softmax(-1), values, out=y)
+            if mixed is not heard:
+                heard.copy_(mixed)
+            out(heard, x)
+            to_gate_up(self.norm(x, normed), gate_up)
+            down(F.silu(gate, inplace=True).mul_(up), x)
+        return self.norm(x, normed).chunk(len(parts))[-1] * self.scale
 
 
 class Codebooks(nn.Module):
@@ -645,9 +655,9 @@ class CSM(nn.Module):
             logits = logits.index_fill(1, torch.zeros(1, dtype=torch.long, device=h.device), -math.inf)  # the end frame begins with 0
         u = u.split(1, 1)
         codes = [pick(logits, u[0], s.temperature, s.top_k)]
-        steps(h, 0)
         for j in range(1, self.config.num_codebooks):
-            y = steps(steps.tables[j - 1].index_select(0, codes[-1]).to(h.dtype), j)
+            x = steps.tables[j - 1].index_select(0, codes[-1]).to(h.dtype)
+            y = steps(x, j) if j > 1 else steps(torch.cat([h, x]), 0)
             codes.append(pick(y @ steps.heads[j - 1], u[j], *depth))
         return torch.stack(codes, 1)
 
