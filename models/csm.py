@@ -250,8 +250,8 @@ class DepthSteps:
     The calls cost more than the arithmetic here, so this makes a third of those that training makes. q, k and v are one
     matrix, gate and up another, each with the weight of the norm in front of it. The pairs of q and k lie side by side
     (attention does not mind their order), so that one complex product turns all heads; it turns v by an angle of zero and
-    divides q by sqrt(D). Every result has a fixed place, of which the views that a step needs are made once. Rotation and
-    attention are in float32.
+    divides q by sqrt(D). Every result has a fixed place, of which the views that a step needs are made once. The stream has
+    one column more, whose square is what eps adds to the sum of squares. Rotation and attention are in float32.
     """
 
     def __init__(self, model, B, allowed):
@@ -267,7 +267,6 @@ class DepthSteps:
                         joined(m.mlp.gate_proj, m.mlp.up_proj, scale=root * m.post_attention_layernorm.weight),
                         joined(m.mlp.down_proj, add=True)) for m in decoder.layers]
         self.project, self.scale = joined(decoder.inputs_embeds_projector), root * decoder.norm.weight
-        self.floor = torch.tensor(math.sqrt(c.hidden_size * c.rms_norm_eps), device=device)
         self.allowed, self.tables = allowed, table.unflatten(0, (K, -1)).unbind()
         self.heads = model.depth_decoder.codebooks_head.weight[:, :, :allowed].unbind()
         angle = torch.arange(K)[:, None, None].float() * decoder.frequencies.cpu()
@@ -288,29 +287,31 @@ class DepthSteps:
         """Places for n positions, one (B, ..) under the other, and views of each position's part."""
         c, device = self.config, self.cache.device
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        widths = c.hidden_size, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
-        x, normed, qkv, heard, gate_up = (torch.empty(n * B, w, dtype=self.dtype, device=device) for w in widths)
+        widths = c.hidden_size + 1, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
+        stream, normed, qkv, heard, gate_up = (torch.empty(n * B, w, dtype=self.dtype, device=device) for w in widths)
+        stream[:, -1] = math.sqrt(c.hidden_size * c.rms_norm_eps)
         turned, mixed = (qkv, heard) if self.dtype == torch.float32 else (qkv.float(), heard.float())
         parts = [(t.view(torch.complex64), t.view(B, G, -1, D)[:, :, -2:], t.view(B * G, -1, D)[:, :-2], m.view(B * G, -1, D))
                  for t, m in zip(turned.chunk(n), mixed.chunk(n))]
-        return x, normed, qkv, turned, parts, mixed, heard, gate_up, *gate_up.chunk(2, 1)
+        return stream, stream[:, :-1], normed, normed[-B:], qkv, turned, parts, mixed, heard, gate_up, *gate_up.chunk(2, 1)
 
     def keep(self, rows):
         self.place(self.cache[:, rows])
-
-    def norm(self, x, out):
-        """RMSNorm of x (N, C) without its weight and over sqrt(C): hypot puts eps under the root."""
-        return torch.div(x, torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).hypot(self.floor), out=out)
 
     def __call__(self, inputs, j):
         """What comes out at the last of the positions j, .. that are read, after all before them.
 
         inputs: states or rows of a table, (B, H) or those of two positions one under the other. -> (B, C)
         """
-        x, normed, qkv, turned, parts, mixed, heard, gate_up, gate, up = self.places[len(inputs)]
+        stream, x, normed, last, qkv, turned, parts, mixed, heard, gate_up, gate, up = self.places[len(inputs)]
+
+        def norm():
+            """RMSNorm without its weight and over sqrt(C)."""
+            return torch.div(x, torch.linalg.vector_norm(stream, dim=1, keepdim=True, dtype=torch.float32), out=normed)
+
         self.project(inputs, x)
         for i, (to_qkv, out, to_gate_up, down) in enumerate(self.layers):
-            to_qkv(self.norm(x, normed), qkv)
+            to_qkv(norm(), qkv)
             if turned is not qkv:  # in low precision
                 turned.copy_(qkv)
             for n, (pairs, kv, q, y) in enumerate(parts, j):
@@ -321,9 +322,10 @@ class DepthSteps:
             if mixed is not heard:
                 heard.copy_(mixed)
             out(heard, x)
-            to_gate_up(self.norm(x, normed), gate_up)
+            to_gate_up(norm(), gate_up)
             down(F.silu(gate, inplace=True).mul_(up), x)
-        return self.norm(x, normed).chunk(len(parts))[-1] * self.scale
+        norm()
+        return last * self.scale
 
 
 class Codebooks(nn.Module):

@@ -190,7 +190,7 @@ class Stack(nn.Module):
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
         self.turns = {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
 
-    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=slice(None)):
+    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=None):
         turn, key = None, (x.shape[1], x.device)
         if self.use_rope and positions is not None:
             turn = rotary(positions, self.frequencies, self.turn_scale)

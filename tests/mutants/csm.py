@@ -76,7 +76,7 @@ MUTANTS = [
     ("ties with the k-th dropped", FILE, "logits.masked_fill(logits < logits.topk", "logits.masked_fill(logits <= logits.topk", some("distribution")),
     ("temperature upside down", FILE, "logits.float() / temperature", "logits.float() * temperature", some("distribution")),
     ("a draw of zero", FILE, "draws = 1 - draws[:, : max(caps)]", "draws = draws[:, : max(caps)]", some("never_zero")),
-    ("the state's norm without its weight", FILE, "chunk(len(parts))[-1] * self.scale", "chunk(len(parts))[-1] * 4", some("depth_steps")),
+    ("the state's norm without its weight", FILE, "return last * self.scale", "return last * 4", some("depth_steps")),
     ("eps of the steps", FILE, "c.hidden_size * c.rms_norm_eps", "c.rms_norm_eps", some("depth_steps")),
     ("queries not divided by the root", FILE, "[D**-0.5] * (H // G)", "[1.0] * (H // G)", some("depth_steps")),
     ("low precision attends to what was there", FILE, "                turned.copy_(qkv)", "                pass", some("depth_steps")),
