@@ -40,6 +40,7 @@ from torch import nn
 from models.parts import Invalid, audio, checkpoint, mimi, opt
 from models.parts.checkpoint import Stored
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, run_layers
+from models.parts.sampling import chunks, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
@@ -664,25 +665,8 @@ class CSM(nn.Module):
         return torch.stack(codes, 1)
 
     def _takes(self, requests, s):
-        """_run, and again with the next seed for requests whose take was empty or met its cap, the last one being kept."""
-        if not s.retries:
-            yield from self._run(requests, s)
-            return
-        left, finish = list(range(len(requests))), ["cap"] * len(requests)
-        for attempt in range(s.retries + 1):
-            takes = {i: [] for i in left}
-            tried = [dict(requests[i], seed=None if requests[i]["seed"] is None else requests[i]["seed"] + attempt) for i in left]
-            for k, frame in self._run(tried, s):
-                takes[left[k]].append(frame)
-            bad = [i for k, i in enumerate(left) if (self.finish[k] == "cap" or not takes[i]) and attempt < s.retries]
-            for k, i in enumerate(left):
-                finish[i] = self.finish[k]
-                if i not in bad:
-                    yield from ((i, frame) for frame in takes[i])
-            left = bad
-            if not left:
-                break
-        self.finish = finish
+        """_run, and again with the next seed for requests whose take was empty or met its cap."""
+        return takes(self, requests, s, lambda request, frames, finish: finish == "cap" or not frames)
 
     def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Frames (K,) int64, one by one, without the end frame; self.finish is then ["end"] or ["cap"]."""
@@ -697,21 +681,15 @@ class CSM(nn.Module):
 
     @torch.no_grad()
     def generate_batch(self, requests, **sampling):
-        """Yields (i, chunk). Chunks grow from one frame to chunk_frames: the codec's cost per call is mostly fixed."""
+        """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. chunk_frames frames."""
         s = Sampling(**sampling)
         requests = [self._request(**r) for r in requests]
-        codec = self.codec.to(self.device)
-        streams, waiting, size, empty = [codec.stream() for _ in requests], [[] for _ in requests], [1] * len(requests), set(range(len(requests)))
-        for i, frame in self._takes(requests, s):
-            waiting[i].append(frame)
-            empty.discard(i)
-            if len(waiting[i]) >= size[i]:
-                yield i, streams[i].decode(torch.stack(waiting[i], 1)).cpu()
-                waiting[i], size[i] = [], min(2 * size[i], s.chunk_frames)
-        for i, frames in enumerate(waiting):
-            if frames:
-                yield i, streams[i].decode(torch.stack(frames, 1)).cpu()
-        for i in sorted(empty):
+        codec, silent = self.codec.to(self.device), set(range(len(requests)))
+        streams = [codec.stream() for _ in requests]
+        for i, chunk in chunks(self._takes(requests, s), streams, lambda frames: torch.stack(frames, 1), s.chunk_frames):
+            silent.discard(i)
+            yield i, chunk
+        for i in sorted(silent):
             warnings.warn(f"request {i}: the first frame was the end, so there is only silence; try another seed, or retries")
             yield i, torch.zeros(codec.config.frame)
 

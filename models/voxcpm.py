@@ -41,6 +41,7 @@ from torch import nn
 
 from models.parts import Invalid, audio, audiovae, checkpoint, opt
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, rotary_frequencies, run_layers
+from models.parts.sampling import chunks, takes
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
@@ -680,25 +681,8 @@ class VoxCPM(nn.Module):
         return request["noise"][n].float().cpu()
 
     def _takes(self, requests, s):
-        """_run, and again with the next seed for requests whose take reached its length_ratio, the last one being kept."""
-        if not s.retries:
-            yield from self._run(requests, s)
-            return
-        left, finish = list(range(len(requests))), ["cap"] * len(requests)
-        for attempt in range(s.retries + 1):
-            takes = {i: [] for i in left}
-            tried = [dict(requests[i], seed=None if requests[i]["seed"] is None else requests[i]["seed"] + attempt) for i in left]
-            for k, patch in self._run(tried, s):
-                takes[left[k]].append(patch)
-            bad = [i for i in left if len(takes[i]) >= s.length_ratio * requests[i]["tokens"] and attempt < s.retries]
-            for k, i in enumerate(left):
-                finish[i] = self.finish[k]
-                if i not in bad:
-                    yield from ((i, patch) for patch in takes[i])
-            left = bad
-            if not left:
-                break
-        self.finish = finish
+        """_run, and again with the next seed for requests whose take reached its length_ratio."""
+        return takes(self, requests, s, lambda request, patches, finish: len(patches) >= s.length_ratio * request["tokens"])
 
     def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Latent patches (P, D) float32, one by one, before the codec; self.finish is then ["end"] or ["cap"]."""
@@ -713,7 +697,7 @@ class VoxCPM(nn.Module):
 
     @torch.no_grad()
     def generate_batch(self, requests, **sampling):
-        """Yields (i, chunk). The first chunk is one patch, later ones grow to 16: the codec's cost per call is mostly fixed."""
+        """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. 16 patches."""
         s = Sampling(**sampling)
         requests = [self._request(**r) for r in requests]
         codec = self.codec.to(self.device)
@@ -721,15 +705,7 @@ class VoxCPM(nn.Module):
         for stream, r in zip(streams, requests):
             if len(r["warm"]):  # the codec remembers: the last patches of the prompt are decoded first and cut off
                 stream.decode(r["warm"].flatten(0, 1).to(self.device))
-        waiting, size = [[] for _ in requests], [1] * len(requests)
-        for i, patch in self._takes(requests, s):
-            waiting[i].append(patch)
-            if len(waiting[i]) >= size[i]:
-                yield i, streams[i].decode(torch.cat(waiting[i])).cpu()
-                waiting[i], size[i] = [], min(2 * size[i], 16)
-        for i, patches in enumerate(waiting):
-            if patches:
-                yield i, streams[i].decode(torch.cat(patches)).cpu()
+        yield from chunks(self._takes(requests, s), streams, torch.cat, 16)
 
     # ---------------------------------------------------------------------------------- names and files
 

@@ -191,7 +191,7 @@ def test_noise_on_any_tensor_but_the_variance_is_heard():
 
 
 def test_errors_say_what_is_wrong(tmp_path):
-    with pytest.raises(Invalid, match="no codec.*audiovae.safetensors or audiovae.pth"):
+    with pytest.raises(Invalid, match="none of audiovae.safetensors, audiovae.pth. Expected the codec"):
         audiovae.load(tmp_path)
     with pytest.raises(Invalid, match="use_noise_block is True"):
         audiovae.settings({"use_noise_block": True}, audiovae.V1)

@@ -4,18 +4,16 @@ import os
 import stat
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-import models
 from demo import evaluate, make_speech, train_audiovae
 from models.parts import Invalid, audiovae
 from models.parts.tokenizer import Tokenizer
-from tests import conftest, tiny
+from tests import conftest
 
 RECIPE = conftest.ROOT / "demo/recipe"
 

@@ -14,7 +14,6 @@ Checkpoints: openbmb/VoxCPM-0.5B, openbmb/VoxCPM1.5, openbmb/VoxCPM2, file audio
 B batch, n samples, T latent frames, D latent channels, C channels of a layer.
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -271,12 +270,7 @@ def settings(config, defaults):
 
 def load(path, config=None, defaults=V1, device="cpu"):
     """The codec in a folder (audiovae.safetensors, else audiovae.pth) or a file, frozen, in eval mode and float32."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("audiovae.safetensors", "audiovae.pth") if (path / name).is_file()]
-        if not found:
-            raise Invalid(f"{path} has no codec: expected audiovae.safetensors or audiovae.pth in it")
-        path = found[0]
+    path = checkpoint.find(path, ("audiovae.safetensors", "audiovae.pth"), "the codec of VoxCPM")
     numbers = settings(config, defaults)
     with torch.device("meta"):
         codec = AudioVAE(**numbers)

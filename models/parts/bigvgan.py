@@ -9,7 +9,6 @@ bigvgan_generator.pt and config.json of nvidia/bigvgan_v2_22khz_80band_256x; wei
 import math
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +138,7 @@ def rename(name):
 
 def load(path, device="cpu", allow_unused=False):
     """The vocoder in a folder with config.json and bigvgan_generator.pt, or in such a file, frozen, float32."""
-    path = Path(path) / "bigvgan_generator.pt" if Path(path).is_dir() else Path(path)
+    path = checkpoint.find(path, ("bigvgan_generator.pt",), "BigVGAN as nvidia publishes it")
     folder = path.parent
     if not (folder / "config.json").is_file():
         raise Invalid(f"{folder} has no config.json, which says at what rates BigVGAN upsamples")

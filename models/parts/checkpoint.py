@@ -37,6 +37,17 @@ class Stored:
         self.shape, self.dtype, self.load = tuple(shape), dtype, load
 
 
+def find(path, names, what):
+    """The weight file at `path`: the file itself or, in a folder, the first of `names` that is there. what: for the message."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise Invalid(f"{path} holds none of {', '.join(names)}. Expected {what}.")
+    return found[0]
+
+
 def read(path) -> dict[str, Stored]:
     """The tensors of a safetensors file, a pickle (weights only), an index.json, or the shards that an index names.
 

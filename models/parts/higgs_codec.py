@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, audio, checkpoint
-from models.parts.layers import exact
+from models.parts.layers import FeatureProjection, FeedForward, exact
 
 # Never read by encode or decode, in either naming.
 UNUSED = {
@@ -252,16 +252,6 @@ class FeatureExtractor(nn.Module):
         return x, lengths
 
 
-class FeatureProjection(nn.Module):
-    def __init__(self, channels, width, eps):
-        super().__init__()
-        self.layer_norm = nn.LayerNorm(channels, eps)
-        self.projection = nn.Linear(channels, width)
-
-    def forward(self, x):
-        return self.projection(self.layer_norm(x))
-
-
 class PositionalConv(nn.Module):
     """Tells HuBERT where it is: a wide grouped convolution. An even kernel gives a frame too many, the last."""
 
@@ -289,16 +279,6 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.intermediate_dense = nn.Linear(width, inner)
-        self.output_dense = nn.Linear(inner, width)
-
-    def forward(self, x):
-        return self.output_dense(F.gelu(self.intermediate_dense(x)))
-
-
 class Layer(nn.Module):
     """Transformer layer that normalises after each sum."""
 
@@ -306,7 +286,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads)
         self.layer_norm = nn.LayerNorm(width, eps)
-        self.feed_forward = FeedForward(width, inner)
+        self.feed_forward = FeedForward(width, inner, F.gelu)
         self.final_layer_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, mask):

@@ -146,6 +146,31 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class FeatureProjection(nn.Module):
+    """How HuBERT and w2v-BERT take in their features."""
+
+    def __init__(self, features, width, eps):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(features, eps)
+        self.projection = nn.Linear(features, width)
+
+    def forward(self, x):
+        return self.projection(self.layer_norm(x))
+
+
+class FeedForward(nn.Module):
+    """The two Linears of HuBERT's and w2v-BERT's layers."""
+
+    def __init__(self, width, inner, activation):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(width, inner)
+        self.output_dense = nn.Linear(inner, width)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.output_dense(self.activation(self.intermediate_dense(x)))
+
+
 class Layer(nn.Module):
     """Pre-norm transformer layer; each branch is added with weight `branch` (1 unless the model is mu-parametrised)."""
 

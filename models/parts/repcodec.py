@@ -8,7 +8,6 @@ Nearest means nearest in direction: the rows are normalised for the search alone
 Attributes bear the published names. Always float32, as every codec here.
 """
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -140,13 +139,8 @@ def build(stored, what):
 
 def load(path, device="cpu", allow_unused=False):
     """The codec from its weight file, or from a folder that holds it under one of its usual names."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("semantic_codec_model.safetensors", "semantic_codec/model.safetensors", "model.safetensors")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise Invalid(f"{path} holds none of {', '.join(names)}. Expected the semantic codec of amphion/MaskGCT.")
-        path = found[0]
+    names = ("semantic_codec_model.safetensors", "semantic_codec/model.safetensors", "model.safetensors")
+    path = checkpoint.find(path, names, "the semantic codec of amphion/MaskGCT")
     stored = checkpoint.fold_weight_norm(checkpoint.read(path))
     codec = build(stored, str(path))
     checkpoint.fill(codec, stored, None, UNUSED, device=device, allow_unused=allow_unused, what=str(path))

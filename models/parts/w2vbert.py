@@ -10,37 +10,16 @@ published names.
 
 B batch, T frames of 50 Hz, C channels, H heads, D head size.
 """
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, checkpoint
-from models.parts.layers import exact
+from models.parts.layers import FeatureProjection, FeedForward, exact
 
 # What the arithmetic below is; config.json may state these keys with no other value.
 FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type=("relative_key",), add_adapter=(False,))
-
-
-class FeatureProjection(nn.Module):
-    def __init__(self, features, width, eps):
-        super().__init__()
-        self.layer_norm = nn.LayerNorm(features, eps)
-        self.projection = nn.Linear(features, width)
-
-    def forward(self, x):
-        return self.projection(self.layer_norm(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width, inner):
-        super().__init__()
-        self.intermediate_dense = nn.Linear(width, inner)
-        self.output_dense = nn.Linear(inner, width)
-
-    def forward(self, x):
-        return self.output_dense(F.silu(self.intermediate_dense(x)))
 
 
 class Attention(nn.Module):
@@ -92,12 +71,12 @@ class Layer(nn.Module):
     def __init__(self, width, inner, heads, left, right, kernel, eps):
         super().__init__()
         self.ffn1_layer_norm = nn.LayerNorm(width, eps)
-        self.ffn1 = FeedForward(width, inner)
+        self.ffn1 = FeedForward(width, inner, F.silu)
         self.self_attn_layer_norm = nn.LayerNorm(width, eps)
         self.self_attn = Attention(width, heads, left, right)
         self.conv_module = ConvModule(width, kernel, eps)
         self.ffn2_layer_norm = nn.LayerNorm(width, eps)
-        self.ffn2 = FeedForward(width, inner)
+        self.ffn2 = FeedForward(width, inner, F.silu)
         self.final_layer_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, rows, mask):
@@ -186,13 +165,8 @@ def unused(stored, layers):
 
 def load(path, layers=17, device="cpu", allow_unused=False):
     """w2v-BERT up to hidden state `layers`, from its folder or weight file; config.json is looked for beside it."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise Invalid(f"{path} holds none of {', '.join(names)}. Expected a copy of facebook/w2v-bert-2.0.")
-        path = found[0]
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    path = checkpoint.find(path, names, "a copy of facebook/w2v-bert-2.0")
     config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     stored = checkpoint.read(path)
     model = build(stored, config, layers, str(path))

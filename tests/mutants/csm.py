@@ -54,7 +54,7 @@ MUTANTS = [
     ("10 special ids sampled", FILE, "min(c.vocab_size, self.codec.config.codebook_size) if s.mask_special", "c.vocab_size if s.mask_special",
      some("special_ids")),
     ("10 end frame kept", FILE, "                if not spoken[k]:", "                if False:", some("end_frame_ends")),
-    ("10 an empty take says nothing", FILE, "for i in sorted(empty):", "for i in ():", some("empty_take")),
+    ("10 an empty take says nothing", FILE, "for i in sorted(silent):", "for i in ():", some("empty_take")),
     ("10 a frame with a zero ends", FILE, "shown.numpy().any(1)", "shown.numpy().all(1)", GREEDY),
     ("11 validation redrawn", FILE, "seed = zlib.crc32(e[\"rows\"].numpy().tobytes()) if seeds is None else seeds[b]", "seed = torch.seed() if seeds is None else seeds[b]",
      some("frames_for_the_depth")),

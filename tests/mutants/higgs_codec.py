@@ -25,7 +25,7 @@ MUTANTS = [
     m(11, "[..., : x.shape[-1]])", "[..., -x.shape[-1] :])"),
     m(11, "return F.gelu(self.conv(x, mask)", "return (self.conv(x, mask)"),
     m(11, "return F.gelu(x)\n", "return F.gelu(x, approximate=\"tanh\")\n"),
-    m(11, "self.output_dense(F.gelu(self", "self.output_dense(F.relu(self"),
+    m(11, "FeedForward(width, inner, F.gelu)", "FeedForward(width, inner, F.relu)"),
     m(11, "norm=i == 0)", "norm=False)"),
     m(11, "nn.GroupNorm(out_channels, out_channels)", "nn.GroupNorm(1, out_channels)"),
     m(11, "nn.GroupNorm(out_channels, out_channels)", "nn.GroupNorm(out_channels, out_channels, eps=1e-6)"),
@@ -36,7 +36,7 @@ MUTANTS = [
     m(11, "told.get(\"layer_norm_eps\", 1e-5)", "told.get(\"layer_norm_eps\", 1e-6)"),
     m(11, "told.get(\"num_attention_heads\", 12)", "12", HUBERT),
     m(11, "told.get(\"num_attention_heads\", 12)", "told.get(\"num_attention_heads\", 8)"),
-    m(11, "self.layer_norm = nn.LayerNorm(channels, eps)", "self.layer_norm = nn.LayerNorm(channels, 1e-6)", HUBERT),
+    (11, "models/parts/layers.py", "self.layer_norm = nn.LayerNorm(features, eps)", "self.layer_norm = nn.LayerNorm(features, 1e-6)", HUBERT),
     # DAC
     m(12, "return in_pieces(tail, x", "return in_pieces(lambda x, _: tail(x, _).tanh(), x", HUBERT),
     m(12, "output_padding=stride % 2", "output_padding=0"),
