@@ -252,7 +252,8 @@ class DepthSteps:
     matrix, gate and up another, each with the weight of the norm in front of it. The pairs of q and k lie side by side
     (attention does not mind their order), so that one complex product turns all heads; it turns v by an angle of zero and
     divides q by sqrt(D). Every result has a fixed place, of which the views that a step needs are made once. The stream has
-    one column more, whose square is what eps adds to the sum of squares. Rotation and attention are in float32.
+    a column more, whose square is what eps adds to the sum of squares, and seven of zeros, which keep its rows aligned.
+    Rotation and attention are in float32.
     """
 
     def __init__(self, model, B, allowed):
@@ -288,13 +289,13 @@ class DepthSteps:
         """Places for n positions, one (B, ..) under the other, and views of each position's part."""
         c, device = self.config, self.cache.device
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        widths = c.hidden_size + 1, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
-        stream, normed, qkv, heard, gate_up = (torch.empty(n * B, w, dtype=self.dtype, device=device) for w in widths)
+        widths = c.hidden_size + 8, c.hidden_size, (H + 2 * G) * D, H * D, 2 * c.intermediate_size
+        stream, normed, qkv, heard, gate_up = (torch.zeros(n * B, w, dtype=self.dtype, device=device) for w in widths)
         stream[:, -1] = math.sqrt(c.hidden_size * c.rms_norm_eps)
         turned, mixed = (qkv, heard) if self.dtype == torch.float32 else (qkv.float(), heard.float())
         parts = [(t.view(torch.complex64), t.view(B, G, -1, D)[:, :, -2:], t.view(B * G, -1, D)[:, :-2], m.view(B * G, -1, D))
                  for t, m in zip(turned.chunk(n), mixed.chunk(n))]
-        return stream, stream[:, :-1], normed, normed[-B:], qkv, turned, parts, mixed, heard, gate_up, *gate_up.chunk(2, 1)
+        return stream, stream[:, : c.hidden_size], normed, normed[-B:], qkv, turned, parts, mixed, heard, gate_up, *gate_up.chunk(2, 1)
 
     def keep(self, rows):
         self.place(self.cache[:, rows])
