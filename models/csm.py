@@ -214,12 +214,12 @@ class Tower(nn.Module):
 
 
 def pick(logits, u, temperature, top_k):
-    """One id per row: logits (B, V), u (B, 1) uniform in (0, 1] -> (B,)."""
+    """One id per row: logits (B, V), which are overwritten, u (B, 1) uniform in (0, 1] -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -math.inf)  # ties with the k-th stay
-    heap = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        logits.masked_fill_(logits < logits.topk(top_k)[0][:, -1:], -math.inf)  # ties with the k-th stay
+    heap = logits.float().div_(temperature).softmax(-1).cumsum(-1)
     return torch.searchsorted(heap, u * heap[:, -1:])[:, 0]
 
 

@@ -503,12 +503,12 @@ def test_an_empty_take_is_silence_and_says_so(model, monkeypatch):
 
 
 def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]]).expand(20000, -1)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]]).repeat(20000, 1)
     u = 1 - torch.rand(20000, 1, generator=torch.Generator().manual_seed(0))
     got = torch.bincount(csm.pick(logits, u, 0.7, 2), minlength=5) / 20000  # the two 1.0 tie for the second place
     p = torch.tensor([2.0, 1.0, -math.inf, -math.inf, 1.0]).div(0.7).softmax(0)
     torch.testing.assert_close(got, p, rtol=0, atol=0.01)
-    assert csm.pick(logits[:1], u[:1], 0, 0).tolist() == [0]
+    assert csm.pick(torch.tensor([[2.0, 1.0, 2.5]]), u[:1], 0, 0).tolist() == [2]
     assert csm.pick(torch.tensor([[-math.inf, 1.0]]), torch.tensor([[2.0**-24]]), 1.0, 0).tolist() == [1]
     assert csm.pick(torch.tensor([[1.0, -math.inf]]), torch.ones(1, 1), 1.0, 0).tolist() == [0]
 
