@@ -9,8 +9,10 @@ With --lora alone the base is the one that the adapter records. Fields of the ba
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +34,12 @@ class Infer:
     config: str = opt("", "training YAML: its pretrained_path is the checkpoint where ckpt_dir is not given")
     text: str = opt("", "what to say")
     output: str = opt("output.wav", "wav file to write; - streams raw 16-bit samples to stdout as they come")
-    input: str = opt("", "file of sentences, one per line, or JSONL with text and output, prompt_audio, prompt_text, speaker, seed")
+    input: str = opt("", "file of sentences, one per line, or JSONL with text and output, prompt_audio, prompt_text, speaker, seed, context")
     output_dir: str = opt("", "folder for the files of --input: output_001.wav and so on, or the names in the JSONL")
     batch_size: int = opt(4, "sentences of --input that are generated together")
     prompt_audio: str = opt("", "recording to continue in the same voice; needs prompt_text")
     prompt_text: str = opt("", "transcript of prompt_audio")
+    context: str = opt("", "JSON list or JSONL of earlier turns, oldest first: {text, audio, speaker}; for backbones that hear conversations")
     reference_audio: str = opt("", "recording whose voice is taken, without transcript, for backbones that can")
     speaker: str = opt("", "name of a speaker of the training data, for backbones that are told who speaks")
     max_audio_length_ms: int = opt(0, "length at most, instead of max_len; 0 is off")
@@ -54,9 +57,12 @@ def split_strength(spec):
     if not colon or Path(spec).exists():
         return spec, 1.0
     try:
-        return path, float(number)
+        strength = float(number)
     except ValueError:
         return spec, 1.0
+    if not math.isfinite(strength):
+        raise Usage(f"--lora {spec}: the strength is {number}, expected a number such as 0.5")
+    return path, strength
 
 
 def base_of(adapter):
@@ -119,10 +125,7 @@ def check_speakers(requests, chosen):
 def read_sampling(cfg, path, extra):
     """What generate takes besides the request, from the flags that Infer does not have. Checked before anything is loaded."""
     Sampling = models.find(path).Sampling
-    try:
-        sampling = dataclasses.asdict(configs.build(Sampling, extra, "--", [f.name for f in dataclasses.fields(Infer)]))
-    except Invalid as e:  # a value that no backbone could use
-        raise Usage(e) from None
+    sampling = dataclasses.asdict(configs.build(Sampling, extra, "--", [f.name for f in dataclasses.fields(Infer)]))
     if "retries" not in extra and cfg.output != "-":
         sampling["retries"] = 3  # nobody is waiting for the first chunk, so a runaway take is worth another try
     return sampling
@@ -137,7 +140,7 @@ def read_requests(cfg):
     if cfg.batch_size < 1 or cfg.max_audio_length_ms < 0:
         raise Usage(f"batch_size is {cfg.batch_size}, expected at least 1; max_audio_length_ms is {cfg.max_audio_length_ms}, at least 0")
     defaults = dict(prompt_audio=cfg.prompt_audio, prompt_text=cfg.prompt_text, reference_audio=cfg.reference_audio,
-                    speaker=cfg.speaker, seed=cfg.seed)
+                    speaker=cfg.speaker, seed=cfg.seed, context=read_context(cfg.context))
     if cfg.text:
         wrong = wrong_request(defaults, cfg.output)
         if wrong:
@@ -185,14 +188,35 @@ def read_requests(cfg):
     return out
 
 
+def read_context(path):
+    """The turns of a --context file: a JSON list, or one object per line; their audio may be relative to the file."""
+    if not path:
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        turns = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        raise Usage(f"--context {path}: {e}; expected a JSON list of turns, or one per line") from None
+    near = Path(path).parent
+    return [{**t, "audio": str(near / t["audio"]) if not Path(t["audio"]).is_file() and (near / t["audio"]).is_file() else t["audio"]}
+            if isinstance(t, dict) and isinstance(t.get("audio"), str) else t for t in turns]
+
+
 def wrong_request(item, out):
     """What is wrong with a line or with the flags, or None."""
-    bad = [k for k, v in item.items() if k != "seed" and not isinstance(v, str)]
+    bad = [k for k, v in item.items() if k not in ("seed", "context") and not isinstance(v, str)]
     if bad or type(item["seed"]) is not int or abs(item["seed"]) >= 2**62:
         return f"{bad[0] if bad else 'seed'} is {item[bad[0] if bad else 'seed']!r}, expected {'a text' if bad else 'a whole number below 2**62'}"
     if bool(item["prompt_audio"]) != bool(item["prompt_text"]):
         return ("prompt_audio and prompt_text go together: the recording is continued, so its words must be known. "
                 "For a voice without transcript use reference_audio, where the checkpoint takes one.")
+    turns = item["context"]
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and set(t) <= {"text", "audio", "speaker"} and all(
+            isinstance(t.get(k), str) and t[k] for k in ("text", "audio")) for t in turns):
+        return 'context: expected a list of turns such as {"text": "What was said.", "audio": "said.wav", "speaker": 0}'
+    missing = [t["audio"] for t in turns if not Path(t["audio"]).is_file()]
+    if missing:
+        return f"context: no file at {missing[0]}"
     if str(out) != "-" and Path(out).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(out)!r}: sound is written as .wav or .flac"
     return None
@@ -201,6 +225,7 @@ def wrong_request(item, out):
 def to_request(item):
     """The arguments of model.generate from flags or a JSONL line."""
     prompts = [(None, item["reference_audio"], None)] if item["reference_audio"] else []
+    prompts += [(turn["text"], turn["audio"], turn.get("speaker")) for turn in item["context"]]
     prompts += [(item["prompt_text"], item["prompt_audio"], item["speaker"] or None)] if item["prompt_audio"] else []
     return dict(text=item["text"], prompts=prompts, speaker=item["speaker"] or None, seed=item["seed"])
 
@@ -209,8 +234,12 @@ def speak(model, part, sampling):
     """[(output, wave or the Invalid that says why not, how it ended)] of some requests, generated together."""
     try:
         waves = [[] for _ in part]
-        for i, chunk in model.generate_batch([to_request(item) for _, item in part], **sampling):
-            waves[i].append(chunk)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")  # Python says equal ones once
+            for i, chunk in model.generate_batch([to_request(item) for _, item in part], **sampling):
+                waves[i].append(chunk)
+        for w in said:
+            print(re.sub(r"^request (\d+)", lambda m: part[int(m[1])][0], str(w.message)), file=sys.stderr)
         return [(out, torch.cat(w) if w else torch.zeros(0), end) for (out, _), w, end in zip(part, waves, model.finish)]
     except Invalid as e:
         if len(part) > 1:  # find out whose fault it is

@@ -49,7 +49,7 @@ class State:
     strength: float = 1.0
     gain: float = 1.0  # what acts now: strength, or 0 when switched off
     base: dict = field(default_factory=dict)  # {name: base value} of parameters trained in full beside LoRA
-    tuned: dict = field(default_factory=dict)  # {name: trained value} while gain is not 1, so that switching loses nothing
+    tuned: dict = field(default_factory=dict)  # {name: trained value} as read, or while gain is not 1, so that switching loses nothing
 
 
 def state(model):
@@ -105,9 +105,10 @@ def apply_lora_to_model(model, settings):
 
 
 def _train_in_full(model, base):
+    """Tables become float32, as adapters are; what multiplies activations keeps their dtype (train.py steps on float32 copies)."""
     for n in base:
-        p = model.get_parameter(n)
-        p.data, p.requires_grad = p.data.float(), True  # trained values need float32, as adapters do
+        p, holder = model.get_parameter(n), model.get_submodule(n.rpartition(".")[0])
+        p.data, p.requires_grad = p.data.float() if isinstance(holder, nn.Embedding) else p.data, True
 
 
 def wrap(module, s, after):
@@ -139,7 +140,7 @@ def remove_lora(model):
 
 def set_lora_strength(model, strength):
     """How much of the adapter acts: 1 as trained, 0 none, in between or beyond as you like."""
-    state(model).strength = float(strength)
+    state(model).strength = finite(strength)
     _follow(model)
 
 
@@ -147,6 +148,21 @@ def set_lora_enabled(model, enabled):
     """Switch the adapter on or off without touching what it learned."""
     state(model).enabled = bool(enabled)
     _follow(model)
+
+
+def finite(strength):
+    if not math.isfinite(strength):
+        raise Invalid(f"strength {strength}: expected a number, 1 as trained")
+    return float(strength)
+
+
+def tuned(model):
+    """{name: trained value} of what is trained in full: what a file said in float32 as long as no step has changed it."""
+    st = state(model)
+    if st.gain != 1.0:
+        return st.tuned
+    now, known = {n: model.get_parameter(n).detach() for n in st.base}, st.tuned
+    return {n: known[n] if n in known and torch.equal(known[n].to(p), p) else p.clone() for n, p in now.items()}
 
 
 @torch.no_grad()
@@ -160,10 +176,10 @@ def _follow(model):
         module.lora_scale.fill_(module.lora_full_scale * new)
         module.lora_strength.fill_(new)
     if st.gain == 1.0:
-        st.tuned = {n: model.get_parameter(n).detach().clone() for n in st.base}
+        st.tuned = tuned(model)
     for n, base in st.base.items():
-        base, tuned = base.float(), st.tuned[n]
-        model.get_parameter(n).copy_(tuned if new == 1.0 else base + new * (tuned - base))
+        base, value = base.float(), st.tuned[n].float()
+        model.get_parameter(n).copy_(value if new == 1.0 else base + new * (value - base))
     st.gain = new
 
 
@@ -183,9 +199,8 @@ def reset_lora_weights(model):
 
 def get_lora_state_dict(model):
     """{name: float32 tensor} of everything the adapter is: lora_A, lora_B, lora_bias, and what is trained in full."""
-    st = state(model)
     out = {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
-    return out | {n: (model.get_parameter(n).detach() if st.gain == 1.0 else st.tuned[n]).clone() for n in st.base}
+    return out | {n: value.clone() for n, value in tuned(model).items()}
 
 
 @torch.no_grad()
@@ -218,7 +233,7 @@ def load_lora_weights(model, adapter, ignore_base=False):
     do not fit are an error before anything is changed; `skipped` holds only keys that are known to do nothing.
     """
     several = adapter if isinstance(adapter, (list, tuple)) else [(adapter, 1.0)]
-    read = [(adapters.read(path, model, ignore_base), float(strength)) for path, strength in several]
+    read = [(adapters.read(path, model, ignore_base), finite(strength)) for path, strength in several]
     a = read[0][0] if len(read) == 1 else adapters.stack(read)
     s = LoRAConfig(**{**a.settings, "target_layers": [], "bias": bool(a.bias)})
     here = lora_modules(model)
@@ -238,7 +253,7 @@ def load_lora_weights(model, adapter, ignore_base=False):
     _fill(model, a)
     for name, (_, _, scale) in a.pairs.items():
         module = model.get_submodule(name)
-        module.lora_full_scale = scale
+        module.lora_full_scale, module.lora_dropout = scale, s.dropout
         module.lora_scale.fill_(scale)
         module.lora_strength.fill_(1.0)
     if len(read) == 1 and read[0][1] != 1.0:
@@ -257,6 +272,7 @@ def _fill(model, a):
             module.lora_bias.copy_(a.bias.get(name, torch.zeros(len(B))))
     for name, value in a.full.items():
         model.get_parameter(name).copy_(value)
+        state(model).tuned[name] = value.to(model.get_parameter(name).device)
 
 
 def restore_lora_weights(model, path, ignore_base=False):

@@ -358,7 +358,7 @@ def save(cfg, model, masters, optimizer, names, state, log, speakers, held=None)
     except step `held`. Rank 0 only."""
     def write(folder):
         record = {"base": cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path), "speakers": speakers}
-        exact = not masters.copies
+        exact = not masters.copies and not (cfg.lora and cfg.lora.bias)  # PEFT's file holds a bias over the scale
         if cfg.lora and cfg.save_mode != "full":
             lora.save_lora_weights(model, folder, **record)
         elif cfg.lora:
@@ -414,9 +414,11 @@ def evaluate(cfg, model, examples, lambdas, device, rank, world):
 
 @torch.no_grad()
 def speak(cfg, model, rows, step, log):
-    """The first validation texts as wav files and in TensorBoard, with the recording beside. Rank 0 only."""
+    """The first validation texts as wav files and in TensorBoard, with the recording beside; of a conversation the text of
+    its last spoken turn. Rank 0 only."""
     model.eval()
-    for i, row in enumerate([row for row in rows if row.get("text")][: cfg.val_samples]):
+    spoken = [next((t for t in reversed(row.get("turns", [row])) if t.get("audio")), row) for row in rows]
+    for i, row in enumerate([row for row in spoken if row.get("text")][: cfg.val_samples]):
         chunks = list(model.generate(row["text"], **model.sample_request(row), seed=cfg.seed))
         wave = torch.cat(chunks) if chunks else torch.zeros(1)
         path = Path(cfg.save_path) / "samples" / f"step_{step:07d}_{i}.wav"
@@ -441,11 +443,11 @@ def to_device(batch, device):
 
 def pick_rows(cfg, rows, lengths, model, log):
     """Rows that fit, with their numbers; what is dropped is said by reason."""
-    limit = cfg.max_length or getattr(model, "max_length", 0)
     budget = cfg.max_batch_tokens // cfg.batch_size if cfg.max_batch_tokens else 0
     kept, dropped = [], {}
     for i, n in enumerate(lengths):
-        why = f"longer than {limit} positions (max_length)" if limit and n > limit else \
+        why = "with nothing that is trained in them" if not n else \
+            f"longer than {model.max_length} positions (max_length)" if n > model.max_length else \
             f"longer than {budget} positions (max_batch_tokens / batch_size)" if budget and n > budget else \
             f"longer than {cfg.batch_tokens} positions (batch_tokens)" if cfg.batch_tokens and n > cfg.batch_tokens else None
         if why:
@@ -457,7 +459,8 @@ def pick_rows(cfg, rows, lengths, model, log):
     for why, part in dropped.items():
         log.say(f"  {len(part)} {why}: {', '.join(rows[i]['id'] for i in part[:5])}{' ...' if len(part) > 5 else ''}", "warning")
     if not kept:
-        raise Invalid(f"no clip is left to train on: all {len(rows)} are too long; raise max_batch_tokens, batch_tokens or max_length")
+        raise Invalid(f"no clip is left to train on of {len(rows)}: {'; '.join(f'{len(part)} {why}' for why, part in dropped.items())}. "
+                      "Raise max_batch_tokens, batch_tokens or max_length, or train more of the rows.")
     return kept
 
 
@@ -488,6 +491,8 @@ def main():
     if unknown:
         raise Usage(f"lambdas: unknown loss {', '.join(sorted(unknown))}; this backbone has {', '.join(backbone.LAMBDAS)}")
     lambdas = {**backbone.LAMBDAS, **cfg.lambdas}
+    if min(lambdas.values()) < 0 or not any(lambdas.values()):
+        raise Usage(f"lambdas: {lambdas}; expected weights of at least 0, and one above")
     dtype = models.pick_dtype(cfg.dtype, device)
     torch.manual_seed(stream(cfg.seed, "init"))
     source = found if found is not None and not cfg.lora else cfg.pretrained_path
@@ -496,6 +501,9 @@ def main():
     for key in ("sample_rate", "out_sample_rate"):
         if getattr(cfg, key) not in (0, getattr(model, key)):
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; leave it out, audio is resampled")
+    if cfg.lora and options.get("freeze"):
+        raise Usage(f"backbone.freeze is {options['freeze']!r} and there is a lora section, which freezes all but the adapters; "
+                    "say with lora.target_modules what they adapt")
     if cfg.lora:
         wrapped = lora.apply_lora_to_model(model, cfg.lora)
         if cfg.save_mode != "lora":
@@ -515,6 +523,7 @@ def main():
     speakers = {}  # name -> number, filled by the manifests and kept in the adapter
     rows = read_manifest(cfg.train_manifest, speakers)
     val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
+    model.speakers, model.max_length = speakers, min(cfg.max_length or model.max_length, model.max_length)
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(rows + val_rows)
     if missing and world > 1:
@@ -532,6 +541,11 @@ def main():
     kept = pick_rows(cfg, rows, lengths, model, log)
     rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
     val_examples = [cache.get(row) for row in val_rows]
+    fits = [0 < model.length(e) <= model.max_length for e in val_examples]
+    if not all(fits):
+        log.say(f"validation: {fits.count(False)} of {len(fits)} rows are left out: longer than {model.max_length} positions, or nothing is trained in them",
+                "warning")
+        val_rows, val_examples = ([x for x, fit in zip(part, fits) if fit] for part in (val_rows, val_examples))
     if len(speakers) > 1 and not model.speaker_input:
         log.say(f"the rows name {len(speakers)} speakers ({', '.join(list(speakers)[:5])}) and this backbone is not told who speaks: each sentence would "
                 "get one of them by chance. Train one adapter per speaker, or give rows a ref_audio where the checkpoint takes one.", "warning")

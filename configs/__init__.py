@@ -53,6 +53,8 @@ ALIASES = {
         "lambdas.loss/acoustic": ("acoustic_weight", "decoder_loss_weight"),
         "lambdas.loss/text": ("text_loss_weight",),
         "lambdas.loss/mel": ("mel_loss_weight",),
+        "backbone.context_turns": ("context_turns",),
+        "backbone.mask_speakers": ("mask_speaker_ids",),
         "lora.r": ("lora_rank", "rank", "lora_r"),
         "lora.alpha": ("lora_alpha",),
         "lora.dropout": ("lora_dropout",),
@@ -171,6 +173,7 @@ def convert(value, kind):
             return float(value)
         if base is type(None) and value is None:
             return None
+        value = [value] if base is list and type(value) in (int, float) else value  # one number is a list of one
         if base is list and (value is None or isinstance(value, (str, list, tuple))):
             if isinstance(value, str):                          # one text is a list of one; numbers may be 1,2,3
                 numbers = inner and not holds(inner[0], str)
@@ -205,7 +208,7 @@ def names(cls, script):
         setting = find(canonical, index)
         if setting:
             head, dot, _ = canonical.partition(".")
-            for name in (alias, head + dot + alias) if dot else (alias,):
+            for name in {alias, head + dot + alias} - {canonical} if dot else (alias,):
                 index.setdefault(name, setting._replace(kind=kind or setting.kind, compute=compute))
     return index
 
@@ -407,7 +410,7 @@ def command_line(given, argv, extra):
         else:
             value = listed(value, f"--{key}", given.errors) if is_list else value
             takes_map = holds(setting.kind, dict) or section(setting.kind)
-            if takes_map and isinstance(value, str) and value.startswith("{"):
+            if isinstance(value, str) and (takes_map and value.startswith("{") or setting.kind is object and value.startswith("[")):
                 value = flow(value, f"--{key}", given.errors)
             given.put(key, value, f"--{key}")
     for key, values in repeated.values():
@@ -467,7 +470,10 @@ def build(cls, values, where="", nearby=()):
         given.put(str(key), value, f"{where}{'.' if where.strip('-') else ''}{key}")
     if given.errors:
         raise Usage("\n".join(given.errors))
-    return make(cls, given.values)
+    try:
+        return make(cls, given.values)
+    except Invalid as e:                                        # a value that the dataclass itself refuses
+        raise Usage(f"{where}: {e}" if where.strip("-") else e) from None
 
 
 def describe(cls, index):

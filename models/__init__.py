@@ -59,13 +59,15 @@ def read_config(path):
 
 def find(path):
     """The module of models/ whose checkpoints look like this one."""
-    config = read_config(folder_of(path))
+    folder = folder_of(path)
+    if not any((folder / name).is_file() for name in ("config.json", "config.yaml")):
+        for name in ("lora_config.json", "adapter_config.json"):
+            if (folder / name).is_file():
+                raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
+    config = read_config(folder)
     known = [module for module in BACKBONES.values() if module.recognizes(config)]
     if len(known) == 1:
         return known[0]
-    for name in ("lora_config.json", "adapter_config.json"):
-        if (Path(path) / name).is_file():
-            raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
     keys = ", ".join(map(str, config.get("tensors", config)))[:300]
     said = f"{' and '.join(m.__name__ for m in known)} all recognize it" if known else "no backbone recognizes it"
     said += " (without config.json or config.yaml, only names of tensors can tell)" if "tensors" in config else ""

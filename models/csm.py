@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, audio, checkpoint, mimi, opt
+from models.parts import Invalid, audio, check, checkpoint, mimi, opt
 from models.parts.checkpoint import Stored
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, run_layers
 from models.parts.sampling import chunks, takes
@@ -138,6 +138,9 @@ def rope(section, base, where):
     if kind not in ("default", "llama3"):
         raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
     theta = given.get("rope_theta", section.get("rope_theta", base.rope_theta))
+    missing = [k for k in LLAMA3 if kind == "llama3" and k not in given]
+    if missing:
+        raise Invalid(f"{where}: the rope settings lack {', '.join(missing)}")
     return theta, {k: given[k] for k in LLAMA3} if kind == "llama3" else None
 
 
@@ -149,9 +152,12 @@ class Training:
     context_turns: int = opt(2, "in a row with turns: how many are kept in front of the first one that is trained")
     train_on: str = opt("all", "which turns of a row count in the loss: all or last; `train: false` in a turn leaves it out, too",
                         choices=("all", "last"))
-    mask_speakers: list = opt([], "speakers whose turns are heard as context but never trained")
+    mask_speakers: list[int | str] = opt([], "speakers whose turns are heard as context but never trained, by number or name")
     freeze: str = opt("", "with full fine-tuning: backbone (train the depth decoder only) or decoder (train all but it)",
                       choices=("", "backbone", "decoder"))
+
+    def __post_init__(self):
+        check(self, amortize=1, context_turns=0)
 
 
 @dataclass
@@ -167,6 +173,9 @@ class Sampling:
     max_len: int = opt(1125, "frames at most; 1125 are 90 seconds")
     retries: int = opt(0, "tries with the next seed when a take is empty or does not end by itself")
     chunk_frames: int = opt(16, "frames per chunk of audio at most; the first chunks are 1, 2, 4 .. frames. 1: frame by frame")
+
+    def __post_init__(self):
+        check(self, temperature=0, top_k=0, depth_temperature=0, depth_top_k=0, min_len=0, max_len=1, retries=0, chunk_frames=1)
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -305,11 +314,12 @@ class DepthSteps:
 
         inputs: states or rows of a table, (B, H) or those of two positions one under the other. -> (B, C)
         """
+        exact = torch.promote_types(self.dtype, torch.float32)
         stream, x, normed, last, qkv, turned, parts, mixed, heard, gate_up, gate, up = self.places[len(inputs)]
 
         def norm():
             """RMSNorm without its weight and over sqrt(C)."""
-            return torch.div(x, torch.linalg.vector_norm(stream, dim=1, keepdim=True, dtype=torch.float32), out=normed)
+            return torch.div(x, torch.linalg.vector_norm(stream, dim=1, keepdim=True, dtype=exact), out=normed)
 
         self.project(inputs, x)
         for i, (to_qkv, out, to_gate_up, down) in enumerate(self.layers):
@@ -369,6 +379,7 @@ class CSM(nn.Module):
         self.training_options = Training()
         self.naming, self.finish = "transformers", []
         self.speakers = {}  # {name: number} as the training data had them
+        self.max_length = c.backbone.max_position_embeddings  # positions of a row; train.py may ask for less
 
     # ---------------------------------------------------------------------------------- data: text, audio, batches
 
@@ -386,7 +397,7 @@ class CSM(nn.Module):
 
     def encode_text(self, text, speaker=None):
         """Ids of bos "[speaker]text" eos; without a speaker it is 0. Markup of special tokens in the text stays plain text."""
-        speaker = 0 if speaker is None else self.speakers.get(str(speaker), speaker)
+        speaker = self.speakers.get(speaker, speaker) if isinstance(speaker, str) else 0 if speaker is None else speaker
         if isinstance(speaker, bool) or not re.fullmatch(r"\d+", str(speaker)):
             raise Invalid(f"speaker {speaker!r}: this backbone knows speakers by whole numbers, 0 and up"
                           + (f", and these names: {', '.join(self.speakers)}" if self.speakers else ""))
@@ -409,7 +420,10 @@ class CSM(nn.Module):
             return self.encode_audio(source, start, end).long()
         if len(source) != self.config.num_codebooks:
             raise Invalid(f"codes of {len(source)} codebooks; this model has {self.config.num_codebooks}")
-        return source.long().cpu()
+        source, size = source.long().cpu(), self.config.vocab_size
+        if source.numel() and not 0 <= int(source.min()) <= int(source.max()) < size:
+            raise Invalid(f"codes from {int(source.min())} to {int(source.max())}; this model has 0 to {size - 1}")
+        return source
 
     def _segment(self, text, audio, speaker, start=None, end=None):
         """(rows, mask, is audio) of one turn: its text, then, if it is spoken, its frames and the end frame."""
@@ -426,12 +440,12 @@ class CSM(nn.Module):
     def encode(self, row):
         """{rows (L, K + 1), mask (L, K + 1), train (L,)} of a row with text and audio, or with turns, spoken in order.
 
-        Turns in front of the first trained one are kept as far as context_turns says. A row that is too long for the
-        model loses turns from the left, never the end of a turn.
+        Turns in front of the first trained one are kept as far as context_turns says. A row of more than max_length
+        positions loses turns behind the last trained one, then from the left, never the end of a turn.
         """
         o = self.training_options
         turns = row.get("turns") or [row]
-        silent = {str(s) for s in o.mask_speakers}
+        silent = self._silent()
         spoken = [t.get("audio") is not None for t in turns]
         if not any(spoken):
             raise Invalid("this row has no audio, so there is nothing to train")
@@ -440,15 +454,29 @@ class CSM(nn.Module):
                    and not silent & {str(t.get("speaker") or 0), str(_speaker(t) or 0)} for i, (s, t) in enumerate(zip(spoken, turns))]
         first = max(0, (trained.index(True) if any(trained) else last) - o.context_turns)
         segments = [self._segment(t.get("text") or "", t.get("audio"), _speaker(t), t.get("start"), t.get("end")) for t in turns[first:]]
-        trained, room = trained[first:], self.config.backbone.max_position_embeddings
-        while sum(len(s[0]) for s in segments) > room and any(trained[1:]):
-            segments, trained = segments[1:], trained[1:]
+        trained, room = trained[first:], self.max_length
+        while sum(len(s[0]) for s in segments) > room:
+            if any(trained) and not trained[-1]:  # what stands behind the last trained turn is context of nothing
+                segments, trained = segments[:-1], trained[:-1]
+            elif any(trained[1:]):
+                segments, trained = segments[1:], trained[1:]
+            else:
+                break
         return {"rows": torch.cat([s[0] for s in segments]), "mask": torch.cat([s[1] for s in segments]),
                 "train": torch.cat([s[2] & t for s, t in zip(segments, trained)])}
 
+    def _silent(self):
+        """Names and numbers, as texts, of the speakers that are never trained."""
+        asked = set(map(str, self.training_options.mask_speakers))
+        unknown = asked - self.speakers.keys() - set(map(str, self.speakers.values())) - {"0"}  # a row that names no speaker is 0
+        if unknown and self.speakers:
+            raise Invalid(f"backbone.mask_speakers: nobody is called {', '.join(sorted(unknown))}; the rows name "
+                          + ", ".join(f"{name} ({n})" if name != str(n) else name for name, n in self.speakers.items()))
+        return asked | {str(self.speakers[name]) for name in asked & self.speakers.keys()}
+
     def length(self, example):
-        """Rows of the backbone."""
-        return len(example["rows"])
+        """Rows of the backbone; 0 where none of them is trained."""
+        return len(example["rows"]) if example["train"].any() else 0
 
     def collate(self, examples, seeds=None):
         """Batch and counts. Drawn per row, from its own seed: which trained frames the depth decoder sees.
@@ -530,10 +558,6 @@ class CSM(nn.Module):
         """Frames per second of audio."""
         return self.sample_rate / self.codec.config.frame
 
-    @property
-    def max_length(self):
-        return self.config.backbone.max_position_embeddings
-
     def set_recompute(self, on):
         """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
         for tower in self.stacks():
@@ -600,7 +624,7 @@ class CSM(nn.Module):
         caps = [cap for _, _, cap in prompts]
         B, L = len(requests), max(len(rows) for rows, _, _ in prompts)
         S, K = L + max(caps), c.num_codebooks
-        self.finish = ["cap"] * B
+        finish = self.finish = ["cap"] * B  # of this run, should another begin before it ends
         rows, mask = torch.zeros(B, L, K + 1, dtype=torch.long), torch.zeros(B, L, K + 1, dtype=torch.bool)
         draws = torch.empty(B, c.backbone.max_position_embeddings, K)
         for b, (r, m, _) in enumerate(prompts):  # padded on the left, so that all rows end at the same column
@@ -628,12 +652,13 @@ class CSM(nn.Module):
             going = []
             for k, i in enumerate(left):
                 if not spoken[k]:
-                    self.finish[i] = "end"
+                    finish[i] = "end"
                     continue
                 if n + 1 < caps[i]:
                     going.append(k)
                 yield i, shown[k]
             if not going:
+                self.finish = finish
                 return
             if len(going) < len(left):
                 left = [left[k] for k in going]
@@ -735,7 +760,9 @@ class CSM(nn.Module):
         checkpoint.save_tensors(folder / ("ckpt.safetensors" if naming == "mlx" else "model.safetensors"),
                                 self.published_state_dict(naming, merged))
         if naming != "transformers":  # upstream keeps the codec elsewhere; here the folder is whole
-            checkpoint.save_tensors(folder / CODEC_FILE, mimi.published(self.codec, "moshi"))
+            k = self.codec.config
+            checkpoint.save_tensors(folder / CODEC_FILE, mimi.published(
+                self.codec, "moshi" if k.kv_width == k.num_attention_heads * k.head_dim else "transformers"))  # moshi knows no groups of heads
         text = json.dumps(self._published_config(), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         for path in self.files:
@@ -761,7 +788,9 @@ class CSM(nn.Module):
                     **{k: self.tokenizer.id(t) for k, t in AUDIO_TOKENS.items() if self.tokenizer.id(t) is not None},
                     codebook_eos_token_id=0, codebook_pad_token_id=c.vocab_size - 1, audio_vocab_size=c.vocab_size,
                     audio_num_codebooks=c.num_codebooks, backbone_flavor="llama-1B", decoder_flavor="llama-100M")
-        return {**raw, "depth_decoder_config": depth, "codec_config": {**mimi.settings_of(self.codec.config), **(raw.get("codec_config") or {})}}
+        if self.speakers:  # nobody else reads this key
+            raw["speakers"] = self.speakers
+        return {**raw, "depth_decoder_config": depth, "codec_config": {**(raw.get("codec_config") or {}), **mimi.settings_of(self.codec.config)}}
 
     @property
     def codec_key(self):
@@ -774,8 +803,7 @@ class CSM(nn.Module):
     def encode_key(self):
         """Names everything else that `encode` reads."""
         o = self.training_options
-        told = (zlib.crc32(self.files[0].read_bytes()), self.bos, self.eos, self.config.backbone.max_position_embeddings,
-                o.context_turns, o.train_on, sorted(map(str, o.mask_speakers)))
+        told = zlib.crc32(self.files[0].read_bytes()), self.bos, self.eos, self.max_length, o.context_turns, o.train_on, sorted(self._silent())
         return f"{self.codec_key}-{zlib.crc32(repr(told).encode()):08x}"
 
 
@@ -891,7 +919,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(source))
     model._frozen = [_load_codec(folder, extra.get("codec"), parts, config)]
     _finish(model, device)
-    model.naming, model.raw_config = naming, raw
+    model.naming, model.raw_config, model.speakers = naming, raw, dict(raw.get("speakers") or {})
     tokenizer = Path(extra.get("tokenizer") or folder / "tokenizer.json")
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
@@ -962,7 +990,7 @@ def _load_codec(folder, given, parts, config):
                 settings = beside.get("codec_config", beside if beside.get("model_type") == "mimi" else {})
             return mimi.load(stored, settings, K, what=str(file))
     raise Invalid(f"{place} holds no Mimi codec. It comes with transformers' files of sesame/csm-1b (codec_model.*), as kyutai/mimi, or as "
-                  f"{CODEC_FILE} of kyutai/moshiko-pytorch-bf16; put it into the folder or give its path as extra codec")
+                  f"{CODEC_FILE} of kyutai/moshiko-pytorch-bf16; put it into the folder (in Python: extra={{'codec': path}})")
 
 
 def draw(model):

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, audio, audiovae, checkpoint, opt
+from models.parts import Invalid, audio, audiovae, check, checkpoint, opt
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, rotary_frequencies, run_layers
 from models.parts.sampling import chunks, takes
 from models.parts.tokenizer import Tokenizer
@@ -141,6 +141,9 @@ class Training:
     training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
     float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
 
+    def __post_init__(self):
+        check(self, training_cfg_rate=0)
+
 
 @dataclass
 class Sampling:
@@ -154,10 +157,7 @@ class Sampling:
     retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
 
     def __post_init__(self):
-        least = dict(inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
-        wrong = [f"{k} is {getattr(self, k)}, expected at least {n}" for k, n in least.items() if getattr(self, k) < n]
-        if wrong:
-            raise Invalid("; ".join(wrong))
+        check(self, inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -350,7 +350,7 @@ class VoxCPM(nn.Module):
             self.fusion_concat_proj = nn.Linear(2 * H, H)
         self.stop_proj, self.stop_head = nn.Linear(H, H), nn.Linear(H, 2, bias=False)
         self.training_options = Training()
-        self.finish = []
+        self.finish, self.max_length = [], c.max_length  # train.py may ask for less
 
     # ---------------------------------------------------------------------------------- data: text, audio, batches
 
@@ -527,10 +527,6 @@ class VoxCPM(nn.Module):
         """Patches per second of audio."""
         return self.sample_rate / self.codec.hop / self.config.patch_size
 
-    @property
-    def max_length(self):
-        return self.config.max_length
-
     def set_recompute(self, on):
         """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
         for stack in self.stacks():
@@ -619,7 +615,7 @@ class VoxCPM(nn.Module):
         c, device, dtype = self.config, self.device, self.dtype
         B, L = len(requests), max(len(r["ids"]) for r in requests)
         caps = [self._cap(r, s) for r in requests]
-        self.finish = ["cap"] * B
+        finish = self.finish = ["cap"] * B  # of this run, should another begin before it ends
         tokens = torch.zeros(B, L, dtype=torch.long)
         pad = torch.tensor([L - len(r["ids"]) for r in requests])
         for b, r in enumerate(requests):  # padded on the left, so that all rows end at the same column
@@ -649,11 +645,12 @@ class VoxCPM(nn.Module):
             going = []
             for k, i in enumerate(rows):
                 if stop[k]:
-                    self.finish[i] = "end"
+                    finish[i] = "end"
                 elif n + 1 < caps[i]:
                     going.append(k)
                 yield i, patch[k]
             if not going:
+                self.finish = finish
                 return
             if len(going) < len(rows):
                 rows = [rows[k] for k in going]

@@ -355,7 +355,7 @@ def test_upstreams_yaml_runs_unchanged(tmp_path, none):
     assert cfg.hf_model_id == "openbmb/VoxCPM2" and cfg.distribute is True and cfg.out_sample_rate == 48000
 
 
-SAMPLES = {bool: "true", int: "77", float: "0.77", str: "words", list: "77", dict: "{}"}
+SAMPLES = {bool: "true", int: "77", float: "0.77", str: "words", list: "77", dict: "{}", object: "77"}
 
 
 def resolved(cls, script, argv):

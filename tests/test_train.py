@@ -891,7 +891,7 @@ REFUSED = {  # flags, exit code, words
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),
     "no base": (("--pretrained_path", "nobase"), 1, "no checkpoint at nobase"),
-    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on: all 13 are too long; raise max_batch_tokens"),
+    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens"),
     "no target": (("--lora.target_modules", "q_projj"), 1, "lora.target_modules: 'q_projj' matches no Linear"),
     "a torn recording": (("--train_manifest", "torn.jsonl"), 1, "torn.wav"),
 }

@@ -1,7 +1,7 @@
 """What backbones share. A part takes numbers and tensors, never a backbone's config, and knows no backbone."""
 
 
-from dataclasses import field
+from dataclasses import field, fields
 
 
 class Invalid(ValueError):
@@ -22,3 +22,13 @@ def opt(default, help="", **meta):
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta, compare=compare)
+
+
+def check(options, **least):
+    """Invalid, with everything that is wrong, where a field has less than its `least` or none of its choices; None is no value."""
+    wrong = [f"{k} is {getattr(options, k)}, expected at least {n}" for k, n in least.items()
+             if getattr(options, k) is not None and not getattr(options, k) >= n]
+    wrong += [f"{f.name} is {getattr(options, f.name)!r}, expected one of {', '.join(map(repr, f.metadata['choices']))}" for f in fields(options)
+              if f.metadata.get("choices") and getattr(options, f.name) not in f.metadata["choices"]]
+    if wrong:
+        raise Invalid("; ".join(wrong))

@@ -26,6 +26,7 @@ FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"), "peft": ("
          "mlx": ("adapters.safetensors",), "moshi": ("lora.safetensors",)}
 CONFIGS = {"voxcpm": "lora_config.json", "peft": "adapter_config.json", "mlx": "adapter_config.json", "moshi": "config.json"}
 REFUSED = {r".*lora_magnitude_vector.*": "DoRA magnitudes: not supported", r".*lora_embedding_[AB].*": "LoRA on an embedding table: not supported",
+           r".*embeddings\.lora_[ab]": "LoRA on an embedding table: not supported",
            r".*\.base_layer\.bias": "biases of the base (bias: lora_only): not supported"}
 
 
@@ -67,7 +68,7 @@ def _settings(config, record, kind, path):
     """(keyword arguments of LoRAConfig, scale of a module) from the config file, or from the record where that is gone."""
     if config is None and "settings" not in record:
         raise Invalid(f"{path} comes without {CONFIGS[kind]}, so its alpha is unknown and its strength would be a guess; "
-                      f"put the file beside the weights")
+                      f'put the file beside the weights, or write it with what it was trained with, such as {{"r": 8, "alpha": 16}}')
     raw = checkpoint.read_json(config) if config else {}
     if not isinstance(raw, dict) or not all(isinstance(raw.get(k, {}), dict) for k in ("lora_config", "lora_parameters")):
         raise Invalid(f"{config}: expected a map of settings")
@@ -86,6 +87,10 @@ def _settings(config, record, kind, path):
         if raw.get("peft_type", "LORA") != "LORA":
             raise Invalid(f"{config} is of type {raw['peft_type']}; only LORA is supported")
         r, alpha = raw.get("r"), raw.get("lora_alpha")
+        start = str(raw.get("init_lora_weights", True)).lower()
+        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) or raw.get("alora_invocation_tokens"):
+            why = "works from certain tokens on (aLoRA)" if raw.get("alora_invocation_tokens") else f"was started by {start}, which moves the base weights"
+            raise Invalid(f"{config}: this adapter {why}; that is not supported. PEFT can save it as plain LoRA (path_initial_model_for_weight_conversion).")
         root = raw.get("use_rslora", False)
         out = dict(r=r, alpha=alpha, dropout=raw.get("lora_dropout", 0.0), rslora=root, dropout_after=False)
         ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
@@ -116,6 +121,9 @@ def read(path, model, ignore_base=False) -> Adapter:
     """An adapter brought onto `model`: own names, own row order, checked shapes. Raises Invalid before anything is used."""
     weights, config, kind = locate(path)
     stored, record = checkpoint.read(weights), read_record(path)
+    refused = {name: why for p, why in (REFUSED | getattr(model, "refused_adapter_keys", {})).items() for name in stored if re.fullmatch(p, name)}
+    if refused:  # before what its settings say: no file beside it would make it fit
+        raise Invalid(f"{weights}: {len(refused)} of {len(stored)} tensors cannot be used: " + "; ".join(f"{n} ({why})" for n, why in [*refused.items()][:6]))
     settings, scale = _settings(config, record, kind, weights)
     _check_base(weights, record, model, ignore_base)
     settings |= {k: v for k, v in record.get("settings", {}).items() if k not in ("scale",)} if not config else {}
@@ -124,10 +132,10 @@ def read(path, model, ignore_base=False) -> Adapter:
     halves, wrong = {}, []
     for name, tensor in stored.items():
         plain = re.sub(r"^(base_model\.model\.|module\.|model\.(?=.*lora_))", "", name).replace(".modules_to_save.", ".")
+        plain = re.sub(r"\.lora_B(\.default)?\.bias$", ".lora_bias", plain)  # PEFT's lora_bias: scaled there, as it stands here
         m = re.fullmatch(r"(.*)\.(lora_[AaBb]|lora_bias)(?:\.default)?(?:\.weight)?", plain)
-        refused = next((why for p, why in (REFUSED | getattr(model, "refused_adapter_keys", {})).items() if re.fullmatch(p, name)), None)
         frozen = plain.replace(".base_layer.weight", ".weight")  # PEFT stores an output head once more when it is a target
-        if frozen != plain and frozen in homes and refused is None:
+        if frozen != plain and frozen in homes:
             own, rows = homes[frozen]
             base, there = model.get_parameter(own).detach().float().cpu(), _own_rows(tensor.load().float(), rows)
             if base.shape != there.shape or not torch.allclose(base, there, rtol=1e-2, atol=1e-6):
@@ -135,8 +143,6 @@ def read(path, model, ignore_base=False) -> Adapter:
             a.skipped.append(name)
         elif any(re.fullmatch(p, plain) for p in getattr(model, "harmless_adapter_keys", ())):
             a.skipped.append(name)
-        elif refused:
-            wrong.append(f"{name} ({refused})")
         elif m and m[1] + ".weight" in homes:
             halves.setdefault(m[1], {})[m[2]] = name
         elif not m and plain in homes:
@@ -150,6 +156,12 @@ def read(path, model, ignore_base=False) -> Adapter:
                 wrong.append(f"{name} is {list(tensor.shape)}, the model has {list(model.get_parameter(own).shape)}")
         else:
             wrong.append(f"{name} (no such module in this model)")
+    for own in a.full if kind == "peft" else ():  # transformers ties its tables, PEFT trains a copy of each by itself
+        for naming in model.namings:
+            known = {model.published_name(own, naming), *_copies(model, own, naming)}
+            there = {n for n in known if any(re.sub(r"^base_model\.model\.", "", t).replace(".modules_to_save.", ".").replace(".default.", ".") == n for t in stored)}
+            if there and there != known:
+                wrong.append(f"{', '.join(sorted(there))} was trained apart from {', '.join(sorted(known - there))}, but this model has one table for both")
     for module, half in halves.items():
         own, rows = homes[module + ".weight"]
         own = own.removesuffix(".weight")
@@ -170,7 +182,7 @@ def read(path, model, ignore_base=False) -> Adapter:
         else:
             a.pairs[own] = (A, _own_rows(B, rows), scale(module))
             if "lora_bias" in half:
-                a.bias[own] = _own_rows(stored[half["lora_bias"]].load().float(), rows)
+                a.bias[own] = _own_rows(stored[half["lora_bias"]].load().float(), rows) * (scale(module) if kind == "peft" else 1)
             a.loaded += list(half.values())
     if wrong:
         raise Invalid(f"{weights}: {len(wrong)} of {len(stored)} tensors do not fit this {model.backbone} model: "
@@ -252,8 +264,9 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted({n.removesuffix(".lora_A") for n in tensors if n.endswith(".lora_A")})
-    if any(n.endswith(".lora_bias") for n in tensors) and kind != "voxcpm":
-        raise Invalid(f"lora.bias: the {kind} format has no place for new biases; keep the native format, or merge")
+    biased = any(n.endswith(".lora_bias") for n in tensors)
+    if biased and kind == "mlx":
+        raise Invalid("lora.bias: the mlx format has no place for new biases; keep the native format")
     ranks = {tensors[m + ".lora_A"].shape[0] for m in modules}
     scales = {round(model.get_submodule(m).lora_full_scale, 9) for m in modules}
     if len(ranks) > 1 or len(scales) > 1:
@@ -267,7 +280,8 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
         value = value if rows is None or (m and m[2] == "lora_A") else value[rows]
         if m:
             module = names[m[1]] = published.removesuffix(".weight")
-            leaf = {"voxcpm": m[2], "peft": m[2] + ".weight", "mlx": m[2].lower()}[kind]
+            leaf = {"voxcpm": m[2], "peft": "lora_B.bias" if m[2] == "lora_bias" else m[2] + ".weight", "mlx": m[2].lower()}[kind]
+            value = value / scale if kind == "peft" and m[2] == "lora_bias" else value
             published, value = f"{module}.{leaf}", value.T if kind == "mlx" else value
         for name in (published, *(() if m else _copies(model, own, naming))):
             out[("base_model.model." if kind == "peft" else "") + name] = value.float().clone()
@@ -279,7 +293,7 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
     elif kind == "peft":
         full = [p for n in sorted(tensors) if ".lora_" not in n for p in (model.published_name(n, naming), *_copies(model, n, naming))]
         config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": r, "lora_alpha": _whole(scale * r), "use_rslora": False,
-                  "target_modules": sorted(names.values()), "lora_dropout": settings.dropout, "bias": "none", "task_type": None,
+                  "target_modules": sorted(names.values()), "lora_dropout": settings.dropout, "bias": "none", "lora_bias": biased, "task_type": None,
                   "fan_in_fan_out": False, "inference_mode": True,
                   "modules_to_save": sorted({p.rpartition(".")[0] for p in full}) or None}
     else:

@@ -70,7 +70,7 @@ def read(path) -> dict[str, Stored]:
     except pickle.UnpicklingError as e:
         raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run code "
                       f"({_first_line(e)}). Ask its author for a safetensors file.") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as e:
         raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
     while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
         inner = [w for w in WRAPPERS if isinstance(state.get(w), dict)]
@@ -230,6 +230,8 @@ def weights(model, merged=False) -> dict[str, torch.Tensor]:
         if ".lora_" not in name:
             holder, _, leaf = name.rpartition(".")
             holder = model.get_submodule(holder)
+            if merged and getattr(holder, "lora_bias", None) is not None and holder.bias is None:
+                raise Invalid(f"lora.bias cannot be merged: {name.removesuffix('.weight')} has no bias in the published layout")
             w = holder.merged(leaf) if merged and hasattr(holder, "merged") else p.detach()
             out[name] = w.to(trained_in_full[name].dtype) if name in trained_in_full else w
     return out

@@ -515,7 +515,7 @@ def settings_of(c):
             "vector_quantization_hidden_dimension": c.codebook_dim, "num_quantizers": c.semantic + c.acoustic,
             "num_semantic_quantizers": c.semantic, "sliding_window": c.sliding_window, "norm_eps": c.norm_eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "sampling_rate": c.sampling_rate,
-            "dilation_growth_rate": c.dilation_growth_rate}
+            "dilation_growth_rate": c.dilation_growth_rate, "frame_rate": c.sampling_rate / c.frame}
 
 
 def load(stored, settings=None, codebooks=None, device="cpu", allow_unused=False, what="Mimi"):
