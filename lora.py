@@ -76,7 +76,10 @@ class LoRALinear(nn.Linear):
         base = getattr(self, name)
         if name == "bias":
             return base.detach() if self.lora_bias is None else (base.float() + self.lora_bias * self.lora_strength).to(base.dtype).detach()
-        return (base.float() + self.lora_scale * (self.lora_B @ self.lora_A)).to(base.dtype).detach()
+        out = (base.float() + self.lora_scale * (self.lora_B @ self.lora_A)).to(base.dtype).detach()
+        if not out.isfinite().all():
+            raise Invalid(f"the adapter makes a weight of {list(out.shape)} infinite or NaN; it cannot be merged")
+        return out
 
 
 def lora_modules(model):

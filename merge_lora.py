@@ -5,6 +5,7 @@
 
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's dtype.
 """
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,7 @@ def main():
         raise Usage(f"--naming {cfg.naming}: this backbone has {', '.join(model.namings)}")
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     print(f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped", file=sys.stderr)
-    tmp = out.with_name(out.name + ".tmp")
-    checkpoint.remove(tmp)
+    tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         if cfg.to:
             keep_strength(model)

@@ -7,6 +7,7 @@ The same run anywhere: the order of rows is a function of seed and epoch, every 
 and losses are sums divided by the counts of the whole step, so neither padding, nor the number of micro-batches or ranks,
 nor a restart changes what is computed. Interrupted runs go on from save_path by themselves.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -106,6 +107,7 @@ class Train:
 FREE = {"config", "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs", "keep_last",
         "keep_every", "keep_best", "save_path", "tensorboard", "cache_dir", "num_workers", "device", "compile", "checkpointing",
         "resume_from", "overwrite", "ignore_base", "val_samples", "log_level", "debug", "val_manifest", "train_manifest", "pretrained_path"}
+HELD = []  # the lock of the run folder
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -119,6 +121,8 @@ def check_settings(cfg):
     wrong = [f"{k} is {getattr(cfg, k)}, expected at least {least}" for k, least in at_least.items() if getattr(cfg, k) < least]
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
+    if cfg.overwrite and cfg.resume_from:
+        wrong.append("overwrite starts anew and resume_from goes on; choose one")
     if cfg.save_mode != "lora" and not cfg.lora:
         wrong.append(f"save_mode {cfg.save_mode} is for LoRA runs; a full run always saves the whole model")
     if wrong:
@@ -193,6 +197,11 @@ def seconds_of(row):
                for h in holders(row) if isinstance(h.get("audio"), str))
 
 
+def positions(row, model):
+    """How many positions the audio of a row takes at least; a conversation may lose turns, so nobody knows."""
+    return 0 if row.get("turns") else math.floor(seconds_of(row) * model.frame_rate)
+
+
 def seed_of(cfg, epoch, row):
     return stream(cfg.seed, "draw", epoch, row["id"])
 
@@ -259,12 +268,20 @@ def gradient_norm(parameters):
 # ------------------------------------------------------------------------------------------------ files
 
 
+def step_of(line):
+    """The step of a line of metrics.jsonl; -1 where it was cut off or damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
 class Log:
     """Lines to stderr and train.log, numbers to metrics.jsonl and TensorBoard. Does nothing on other ranks than 0."""
 
     def __init__(self, cfg, rank):
         self.rank, self.level, self.file, self.metrics, self.writer = rank, LEVELS["debug" if cfg.debug else cfg.log_level], None, None, None
-        self.early = []
+        self.early, self.full = [], False
 
     def open(self, cfg, step):
         """After the run folder is known. Numbers of steps that will be made again are taken out first."""
@@ -273,7 +290,7 @@ class Log:
         from_here = Path(cfg.save_path)
         metrics = from_here / "metrics.jsonl"
         if metrics.exists():  # without a checkpoint everything is made again, the validation at step 0 too
-            kept = [line for line in metrics.read_text().splitlines() if step and line.endswith("}") and json.loads(line)["step"] <= step]
+            kept = [line for line in metrics.read_text(errors="replace").splitlines() if step and 0 <= step_of(line) <= step]
             tmp = metrics.with_suffix(".tmp")
             tmp.write_text("".join(line + "\n" for line in kept))
             os.replace(tmp, metrics)
@@ -284,14 +301,24 @@ class Log:
         for line in self.early:
             self.file.write(line)
 
+    def put(self, file, line):
+        """A full disk is told once; the checkpoints will say what it means."""
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as e:
+            if not self.full:
+                self.full = True
+                self.say(f"{file.name} cannot be written ({e.strerror}); going on without", "warning")
+
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
+            print(text, file=sys.stderr, flush=True)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
         if self.file:
-            self.file.write(line)
-            self.file.flush()
+            self.put(self.file, line)
         else:
             self.early.append(line)
 
@@ -299,10 +326,10 @@ class Log:
         if self.rank:
             return
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-        self.metrics.write(json.dumps({"step": step, "split": split, **more, **known}) + "\n")
-        self.metrics.flush()
-        for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
+        self.put(self.metrics, json.dumps({"step": step, "split": split, **more, **known}) + "\n")
+        with contextlib.suppress(OSError):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
 
 
 def picked(cfg):
@@ -311,13 +338,25 @@ def picked(cfg):
     return json.loads(json.dumps(out))
 
 
+def hold(root):
+    """Keep other runs out of a folder as long as this process lives, where the system can."""
+    try:
+        import fcntl
+
+        Path(root).mkdir(parents=True, exist_ok=True)
+        HELD.append(open(Path(root) / ".lock", "w"))
+        fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Usage(f"another train.py is writing into {root}; wait for it or choose another save_path") from None
+    except (ImportError, OSError):  # not here, not on this file system, or nothing can be written, of which more is said later
+        pass
+
+
 def run_folder(cfg, rank, log):
     """Make or recognize save_path. Returns the step folder to go on from, or None. All ranks come to the same answer."""
     root = Path(cfg.save_path)
     if rank == 0:
         try:
-            if cfg.overwrite and root.exists() and any(root.iterdir()):
-                log.say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
             root.mkdir(parents=True, exist_ok=True)
             (root / ".write").write_text("")
             (root / ".write").unlink()
@@ -327,11 +366,15 @@ def run_folder(cfg, rank, log):
             raise Usage(f"save_path {root} cannot be written: {e.strerror}") from None
     if dist.is_initialized():
         dist.barrier()
+    if cfg.overwrite:
+        return None
     if cfg.resume_from:
         wrong = checkpoint.check_step(cfg.resume_from)
         if wrong:
             raise Usage(f"resume_from: {wrong}. To start from its weights alone, give it as pretrained_path (full) or merge it (LoRA).")
-        found = Path(cfg.resume_from)
+        found, own = Path(cfg.resume_from), checkpoint.newest_step(root, lambda text: None)
+        if own and checkpoint.read_json(own / checkpoint.INDEX).get("resumed_from") == str(found.resolve()):
+            found = own  # the same command once more: what it made since then counts
     else:
         found = checkpoint.newest_step(root, lambda text: log.say(text, "warning"))
         if found is None and (damaged := checkpoint.steps(root)):
@@ -339,6 +382,8 @@ def run_folder(cfg, rank, log):
     if found is not None:
         index = checkpoint.read_json(found / checkpoint.INDEX)
         there, here = index["settings"], picked(cfg)
+        usual = picked(Train())  # a setting that is newer than the run had its default
+        there = {**usual, **there}
         differ = [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted(there | here) if there.get(k) != here.get(k)]
         if differ:
             raise Usage(f"{found} was made with other settings, so going on would mix two runs:\n  " + "\n  ".join(differ)
@@ -348,8 +393,8 @@ def run_folder(cfg, rank, log):
         later = [p for p in checkpoint.steps(root) if int(p.name[5:]) > index["step"]] if rank == 0 else []
         for path in later:  # damaged, or about to be made again: left in place it would pass for the newest
             log.say(f"moved {path}, which lies after step {index['step']}, to {checkpoint.put_aside(path)}", "warning")
-        if later and found.resolve().parent == root.resolve():
-            checkpoint.point(root, found.resolve().name)
+        if rank == 0 and found.resolve().parent == root.resolve() and (root / "latest").resolve() != found.resolve():
+            checkpoint.point(root, found.resolve().name)  # the run was killed before it could, or what it named was moved
     return found
 
 
@@ -482,6 +527,8 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     cfg.overwrite = cfg.overwrite and attempt == "0"
     log = Log(cfg, rank)
+    if rank == 0:
+        hold(cfg.save_path)
     found = run_folder(cfg, rank, log)
 
     # ------------------------------------------------------------------------------------------------ checkpoint and LoRA
@@ -520,28 +567,31 @@ def main():
             block.compile()
 
     # ------------------------------------------------------------------------------------------------ data
-    speakers = {}  # name -> number, filled by the manifests and kept in the adapter
+    # name -> number, filled by the manifests and kept in the adapter; who had a number when the run began keeps it
+    speakers = dict(checkpoint.read_json(found / checkpoint.INDEX).get("speakers", {})) if found is not None else {}
     rows = read_manifest(cfg.train_manifest, speakers)
     val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
     model.speakers, model.max_length = speakers, min(cfg.max_length or model.max_length, model.max_length)
+    wanted = [row for row in rows + val_rows if positions(row, model) <= model.max_length]  # what is too long by its audio alone is not encoded
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
-    missing = cache.missing(rows + val_rows)
+    missing = cache.missing(wanted)
     if missing and world > 1:
         command = "this command without torchrun encodes before it trains"
         if cache.folder.name == "cache" and not cfg.backbone:  # where and as prepare_data.py encodes
             command = "python prepare_data.py --encode_only --input " + shlex.join(
                 [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(cache.folder.parent), "--ckpt_dir", cfg.pretrained_path])
-        raise Usage(f"{len(missing)} of {len(rows) + len(val_rows)} clips are not in the cache {cache.folder}. Encode them once, in one process:\n"
+        raise Usage(f"{len(missing)} of {len(wanted)} clips are not in the cache {cache.folder}. Encode them once, in one process:\n"
                     f"    {command}")
     if missing:
         model.codec.to(device)
-        cache.add([(rows + val_rows)[i] for i in missing], log.say)
+        cache.add([wanted[i] for i in missing], log.say)
         model.codec.to("cpu")  # not needed again but to speak
-    lengths = [model.length(cache.get(row)) for row in rows]
+    keys = [cache.key(row) if positions(row, model) <= model.max_length else None for row in rows]  # from here on no recording is needed
+    lengths = [model.length(cache.load(key)) if key else positions(row, model) for row, key in zip(rows, keys)]
     kept = pick_rows(cfg, rows, lengths, model, log)
-    rows, lengths = [rows[i] for i in kept], [lengths[i] for i in kept]
-    val_examples = [cache.get(row) for row in val_rows]
-    fits = [0 < model.length(e) <= model.max_length for e in val_examples]
+    rows, lengths, keys = ([x[i] for i in kept] for x in (rows, lengths, keys))
+    val_examples = [cache.get(row) if positions(row, model) <= model.max_length else None for row in val_rows]
+    fits = [e is not None and 0 < model.length(e) <= model.max_length for e in val_examples]
     if not all(fits):
         log.say(f"validation: {fits.count(False)} of {len(fits)} rows are left out: longer than {model.max_length} positions, or nothing is trained in them",
                 "warning")
@@ -560,6 +610,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ resume
     state = {"step": 0, "epoch": 0, "position": 0, "best": [math.inf, -1], "skipped": 0, "micro_per_step": per_step, "settings": picked(cfg),
+             "speakers": speakers, "resumed_from": str(Path(cfg.resume_from).resolve()) if cfg.resume_from else "",
              "data": stream([(row["id"], n) for row, n in zip(rows, lengths)]), "base": model.fingerprint if cfg.lora else None}
     came_from = None
     if found is not None:
@@ -586,6 +637,9 @@ def main():
         raise Usage(f"{found} stands at micro-batch {order.position} of its epoch, the data now has {len(order.batches)}; the data set changed")
 
     # ------------------------------------------------------------------------------------------------ say what is going to happen
+    if rank == 0 and cfg.overwrite and any(p.name != ".lock" for p in Path(cfg.save_path).iterdir()):  # now that nothing is wrong with the new run
+        log.say(f"--overwrite: moved the earlier {cfg.save_path} to {checkpoint.put_aside(cfg.save_path)}")
+        hold(cfg.save_path)
     if rank == 0:
         again = dataclasses.replace(cfg, overwrite=False, resume_from="")  # so that the file, given as it is, goes on with the run
         configs.dump(again, Path(cfg.save_path) / "config.yaml")
@@ -610,7 +664,7 @@ def main():
     pool = ThreadPoolExecutor(cfg.num_workers) if cfg.num_workers else None
 
     def collate(epoch, members):
-        return model.collate([cache.get(rows[i]) for i in members], [seed_of(cfg, epoch, rows[i]) for i in members])
+        return model.collate([cache.load(keys[i]) for i in members], [seed_of(cfg, epoch, rows[i]) for i in members])
 
     def prepare():
         """The micro-batches of the next step: all of them by rows, this rank's own as (global number, rows, batch)."""
@@ -645,7 +699,11 @@ def main():
         if saving and means["loss/total"] < state["best"][0]:
             state["best"] = [means["loss/total"], state["step"]]
         if rank == 0 and cfg.val_samples:
-            speak(cfg, model, val_rows, state["step"], log)
+            try:
+                speak(cfg, model, val_rows, state["step"], log)
+            except (Invalid, OSError, RuntimeError) as e:  # a sample is no reason to lose a run
+                log.say(f"step {state['step']}: no sample of the validation texts: {str(e).splitlines()[0]}", "warning")
+                model.train()
 
     signals = []
 
@@ -654,7 +712,8 @@ def main():
             os._exit(130)
         signals.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup ignores it
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, on_signal)
     model.train()
     passed = order.progress()  # epochs done
@@ -723,14 +782,17 @@ def main():
         full = cfg.save_epochs and math.floor(after[2] / cfg.save_epochs + 1e-9) > math.floor(passed / cfg.save_epochs + 1e-9)
         passed = after[2]
         saving = bool(stop or full or step == steps or (cfg.save_interval and step % cfg.save_interval == 0))
-        paused = time.perf_counter()
+        paused, best = time.perf_counter(), state["best"]
+        if stop:
+            save_now()  # at once; who asked may not wait for a validation
         if step == steps or (cfg.valid_interval and step % cfg.valid_interval == 0):
             validate(saving)
-        if saving:
+        if saving and not stop or state["best"] != best:
             save_now()
         started += time.perf_counter() - paused  # the time per step is that of training
         if stop:
-            log.say(f"asked to stop: saved step {step}; the same command goes on from here", "warning")
+            same = "the same command without --overwrite" if cfg.overwrite else "the same command"
+            log.say(f"asked to stop: saved step {step}; {same} goes on from here", "warning")
             break
         if not pool and step < steps:
             upcoming = prepare()

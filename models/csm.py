@@ -803,7 +803,7 @@ class CSM(nn.Module):
     def encode_key(self):
         """Names everything else that `encode` reads."""
         o = self.training_options
-        told = zlib.crc32(self.files[0].read_bytes()), self.bos, self.eos, self.max_length, o.context_turns, o.train_on, sorted(self._silent())
+        told = self.tokenizer_crc, self.bos, self.eos, self.max_length, o.context_turns, o.train_on, sorted(self._silent())
         return f"{self.codec_key}-{zlib.crc32(repr(told).encode()):08x}"
 
 
@@ -928,6 +928,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     model.bos, model.eos = model.tokenizer.id("<|begin_of_text|>"), model.tokenizer.id("<|end_of_text|>")
     if model.bos is None or model.eos is None:
         raise Invalid(f"{tokenizer} has no <|begin_of_text|> and <|end_of_text|>; it is not CSM's tokenizer")
+    model.tokenizer_crc = zlib.crc32(tokenizer.read_bytes())
     model.files = [tokenizer] + [folder / n for n in COMPANIONS if (folder / n).is_file()]
     model.training_options = Training(**(options or {}))
     model.freeze()
@@ -1033,7 +1034,7 @@ def blank(size, version, device, dtype, options=None):
     vocab = {p: i for i, p in enumerate(["<unk>", "<|begin_of_text|>", "<|end_of_text|>", *"[]0abcdefghijklmnopqrstuvwxyz "])}
     model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
     model.bos, model.eos = 1, 2
-    model.path, model.fingerprint, model.files, model.raw_config = "", "", [], {}
+    model.path, model.fingerprint, model.files, model.raw_config, model.tokenizer_crc = "", "", [], {}, 0
     model.training_options = Training(**(options or {}))
     model.freeze()
     return model.eval()

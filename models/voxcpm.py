@@ -404,6 +404,8 @@ class VoxCPM(nn.Module):
 
     def encode(self, row):
         """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row with text and audio."""
+        if row.get("turns"):
+            raise Invalid("this row has turns; this backbone trains on single sentences, so give rows with audio and text")
         ids = self.encode_text(row["text"])
         if not ids:
             raise Invalid(f"text {row['text']!r} has no tokens")
@@ -742,8 +744,7 @@ class VoxCPM(nn.Module):
     @property
     def encode_key(self):
         """Names everything else that `encode` reads."""
-        path = next(p for p in self.files if p.name == "tokenizer.json")
-        return f"{self.codec_key}-{zlib.crc32(path.read_bytes()):08x}-{self.config.architecture}"
+        return f"{self.codec_key}-{self.tokenizer_crc:08x}-{self.config.architecture}"
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -787,7 +788,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     model._frozen = [codec]
     model.sample_rate, model.out_sample_rate = codec.sample_rate, codec.out_sample_rate
     model.files = [codec_path, tokenizer_path] + [folder / n for n in COMPANIONS if n != "tokenizer.json" and (folder / n).is_file()]
-    model._codec_key = None
+    model._codec_key, model.tokenizer_crc = None, zlib.crc32(tokenizer_path.read_bytes())
     model.training_options = Training(**(options or {}))
     model.feat_decoder.estimator.float32_time = model.training_options.float32_time
     return model.eval()

@@ -773,13 +773,17 @@ def test_under_torchrun_a_killed_rank_restarts_the_group_or_ends_the_job(home):
 
 def poisoned(ids=None):
     """The cached latents of some rows, or of all, are NaN."""
-    get = train.Cache.get
+    key, load, sick = train.Cache.key, train.Cache.load, set()
 
-    def bad(self, row):
-        out = get(self, row)
-        return {k: v * math.nan if v.is_floating_point() and (ids is None or row["id"] in ids) else v for k, v in out.items()}
+    def noted(self, row):
+        found = key(self, row)
+        sick.update({found} if ids is None or row["id"] in ids else ())
+        return found
 
-    train.Cache.get = bad
+    def bad(self, found):
+        return {k: v * math.nan if v.is_floating_point() and found in sick else v for k, v in load(self, found).items()}
+
+    train.Cache.key, train.Cache.load = noted, bad
 
 
 def finite(folder):

@@ -108,7 +108,7 @@ def _settings(config, record, kind, path):
         r, factor = raw.get("lora_rank"), raw.get("lora_scaling")
         alpha = None if r is None or factor is None else factor * r
         out, scale = dict(r=r, alpha=alpha), lambda name: factor
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise Invalid(f"{config} does not say {'alpha' if type(r) is int and r > 0 else 'r'}, without which the adapter's strength is unknown")
     return out, scale
 
@@ -120,6 +120,9 @@ def _by_pattern(patterns, name, default):
 def read(path, model, ignore_base=False) -> Adapter:
     """An adapter brought onto `model`: own names, own row order, checked shapes. Raises Invalid before anything is used."""
     weights, config, kind = locate(path)
+    damaged = checkpoint.check_file(weights)
+    if damaged:
+        raise Invalid(damaged)
     stored, record = checkpoint.read(weights), read_record(path)
     refused = {name: why for p, why in (REFUSED | getattr(model, "refused_adapter_keys", {})).items() for name in stored if re.fullmatch(p, name)}
     if refused:  # before what its settings say: no file beside it would make it fit
@@ -189,7 +192,8 @@ def read(path, model, ignore_base=False) -> Adapter:
                       + "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""))
     if not a.pairs and not a.full:
         raise Invalid(f"{weights} holds no adapter tensors")
-    bad = [n for n, (A, B, _) in a.pairs.items() if not (A.isfinite().all() and B.isfinite().all())]
+    parts = [(n, t) for n, (A, B, s) in a.pairs.items() for t in (A, B, torch.tensor(s))] + [*a.full.items(), *a.bias.items()]
+    bad = list(dict.fromkeys(n for n, t in parts if not t.isfinite().all()))
     if bad:
         raise Invalid(f"{weights}: {bad[0]} and {len(bad) - 1} more modules hold NaN or infinity; the training had diverged")
     return a

@@ -94,14 +94,17 @@ class Cache:
                 self._open(shard, whole.get(shard.name))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
                 self.bad.append(shard)
-        self.records = {k: r for k, r in self.records.items() if all(t in self.where for t, _ in r.values())}
+        self.records = {k: r for k, r in self.records.items() if r and all(t in self.where for t, _ in r.values())}
 
     def _open(self, shard, whole):
         found = stamp(shard)
         with open(shard, "rb") as f:
             header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
             begin = f.tell()
-        records = json.loads(header.pop("__metadata__")["records"])
+        records = header.pop("__metadata__")["records"]
+        if sha(records)[:12] != shard.stem.rpartition("-")[2]:
+            raise ValueError("damaged")
+        records = json.loads(records)
         if found[0] != begin + max((t["data_offsets"][1] for t in header.values()), default=0):
             raise ValueError("cut")
         if whole != found:  # copied, restored or touched since it was written
@@ -157,13 +160,17 @@ class Cache:
 
     def get(self, row) -> dict[str, torch.Tensor]:
         """The example of a row, as windows into the shard."""
+        return self.load(self.key(row))
+
+    def key(self, row) -> str:
+        """What `load` finds the example of a row by; from then on the row's files are not looked at any more."""
         key = self._plan(row)[0]
         if key not in self.records:
             name = row.get("id", row.get("audio"))
             raise Invalid(f"{name} is not in {self.folder}; run prepare_data.py for this checkpoint")
-        return self._load(key)
+        return key
 
-    def _load(self, key):
+    def load(self, key):
         out = {}
         for name, (tensor, shape) in self.records[key].items():
             shard = self.where[tensor]
@@ -236,7 +243,11 @@ class Cache:
         return [attempt(self._codec, *s) for s in sources]
 
     def _wave(self, path, start, end, gain):
-        return audio.read(path, self.model.sample_rate, start, end)[0] * 10 ** ((gain or 0) / 20)
+        wave = audio.read(path, self.model.sample_rate, start, end)[0]
+        wave = wave if gain is None else wave * 10 ** (min(gain, 1e3) / 20)
+        if not wave.isfinite().all():
+            raise Invalid(f"{path}: gain_db {gain} makes it louder than a number can be")
+        return wave
 
     def _codec(self, path, start, end, gain):
         with torch.inference_mode():
@@ -244,7 +255,7 @@ class Cache:
             return named(self.model.encode_audio(*plain))
 
     def _example(self, wanted, told):
-        codes = {k: c[""] if list(c) == [""] else c for k, c in ((k, self._load(k)) for k in wanted)}
+        codes = {k: c[""] if list(c) == [""] else c for k, c in ((k, self.load(k)) for k in wanted)}
         told = copy.deepcopy(told)
         for holder in holders(told):
             holder.update({name: codes[holder[name]] for name in ("audio", "ref_audio") if name in holder})
@@ -269,13 +280,14 @@ class Cache:
                 if isinstance(out, Invalid):
                     failed[key] = out
                 else:
-                    batch[key] = {}
+                    record = {}
                     for name, t in out.items():
                         flat = t.detach().to("cpu").reshape(-1)
-                        batch[key][name] = [hash_of(flat), list(t.shape)]
-                        if batch[key][name][0] not in self.where and batch[key][name][0] not in tensors:
-                            tensors[batch[key][name][0]] = flat.clone()
+                        record[name] = [hash_of(flat), list(t.shape)]
+                        if record[name][0] not in self.where and record[name][0] not in tensors:
+                            tensors[record[name][0]] = flat.clone()
                             size += flat.nbytes
+                    batch[key] = record  # whole, since a signal may send what is here to the disk at any line
                 now = time.time()
                 if now - written > SHARD_SECONDS or len(batch) >= SHARD_RECORDS or size > SHARD_BYTES:
                     self._write(batch, tensors)

@@ -354,6 +354,16 @@ def check_step(folder) -> str | None:
     return None
 
 
+def check_file(path) -> str | None:
+    """What is wrong with one file of a step folder, by the index beside it; None where it is right or no index is there."""
+    path = Path(path)
+    try:
+        entry = json.loads((path.parent / INDEX).read_text())["files"][path.name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if _crc(path) == entry["crc32"] else f"{path} does not have the checksum it was written with"
+
+
 def steps(root) -> list[Path]:
     """Step folders below root, newest first, complete or not."""
     found = [(int(m[1]), p) for p in Path(root).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name)) and p.is_dir()]

@@ -348,12 +348,12 @@ def from_messages(messages):
 
 
 def number(value):
-    """A finite number, also when it was written as text (a table has nothing else); otherwise None."""
+    """A number below a billion, also when it was written as text (a table has nothing else); otherwise None."""
     try:
         value = float(value) if isinstance(value, str) else value
-    except ValueError:
+        return value if type(value) in (int, float) and abs(value) < 1e9 else None
+    except (ValueError, OverflowError):
         return None
-    return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def shown(value):
@@ -499,15 +499,20 @@ def read_manifest(path, speakers=None) -> list[dict]:
 
 def number_speakers(rows, speakers):
     """Fill {name: number} with the speakers of the rows."""
-    spoken = [t for row in rows for t in (row, *row.get("turns", ())) if "speaker" in t]
-    for t in spoken:
-        known = t.get("speaker_id", t["speaker"])
-        if isinstance(known, int) or known.isdecimal():
-            speakers.setdefault(str(t["speaker"]), int(known))
-    free = itertools.count()
-    for t in spoken:
-        if str(t["speaker"]) not in speakers:
-            speakers[str(t["speaker"])] = next(n for n in free if n not in speakers.values())
+    spoken = {}  # {name: number, None where no row gives one}
+    for t in (t for row in rows for t in (row, *row.get("turns", ())) if "speaker" in t):
+        known = str(t.get("speaker_id", t["speaker"]))
+        if spoken.get(str(t["speaker"])) is None:
+            spoken[str(t["speaker"])] = int(known) if known.isdecimal() else None
+    taken, free = set(speakers.values()), itertools.count()
+    for name in sorted(spoken, key=lambda name: not name.isdecimal()):  # numbers stay what they are, so they come first
+        known = spoken[name]
+        if name not in speakers and known is not None and (name.isdecimal() or known not in taken):
+            speakers[name] = known  # two data sets may have given one number to two names: the first one keeps it
+            taken.add(known)
+    for name in spoken:
+        if name not in speakers:
+            speakers[name] = next(n for n in free if n not in taken)
 
 
 def listing(bad, limit=50):

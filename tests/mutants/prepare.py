@@ -14,7 +14,7 @@ MUTANTS = [
     ("3.4 the same id twice", M, "if given is not None and ids.get(name):", "if given is not None and ids.get(given == 0):", BAD),
     ("D9 quotes of a list of LJSpeech's kind", M, 'for cell in line.split("|")]', 'for cell in next(csv.reader([line], delimiter="|"))]', GOOD),
     ("D1 two names for one thing", M, "if len({json.dumps(v) for v in given.values()}) > 1:", "if len(given) > 9:", BAD),
-    ("speakers: a number in use is given again", M, "next(n for n in free if n not in speakers.values())", "next(free)", GOOD),
+    ("speakers: a number in use is given again", M, "next(n for n in free if n not in taken)", "next(free)", GOOD),
     ("speakers: a stored number is not kept", M, 'known = t.get("speaker_id", t["speaker"])', 'known = t["speaker"]', GOOD),
     ("3.3 too long, but decoded", C, "if length > longest:", "if length > 9e9:", BAD),
     ("silence at the end not seen", C, "(loud[-1] + 1) * FRAME", "len(wave) / about.rate", GOOD),
