@@ -64,8 +64,8 @@ def check(cfg):
         configs.build(models.BACKBONES[cfg.backbone].Training, cfg.options, "options")
     except Usage as e:
         wrong.append(str(e))
-    only = {"train": ("full", "ckpt", "lengths", "options"), "generate": ("adapter", "timesteps"), "encode": ("lengths",)}
-    given = [k for k in ("full", "ckpt", "lengths", "adapter", "timesteps", "options") if getattr(cfg, k) not in (False, 0, [], {}, "none")]
+    only = {"train": ("full", "ckpt", "lengths", "options", "text"), "generate": ("adapter", "timesteps", "text"), "encode": ("lengths",)}
+    given = [k for k in ("full", "ckpt", "lengths", "adapter", "timesteps", "options", "text") if getattr(cfg, k) not in (False, 0, [], {}, "none")]
     wrong += [f"--{k} does not go with --task {cfg.task}" for k in given if k not in only[cfg.task]]
     if wrong:
         raise Usage("\n".join(wrong))

@@ -73,6 +73,9 @@ def base_of(adapter):
     base = adapters.read_record(adapter).get("base") or raw.get("base_model") or raw.get("base_model_name_or_path")
     if not base:
         raise Usage(f"{adapter} does not say which base it belongs to; give it with --ckpt_dir")
+    for folder in Path(adapter).resolve().parents:  # a relative path counts from where it was trained: mostly a folder above
+        if not Path(base).exists() and (folder / base).exists():
+            return str(folder / base)
     try:
         models.folder_of(base)
     except Invalid as e:
@@ -276,6 +279,9 @@ def main():
     check_speakers(requests, chosen)
     make_folders(requests)
     model = load_model(cfg, path, chosen)
+    speakers = getattr(model, "speakers", {}) if model.speaker_input else {}
+    for _, item in requests if len(speakers) == 1 else ():  # trained on one voice: nobody has to say which
+        item["speaker"] = item["speaker"] or next(iter(speakers))
     if cfg.max_audio_length_ms:
         sampling["max_len"] = max(1, math.floor(cfg.max_audio_length_ms / 1000 * model.frame_rate + 1e-6))
     failed, started, seconds = 0, time.perf_counter(), 0.0

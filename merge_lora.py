@@ -64,11 +64,12 @@ def main():
         raise Usage(f"--naming {cfg.naming}: this backbone has {', '.join(model.namings)}")
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     print(f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped", file=sys.stderr)
+    speakers = {name: n for path, _ in chosen for name, n in adapters.read_record(path).get("speakers", {}).items()}
+    model.speakers = {**getattr(model, "speakers", {}), **speakers}
     tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         if cfg.to:
             keep_strength(model)
-            speakers = {name: n for path, _ in chosen for name, n in adapters.read_record(path).get("speakers", {}).items()}
             lora.save_lora_weights(model, tmp, cfg.to, cfg.naming or None, base=str(base), speakers=speakers)
         else:
             lora.merge_lora_weights(model)

@@ -25,6 +25,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 
@@ -341,14 +346,12 @@ def picked(cfg):
 def hold(root):
     """Keep other runs out of a folder as long as this process lives, where the system can."""
     try:
-        import fcntl
-
         Path(root).mkdir(parents=True, exist_ok=True)
         HELD.append(open(Path(root) / ".lock", "w"))
         fcntl.flock(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Usage(f"another train.py is writing into {root}; wait for it or choose another save_path") from None
-    except (ImportError, OSError):  # not here, not on this file system, or nothing can be written, of which more is said later
+    except (AttributeError, OSError):  # not on this system, not on this file system, or nothing can be written, of which more is said later
         pass
 
 
@@ -552,7 +555,10 @@ def main():
         raise Usage(f"backbone.freeze is {options['freeze']!r} and there is a lora section, which freezes all but the adapters; "
                     "say with lora.target_modules what they adapt")
     if cfg.lora:
-        wrapped = lora.apply_lora_to_model(model, cfg.lora)
+        try:
+            wrapped = lora.apply_lora_to_model(model, cfg.lora)
+        except Invalid as e:
+            raise Usage(e) from None
         if cfg.save_mode != "lora":
             try:
                 lora.check_mergeable(model)
@@ -630,8 +636,8 @@ def main():
             log.say("the rows are not those that the run began with, so in this epoch some may come twice and others not at all", "warning")
     accum = per_step // world
     steps = math.ceil(cfg.epochs * per_epoch / per_step) if cfg.epochs else cfg.num_iters or cfg.max_steps or 2000
-    span = cfg.max_steps or steps
-    warmup = round(cfg.warmup_ratio * span) if cfg.warmup_ratio else cfg.warmup_steps
+    span = steps if cfg.epochs else cfg.max_steps or steps  # the YAMLs' max_steps and warmup_steps are for their num_iters
+    warmup = round(cfg.warmup_ratio * span) if cfg.warmup_ratio else min(cfg.warmup_steps, span // 10) if cfg.epochs else cfg.warmup_steps
     order = Order(lengths, cfg, state["epoch"], state["position"])
     if order.position > len(order.batches):
         raise Usage(f"{found} stands at micro-batch {order.position} of its epoch, the data now has {len(order.batches)}; the data set changed")
@@ -656,12 +662,13 @@ def main():
     log.say(f"{steps} steps of {per_step} micro-batches ({accum} per rank), {per_epoch} micro-batches and {per_epoch / per_step:.1f} steps "
             f"per epoch, {steps * per_step / per_epoch:.1f} epochs in all")
     if cfg.epochs:
-        log.say(f"epochs {cfg.epochs:g} means {steps} steps")
+        log.say(f"epochs {cfg.epochs:g} means {steps} steps, {warmup} of them warm-up; the learning rate reaches zero at the last")
     if span != steps:
         log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} (num_iters)", "warning")
 
     # ------------------------------------------------------------------------------------------------ loop
     pool = ThreadPoolExecutor(cfg.num_workers) if cfg.num_workers else None
+    log.say("trained: " + ", ".join(names), "debug")
 
     def collate(epoch, members):
         return model.collate([cache.load(keys[i]) for i in members], [seed_of(cfg, epoch, rows[i]) for i in members])
@@ -765,6 +772,7 @@ def main():
         state |= {"step": state["step"] + 1, "epoch": after[0], "position": after[1]}
         step = state["step"]
 
+        log.say(f"step {step}: loss {loss:.6f}, {[[rows[i]['id'] for i in m] for _, m in taken]}, {wait:.3f} s for the data", "debug")
         heard += sum(seconds[i] for _, m in taken for i in m)
         waited += wait
         log.numbers("train", step, {"loss/total": loss, **means, "lr": rate, "grad_norm": norm, "epoch": after[2]},

@@ -38,8 +38,8 @@ def folder_of(path):
         return cache / "snapshots" / ref.read_text().strip()
     if snapshots:
         return snapshots[-1]
-    raise Invalid(f"no folder {path} and no copy of it in the hub cache at {cache}. Nothing is downloaded here; run\n"
-                  f"    hf download {path} --local-dir checkpoints/{parts[1]}\nand give checkpoints/{parts[1]}")
+    raise Invalid(f"no folder {path} here ({Path.cwd()}) and no copy of it in the hub cache at {cache}. Nothing is downloaded; if it is the "
+                  f"id of a hub repository, run\n    hf download {path} --local-dir checkpoints/{parts[1]}\nand give checkpoints/{parts[1]}")
 
 
 def read_config(path):

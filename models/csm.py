@@ -923,7 +923,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     tokenizer = Path(extra.get("tokenizer") or folder / "tokenizer.json")
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
-        raise Invalid(f"no tokenizer.json at {tokenizer}; it lies in sesame/csm-1b, or give the path of Llama 3.2's as extra tokenizer")
+        raise Invalid(f"no tokenizer.json at {tokenizer}; it lies in sesame/csm-1b, or put Llama 3.2's into the folder (in Python: extra={{'tokenizer': path}})")
     model.tokenizer = Tokenizer(tokenizer)
     model.bos, model.eos = model.tokenizer.id("<|begin_of_text|>"), model.tokenizer.id("<|end_of_text|>")
     if model.bos is None or model.eos is None:

@@ -15,6 +15,7 @@ import models
 from models import csm
 from models.parts import Invalid, audio, targets
 from tests import conftest, tiny_csm
+from tests.running import start
 
 LAYOUTS = Path(conftest.ROOT).parent / "shared/layouts"
 K = 8
@@ -491,6 +492,16 @@ def test_an_end_frame_ends_and_is_not_kept(model, monkeypatch):
     torch.testing.assert_close(audio, model.codec.decode(torch.full((K, 5), 3)), rtol=0, atol=1e-5)
 
 
+def test_two_generations_do_not_share_how_they_end(model):
+    one, other = model.frames("x", seed=1, max_len=4), model.frames("Hello", seed=2, max_len=2)
+    next(one), next(other)
+    assert len(list(one)) == 3 and model.finish == ["cap"]
+    next(other)
+    together = model._run([model._request("x", seed=i) for i in range(3)], csm.Sampling(max_len=2))
+    next(together)
+    assert list(other) == [] and model.finish == ["cap"]
+
+
 def test_an_empty_take_is_silence_and_says_so(model, monkeypatch):
     monkeypatch.setattr(csm.CSM, "_frame", lambda self, h, u, s, n, st: torch.zeros(len(h), K, dtype=torch.long))
     with pytest.warns(UserWarning, match="only silence"):
@@ -594,6 +605,8 @@ def test_prompts_are_turns(model):
         list(model.frames("x", speaker="anna"))
     with pytest.raises(Invalid, match="codes of 5 codebooks"):
         list(model.frames("x", prompts=[("the cat", codes(4, k=5), 1)]))
+    with pytest.raises(Invalid, match="this model has 0 to 34"):
+        list(model.frames("x", prompts=[("the cat", codes(4) + 35, 1)]))
     with pytest.raises(Invalid, match="is empty"):
         list(model.frames("  "))
 
@@ -816,15 +829,126 @@ def test_adapters_that_cannot_be_right_are_refused(folders, tmp_path):
     from safetensors.torch import save_file
 
     m = load(folders["transformers"])
-    (tmp_path / "lora_config.json").write_text(json.dumps({"r": 2, "alpha": 4}))
     pair = {"lora_A": torch.zeros(2, 48), "lora_B": torch.zeros(64, 2)}
     save_file({f"layers.0.attn.q_proj.{k}": v for k, v in pair.items()}, tmp_path / "fine_tuned_model.safetensors")
-    with pytest.raises(Invalid, match="without the name of its tower"):
+    with pytest.raises(Invalid, match="without the name of its tower"):  # whatever else is missing
         lora.load_lora_weights(m, tmp_path / "fine_tuned_model.safetensors")
+    (tmp_path / "lora_config.json").write_text(json.dumps({"r": 2, "alpha": 4}))
     save_file({**{f"lm_head.{k}": v for k, v in {"lora_A": torch.zeros(2, 48), "lora_B": torch.zeros(35, 2)}.items()},
                "lm_head.base_layer.weight": m.lm_head.weight.detach() + 1}, tmp_path / "head.safetensors")
     with pytest.raises(Invalid, match="is not this base's lm_head.weight"):
         lora.load_lora_weights(m, tmp_path / "head.safetensors")
+
+
+def test_a_table_that_peft_trained_apart_from_its_twin_is_refused(folders, tmp_path):
+    """transformers ties the two tables of the audio codes; PEFT trains a copy of each that is named, and only that one."""
+    from safetensors.torch import load_file, save_file
+
+    m = load(folders["transformers"])
+    lora.apply_lora_to_model(m, {"r": 2, "train_embeddings": True})
+    lora.save_lora_weights(m, tmp_path / "both")
+    lora.load_lora_weights(m, tmp_path / "both")
+    stored = load_file(tmp_path / "both/adapter_model.safetensors")
+    for gone in csm.TIED:
+        save_file({n: t for n, t in stored.items() if not n.endswith(gone)}, tmp_path / "both/adapter_model.safetensors")
+        with pytest.raises(Invalid, match="was trained apart from .*" + re.escape(gone)):
+            lora.load_lora_weights(m, tmp_path / "both")
+
+
+def test_a_bias_travels_in_pefts_own_form(folders, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    m = load(folders["transformers"], amortize=1)
+    lora.apply_lora_to_model(m, {"r": 3, "alpha": 4.0, "bias": True, "target_modules": ["q_proj", "codebook0_head"]})
+    randomize(m)
+    for module in lora.lora_modules(m).values():
+        module.lora_bias.data.normal_(generator=torch.Generator().manual_seed(1))
+    value = mean_losses(m)
+    lora.save_lora_weights(m, tmp_path / "a")
+    fresh = load(folders["transformers"], amortize=1)
+    plain = mean_losses(fresh)
+    lora.load_lora_weights(fresh, tmp_path / "a")
+    assert mean_losses(fresh) == pytest.approx(value, rel=1e-6) and abs(plain[0] - value[0]) > 1e-2
+    hf = transformers.CsmForConditionalGeneration.from_pretrained(folders["transformers"])
+    hf = peft.PeftModel.from_pretrained(hf, tmp_path / "a").eval()
+    with torch.no_grad():
+        out = hf(**for_transformers(m, ROWS[0]))
+    assert float(out.backbone_loss) == pytest.approx(value[0], rel=1e-5)
+    with pytest.raises(Invalid, match="lora.bias cannot be merged"):
+        m.save(tmp_path / "merged", merged=True)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "codebooks_head", "inputs_embeds_projector", "norm", "layers.0.mlp"])
+def test_modules_trained_in_full_work_in_bfloat16(folders, part):
+    """bf16 is what a GPU gets by default."""
+    m = models.load(folders["transformers"], dtype=torch.bfloat16, options={"amortize": 1})
+    name = next(n for n, _ in m.named_modules() if n.endswith(part))
+    lora.apply_lora_to_model(m, {"r": 2, "target_modules": ["attn"], "train_modules": [re.escape(name)]})
+    batch, counts = m.collate([m.encode(ROWS[0])])
+    sum(m(batch)[k] / counts[k] for k in csm.LAMBDAS).backward()
+    assert all(p.grad is not None for n, p in m.named_parameters() if n.startswith(name + "."))
+    assert m.dtype == torch.bfloat16 and len(list(m.frames("x", seed=0, max_len=2))) > 0
+
+
+# ------------------------------------------------------------------------------------------------ from the command line
+
+
+@pytest.fixture(scope="module")
+def talk(folders, tmp_path_factory):
+    """A folder with two named speakers in conversation and one by herself."""
+    root = tmp_path_factory.mktemp("talk")
+    for i in range(4):
+        audio.write(root / f"{i}.wav", noise(1920 * (5 + i), i) * 0.2, 24000)
+    said = [{"text": f"the cat {i}", "audio": f"{i}.wav", "speaker": ("anna", "ben")[i % 2]} for i in range(4)]
+    (root / "talk.jsonl").write_text(json.dumps({"turns": said[:3]}) + "\n" + json.dumps(said[3]) + "\n")
+    (root / "run.yaml").write_text(f"pretrained_path: {folders['transformers']}\ntrain_manifest: talk.jsonl\nnum_iters: 1\nbatch_size: 2\n"
+                                   "warmup_steps: 0\nlora: {r: 2}\n")
+    return root
+
+
+def first_loss(root, name, *flags, code=0):
+    run = start("train", ["run.yaml", "--save_path", name, *flags], root)
+    assert run.wait() == code and "Traceback" not in run.said, run.said
+    return run.said if code else json.loads((root / name / "metrics.jsonl").read_text().splitlines()[0])["loss/total"]
+
+
+def test_speakers_are_masked_by_name_and_by_number(talk):
+    free, anna, ben = (first_loss(talk, f"m{i}", *flags) for i, flags in enumerate(
+        ((), ("--backbone.mask_speakers", "anna"), ("--mask-speaker-ids", "1"))))
+    assert len({free, anna, ben}) == 3
+    assert anna == first_loss(talk, "m3", "--backbone.mask_speakers", "[0]") and ben == first_loss(talk, "m4", "--backbone.mask_speakers", "ben")
+    assert "nobody is called carl; the rows name anna (0), ben (1)" in first_loss(talk, "m5", "--backbone.mask_speakers", "carl", code=1)
+    assert "2 with nothing that is trained in them" in first_loss(talk, "m6", "--backbone.mask_speakers", "[anna, ben]", code=1)
+
+
+def test_wrong_options_are_wrong_use(talk):
+    for flags, words in ((("--backbone.amortize", 0), "amortize is 0, expected at least 1"), (("--context-turns", -1), "context_turns is -1"),
+                         (("--backbone.freeze", "decoder"), "which freezes all but the adapters"), (("--semantic-weight", -1), "expected weights of at least 0")):
+        assert words in first_loss(talk, "wrong", *flags, code=2)
+    for values in ({"temperature": -1}, {"top_k": -3}, {"depth_temperature": -2}, {"max_len": 0}, {"retries": -1}, {"chunk_frames": 0}):
+        with pytest.raises(Invalid, match=next(iter(values))):
+            csm.Sampling(**values)
+
+
+def test_a_conversation_is_cut_to_the_length_that_is_asked_for(talk):
+    said = start("train", ["run.yaml", "--save_path", "cut", "--max_length", "34"], talk)
+    assert said.wait() == 0 and "data: 2 clips" in said.said, said.said  # whole, the first row has more
+
+
+def test_speakers_stay_with_a_folder_and_a_conversation_is_heard_from_files(talk, folders):
+    start("train", ["run.yaml", "--save_path", "voices"], talk).wait()
+    merge = start("merge_lora", ["--lora", "voices/latest", "--output_dir", "merged"], talk)
+    assert merge.wait() == 0, merge.said
+    assert models.load(talk / "merged").speakers == {"anna": 0, "ben": 1}
+    (talk / "context.json").write_text(json.dumps([{"text": "the cat", "audio": "0.wav", "speaker": "anna"}]))
+    waves = []
+    for more in ((), ("--context", "context.json")):
+        run = start("infer", ["--ckpt_dir", "merged", "--speaker", "ben", "--text", "Hello", "--max_len", "3", "--min_len", "3", "--retries", "0", *more], talk)
+        assert run.wait() == 0, run.said
+        waves.append(audio.read(talk / "output.wav", None)[0])
+    assert len(waves[0]) == len(waves[1]) and not torch.equal(*waves)
+    (talk / "context.json").write_text('[{"text": "the cat", "audio": "none.wav"}]')
+    run = start("infer", ["--ckpt_dir", "merged", "--text", "Hello", "--context", "context.json"], talk)
+    assert run.wait() == 2 and "context: no file at none.wav" in run.said
 
 
 # ------------------------------------------------------------------------------------------------ floors

@@ -189,6 +189,10 @@ def test_adapters_act_with_their_strength_and_add_up(home):
     assert len({w.numpy().tobytes() for w in waves}) == len(waves)
 
 
+def test_a_strength_that_is_no_number_is_wrong_use(home):
+    assert "the strength is nan" in fails(2, "--ckpt_dir", home.base, "--lora", "somewhere:nan", "--text", "hello")
+
+
 def test_the_base_is_found_through_the_adapter_or_the_training_config(home):
     peft = home.folder / "peft"
     lora.load_lora_weights(home.model, home / "first")

@@ -187,6 +187,39 @@ def test_bias_trains_and_travels_but_merges_only_where_there_is_room(model, tmp_
             merge()
 
 
+def test_what_is_no_number_is_refused(model, tmp_path):
+    adapter(model, tmp_path / "a", 1, enable_lm=True)
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(Invalid, match="expected a number"):
+            lora.load_lora_weights(model, [(tmp_path / "a", strength)])
+    lora.load_lora_weights(model, tmp_path / "a")
+    with pytest.raises(Invalid, match="expected a number"):
+        lora.set_lora_strength(model, float("nan"))
+    next(iter(lora.lora_modules(model).values())).lora_B.data.fill_(3e38)
+    for merge in (lambda: lora.merge_lora_weights(model), lambda: model.save(tmp_path / "merged", merged=True)):
+        with pytest.raises(Invalid, match="cannot be merged"):
+            merge()
+
+
+def test_the_dropout_of_an_adapter_comes_with_it(model, tmp_path):
+    for name, dropout in (("a", 0.0), ("b", 0.5)):
+        adapter(model, tmp_path / name, 1, enable_lm=True, dropout=dropout)
+    for name, dropout in (("b", 0.5), ("a", 0.0)):
+        lora.load_lora_weights(model, tmp_path / name)
+        assert {m.lora_dropout for m in lora.lora_modules(model).values()} == {dropout}
+
+
+@pytest.mark.parametrize("words, why", [({"init_lora_weights": "pissa"}, "moves the base weights"), ({"alora_invocation_tokens": [1]}, "aLoRA"),
+                                        ({"lora_alpha": float("nan")}, "does not say alpha")])
+def test_peft_adapters_that_mean_something_else_are_refused(model, tmp_path, words, why):
+    lora.apply_lora_to_model(model, {"r": 2, "enable_lm": True})
+    lora.save_lora_weights(model, tmp_path / "p", format="peft")
+    path = tmp_path / "p/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **words}))
+    with pytest.raises(Invalid, match=why):
+        lora.load_lora_weights(model, tmp_path / "p")
+
+
 def test_modules_trained_in_full_are_switched_and_replaced_with_the_adapter(model, tmp_path):
     before = loss(model)
     lora.apply_lora_to_model(model, {"r": 2, "enable_lm": True, "train_embeddings": True, "train_modules": ["stop_head"]})

@@ -277,6 +277,16 @@ def test_speakers_are_numbered_once(tmp_path):
     assert speakers == {"0": 0, "7": 7, "anna": 1, "bo": 2}
 
 
+def test_two_names_with_one_number_become_two_speakers(tmp_path):
+    """As where two data sets were prepared apart and each counted from 0."""
+    tone(tmp_path / "a.wav")
+    put(tmp_path / "m.jsonl", "".join(json.dumps({"audio": "a.wav", "text": "x", "speaker": s, "speaker_id": 0}) + "\n" for s in ("ann", "bob", "ann")))
+    speakers = {}
+    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", speakers)] == [0, 1, 0] and speakers == {"ann": 0, "bob": 1}
+    known = {"bob": 5}
+    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", known)] == [0, 5, 0] and known == {"bob": 5, "ann": 0}
+
+
 def test_several_manifests_in_one_run(tmp_path):
     for name in "ab":
         tone(tmp_path / f"{name}/x.wav", hertz=300 if name == "a" else 500)
@@ -455,6 +465,39 @@ def test_the_cache_returns_what_encode_makes(tmp_path, clips):
         assert same(again.get(row), model.encode(row))
     again.add(rows)
     assert model.heard == 24 and model.encoded == 24  # only by the comparison above
+
+
+def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips, monkeypatch):
+    model, rows, calls = Model(), read_manifest(clips), []
+
+    def interrupted(flat):
+        calls.append(flat)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return hash_of(flat)
+
+    hash_of = cache_part.hash_of
+    monkeypatch.setattr(cache_part, "hash_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    monkeypatch.undo()
+    cache = Cache(tmp_path / "c", model)
+    cache.add(rows, say=lambda *_: None)
+    assert cache.missing(rows) == [] and all(same(cache.get(r), Model().encode(r)) for r in rows)
+
+
+def test_a_shard_whose_records_changed_is_not_taken(tmp_path, clips):
+    model, rows = Model(), read_manifest(clips)
+    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    for shard in (tmp_path / "c").glob("*.safetensors"):
+        data = shard.read_bytes()
+        shard.write_bytes(data.replace(b"latents", b"lavents"))
+        if shard.read_bytes() != data:
+            break
+    else:
+        raise AssertionError("no record names latents")
+    cache = Cache(tmp_path / "c", model)
+    assert cache.bad == [shard] and cache.missing(rows)
 
 
 def test_only_what_changed_is_encoded_again(tmp_path, clips):

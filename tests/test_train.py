@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ import configs
 import lora
 import models
 import train
-from models.parts import Invalid, audio, checkpoint
+from models.parts import Invalid, adapters, audio, checkpoint
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
 from tests.running import ranks, start
@@ -410,7 +411,9 @@ def test_epochs_and_saves_by_epoch(home):
     said = go(home, "epochs", "--epochs", 2.5, "--save_epochs", 1, "--grad_accum_steps", 2, "--max_steps", 0)
     assert "epochs 2.5 means 9 steps" in said and steps_in(home / "epochs") == [9, 7, 4]
     assert numbers(home / "epochs")[6]["epoch"] == pytest.approx(2.0)
-    assert "learning rate reaches zero" not in said  # the schedule follows the epochs
+    assert "9 steps, 0 of them warm-up; the learning rate reaches zero at the last" in said and "(max_steps)" not in said
+    short = go(home, "epochs of a recipe", "--epochs", 2.5, "--warmup_steps", 30, "--max_steps", 100)  # a YAML's numbers are for its own length
+    assert "18 steps, 1 of them warm-up" in short and numbers(home / "epochs of a recipe")[-1]["lr"] < 1e-3
 
 
 def test_the_start_says_what_will_happen_and_the_end_what_did(home):
@@ -572,7 +575,74 @@ def test_resume_from_takes_a_step_and_refuses_a_damaged_one(home, straight, half
     said = go(home, "chosen", *LONG, code=1)  # the only step is damaged: not silently a fresh start
     assert "none of the 1 checkpoints in chosen is complete; --overwrite starts anew" in said
     said = go(home, "chosen", *LONG, "--resume_from", "nowhere", code=2)
-    assert "nowhere has no training_state.json" in said
+    assert "no folder nowhere" in said
+
+
+def test_the_same_command_goes_on_from_what_it_made_after_resume_from(home, straight, halfway):
+    first = halfway("lora", "branch of")
+    flags = (*LONG, "--resume_from", str(step(first, 11)), "--save_interval", 3)
+    go(home, "branched", *flags, "--num_iters", 14)
+    said = go(home, "branched", *flags)
+    assert "going on from" in said and "14 steps done" in said and not differing(step(home / "branched", 20), step(straight("lora"), 20))
+    assert "choose one" in go(home, "branched", *flags, "--overwrite", code=2)
+
+
+def test_latest_is_mended_where_a_kill_left_it_behind(home):
+    go(home, "behind", "--num_iters", 4, "--save_interval", 2)
+    checkpoint.point(home / "behind", "step_0000002")
+    go(home, "behind", "--num_iters", 4, "--save_interval", 2)
+    assert (home / "behind/latest").resolve().name == "step_0000004"
+
+
+def test_overwrite_moves_nothing_for_a_run_that_cannot_start(home):
+    go(home, "precious", "--num_iters", 2)
+    go(home, "precious", "--num_iters", 2, "--overwrite", "--pretrained_path", "nobase", code=1)
+    assert steps_in(home / "precious") == [2] and not (home / "precious.before-1").exists()
+    go(home, "precious", "--num_iters", 1, "--overwrite")
+    assert steps_in(home / "precious") == [1] and steps_in(home / "precious.before-1") == [2]
+
+
+def test_two_runs_do_not_share_a_folder(home):
+    train.hold(home / "held")
+    assert "another train.py is writing into held" in go(home, "held", "--num_iters", 1, code=2)
+    train.HELD.pop().close()
+    go(home, "held", "--num_iters", 1)
+
+
+def test_a_speaker_keeps_the_number_it_had_when_the_run_began(home):
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()]
+    for n, names in ((1, ("Bob", "Ann")), (2, ("Carl", "Bob", "Ann"))):
+        jsonl(home / "named.jsonl", [{**row, "speaker": names[i % len(names)]} for i, row in enumerate(rows)])
+        go(home, "named", "--train_manifest", "named.jsonl", "--num_iters", n)
+    assert adapters.read_record(home / "named/latest")["speakers"] == {"Bob": 0, "Ann": 1, "Carl": 2}
+
+
+def deaf():
+    """Nobody reads what the run says, and no sample can be spoken."""
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    train.sys = types.SimpleNamespace(**{**vars(sys), "stderr": Closed()})
+
+    def broken(*_):
+        raise OSError("no space")
+
+    train.speak = broken
+
+
+def test_neither_a_closed_pipe_nor_a_sample_ends_a_run(home):
+    go(home, "deaf", *LONG, "--num_iters", 4, "--val_samples", 1, hook=deaf)
+    assert steps_in(home / "deaf") == [4] and "no sample of the validation texts: no space" in (home / "deaf/train.log").read_text()
+
+
+def test_rows_too_long_by_their_audio_are_not_encoded(home):
+    clip(home / "long.wav", 40, 200)
+    jsonl(home / "long.jsonl", [{"id": "long", "audio": "long.wav", "text": "x"}, *map(json.loads, (home / "train.jsonl").read_text().splitlines())])
+    said = go(home, "long", "--train_manifest", "long.jsonl", "--val_manifest", "long.jsonl", "--num_iters", 1, "--max_length", 60)
+    assert "longer than 60 positions (max_length): long" in said and "validation: " in said and "rows are left out" in said and "encoded" not in said
 
 
 def small_disk():
@@ -896,7 +966,7 @@ REFUSED = {  # flags, exit code, words
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),
     "no base": (("--pretrained_path", "nobase"), 1, "no checkpoint at nobase"),
     "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens"),
-    "no target": (("--lora.target_modules", "q_projj"), 1, "lora.target_modules: 'q_projj' matches no Linear"),
+    "no target": (("--lora.target_modules", "q_projj"), 2, "lora.target_modules: 'q_projj' matches no Linear"),
     "a torn recording": (("--train_manifest", "torn.jsonl"), 1, "torn.wav"),
 }
 

@@ -333,6 +333,8 @@ def _flush(path):
 def check_step(folder) -> str | None:
     """None for a step folder whose index agrees with its files, otherwise what is wrong with it."""
     folder = Path(folder)
+    if not folder.is_dir():
+        return f"no folder {folder}"
     if not (folder / INDEX).is_file():
         return f"{folder} has no {INDEX}: it was not completed"
     try:
