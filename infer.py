@@ -109,6 +109,8 @@ def load_model(cfg, path, chosen):
         scale = f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}" if len(chosen) == 1 else f"rank {max(len(m.lora_A) for m in modules.values())} together"
         print(f"adapters: {' + '.join(f'{p} x {x:g}' for p, x in chosen)}: {len(loaded)} tensors in {len(modules)} modules, "
               f"{len(skipped)} skipped; {scale}", file=sys.stderr)
+        if skipped:
+            print(f"skipped, since it does nothing: {', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}", file=sys.stderr)
         for path, _ in chosen:
             model.speakers = {**getattr(model, "speakers", {}), **adapters.read_record(path).get("speakers", {})}
     if cfg.compile:
@@ -266,7 +268,8 @@ def tell_cap(out, end):
 
 def progress(done, total, seconds, started):
     spent = time.perf_counter() - started
-    return (f"{done}/{total} | {seconds:.1f} s of audio in {spent:.1f} s | real-time factor {spent / max(seconds, 1e-9):.2f} | "
+    factor = f" | real-time factor {spent / seconds:.2f}" if seconds else ""
+    return (f"{done}/{total} | {seconds:.1f} s of audio in {spent:.1f} s{factor} | "
             f"ETA {spent / done * (total - done):.0f} s")
 
 

@@ -126,6 +126,10 @@ def check_settings(cfg):
     wrong = [f"{k} is {getattr(cfg, k)}, expected at least {least}" for k, least in at_least.items() if getattr(cfg, k) < least]
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
+    needed = [cfg.pretrained_path, *cfg.train_manifest, *cfg.val_manifest, cfg.cache_dir]
+    inside = [p for p in needed if p and Path(cfg.save_path).resolve() in (q := Path(p).resolve(), *q.parents)]
+    if cfg.overwrite and inside:
+        wrong.append(f"overwrite would move {inside[0]} away, since it lies in save_path {cfg.save_path}")
     if cfg.overwrite and cfg.resume_from:
         wrong.append("overwrite starts anew and resume_from goes on; choose one")
     if cfg.save_mode != "lora" and not cfg.lora:
@@ -203,8 +207,8 @@ def seconds_of(row):
 
 
 def positions(row, model):
-    """How many positions the audio of a row takes at least; a conversation may lose turns, so nobody knows."""
-    return 0 if row.get("turns") else math.floor(seconds_of(row) * model.frame_rate)
+    """How many positions the audio of a row takes at least, by the headers; a conversation may lose turns, so nobody knows."""
+    return 0 if row.get("turns") else math.floor(seconds_of({**row, "duration": None}) * model.frame_rate)
 
 
 def seed_of(cfg, epoch, row):
@@ -578,7 +582,8 @@ def main():
     rows = read_manifest(cfg.train_manifest, speakers)
     val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
     model.speakers, model.max_length = speakers, min(cfg.max_length or model.max_length, model.max_length)
-    wanted = [row for row in rows + val_rows if positions(row, model) <= model.max_length]  # what is too long by its audio alone is not encoded
+    least = {id(row): positions(row, model) for row in rows + val_rows}
+    wanted = [row for row in rows + val_rows if least[id(row)] <= model.max_length]  # what is too long by its audio alone is not encoded
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(wanted)
     if missing and world > 1:
@@ -592,11 +597,11 @@ def main():
         model.codec.to(device)
         cache.add([wanted[i] for i in missing], log.say)
         model.codec.to("cpu")  # not needed again but to speak
-    keys = [cache.key(row) if positions(row, model) <= model.max_length else None for row in rows]  # from here on no recording is needed
-    lengths = [model.length(cache.load(key)) if key else positions(row, model) for row, key in zip(rows, keys)]
+    keys = [cache.key(row) if least[id(row)] <= model.max_length else None for row in rows]  # from here on no recording is needed
+    lengths = [model.length(cache.load(key)) if key else least[id(row)] for row, key in zip(rows, keys)]
     kept = pick_rows(cfg, rows, lengths, model, log)
     rows, lengths, keys = ([x[i] for i in kept] for x in (rows, lengths, keys))
-    val_examples = [cache.get(row) if positions(row, model) <= model.max_length else None for row in val_rows]
+    val_examples = [cache.get(row) if least[id(row)] <= model.max_length else None for row in val_rows]
     fits = [e is not None and 0 < model.length(e) <= model.max_length for e in val_examples]
     if not all(fits):
         log.say(f"validation: {fits.count(False)} of {len(fits)} rows are left out: longer than {model.max_length} positions, or nothing is trained in them",

@@ -16,6 +16,7 @@ import yaml
 from models.parts import Invalid, checkpoint
 
 BACKBONES = {m.name: importlib.import_module(f"models.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.ispkg}
+EXTRA = {"codec", "tokenizer", "w2v_bert", "semantic_codec", "campplus", "bigvgan"}  # parts that may lie elsewhere
 
 
 def backbones():
@@ -103,6 +104,9 @@ def pick_dtype(name, device):
 
 def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
     """The model of a published folder, in eval mode. options: the backbone's Training; extra: paths of parts kept elsewhere."""
+    unknown = set(extra or ()) - EXTRA
+    if unknown:
+        raise Invalid(f"extra: {', '.join(sorted(unknown))} unknown; known are {', '.join(sorted(EXTRA))}")
     module = find(path)
     folder = folder_of(path)
     device = pick_device(device) if isinstance(device, str) else device

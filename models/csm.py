@@ -731,7 +731,7 @@ class CSM(nn.Module):
 
     def adapter_words(self, modules, values):
         """lora_config.json of the single-file form."""
-        return {**values, "target_modules": sorted({m.split(".")[-1] for m in modules})}
+        return {**values, "target_modules": sorted({renamed(m + ".weight", "mlx").split(".")[-2] for m in modules})}
 
     def published_rows(self, parameter, naming=None):
         """Row order of the published weight (published = ours[rows]), None where it is ours."""

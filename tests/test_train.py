@@ -598,6 +598,7 @@ def test_overwrite_moves_nothing_for_a_run_that_cannot_start(home):
     go(home, "precious", "--num_iters", 2)
     go(home, "precious", "--num_iters", 2, "--overwrite", "--pretrained_path", "nobase", code=1)
     assert steps_in(home / "precious") == [2] and not (home / "precious.before-1").exists()
+    assert "overwrite would move precious/latest away" in go(home, "precious", "--overwrite", "--pretrained_path", "precious/latest", code=2)
     go(home, "precious", "--num_iters", 1, "--overwrite")
     assert steps_in(home / "precious") == [1] and steps_in(home / "precious.before-1") == [2]
 

@@ -275,6 +275,10 @@ def canonical(raw, roots):
 
 def turn(raw):
     """One turn of a conversation; train: false where it is only context."""
+    if not isinstance(raw.get("train"), (bool, type(None))) and raw["train"] not in (0, 1):
+        raise Invalid(f"train of a turn must be true or false, got {shown(raw['train'])}")
+    if pick(raw, "audio") is not None and pick(raw, "text") is None:
+        raise Invalid(f"a turn has audio ({shown(pick(raw, 'audio'))}) and no text")
     out = {k: raw[k] for k in ("role", "train", *CUT) if raw.get(k) is not None}
     return numbered(raw, out | {k: v for k in ("speaker", "text", "audio") if (v := pick(raw, k)) is not None})
 
