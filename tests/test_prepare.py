@@ -467,12 +467,13 @@ def test_the_cache_returns_what_encode_makes(tmp_path, clips):
     assert model.heard == 24 and model.encoded == 24  # only by the comparison above
 
 
-def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips, monkeypatch):
+@pytest.mark.parametrize("at", [5, 14])  # 12 clips have a tensor each, then 12 rows three
+def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips, monkeypatch, at):
     model, rows, calls = Model(), read_manifest(clips), []
 
     def interrupted(flat):
         calls.append(flat)
-        if len(calls) == 5:
+        if len(calls) == at:
             raise KeyboardInterrupt
         return hash_of(flat)
 
