@@ -128,7 +128,7 @@ def check_settings(cfg):
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
     needed = [cfg.pretrained_path, *cfg.train_manifest, *cfg.val_manifest, cfg.cache_dir]
     inside = [p for p in needed if p and Path(cfg.save_path).resolve() in (q := Path(p).resolve(), *q.parents)]
-    if cfg.overwrite and inside:
+    if cfg.overwrite and inside and Path(cfg.save_path).is_dir():
         wrong.append(f"overwrite would move {inside[0]} away, since it lies in save_path {cfg.save_path}")
     if cfg.overwrite and cfg.resume_from:
         wrong.append("overwrite starts anew and resume_from goes on; choose one")
