@@ -208,7 +208,7 @@ def names(cls, script):
         setting = find(canonical, index)
         if setting:
             head, dot, _ = canonical.partition(".")
-            for name in {alias, head + dot + alias} - {canonical} if dot else (alias,):
+            for name in (alias, head + dot + alias) if dot and alias != canonical.rpartition(".")[2] else (alias,):
                 index.setdefault(name, setting._replace(kind=kind or setting.kind, compute=compute))
     return index
 

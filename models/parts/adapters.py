@@ -159,10 +159,11 @@ def read(path, model, ignore_base=False) -> Adapter:
                 wrong.append(f"{name} is {list(tensor.shape)}, the model has {list(model.get_parameter(own).shape)}")
         else:
             wrong.append(f"{name} (no such module in this model)")
+    names = {re.sub(r"^base_model\.model\.", "", n).replace(".modules_to_save.", ".").replace(".default.", ".") for n in stored}
     for own in a.full if kind == "peft" else ():  # transformers ties its tables, PEFT trains a copy of each by itself
         for naming in model.namings:
             known = {model.published_name(own, naming), *_copies(model, own, naming)}
-            there = {n for n in known if any(re.sub(r"^base_model\.model\.", "", t).replace(".modules_to_save.", ".").replace(".default.", ".") == n for t in stored)}
+            there = known & names
             if there and there != known:
                 wrong.append(f"{', '.join(sorted(there))} was trained apart from {', '.join(sorted(known - there))}, but this model has one table for both")
     for module, half in halves.items():
@@ -297,9 +298,9 @@ def write(model, tensors, settings, folder, format="native", naming=None, record
     elif kind == "peft":
         full = [p for n in sorted(tensors) if ".lora_" not in n for p in (model.published_name(n, naming), *_copies(model, n, naming))]
         config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": r, "lora_alpha": _whole(scale * r), "use_rslora": False,
-                  "target_modules": sorted(names.values()), "lora_dropout": settings.dropout, "bias": "none", "lora_bias": biased, "task_type": None,
+                  "target_modules": sorted(names.values()), "lora_dropout": settings.dropout, "bias": "none", "task_type": None,
                   "fan_in_fan_out": False, "inference_mode": True,
-                  "modules_to_save": sorted({p.rpartition(".")[0] for p in full}) or None}
+                  "modules_to_save": sorted({p.rpartition(".")[0] for p in full}) or None, **({"lora_bias": True} if biased else {})}
     else:
         config = {"fine_tune_type": "lora", "base_model": base,
                   "lora_parameters": {"rank": r, "scale": scale, "dropout": settings.dropout, "keys": sorted(names.values())}}
