@@ -92,9 +92,9 @@ def measure_all(places, cfg, file):
     memo, facts = read_memo(file), {}
     places = list(dict.fromkeys(places))
     for p in places:
-        known = memo.get(json.dumps([*p, cfg.silence_db]))
-        if known and known[0] == stamp(p[0]) and known[1]["seconds"] <= cfg.max_seconds:
-            facts[p] = known[1]
+        then, known, check = (*(memo.get(json.dumps([*p, cfg.silence_db])) or ()), None, None, None)[:3]
+        if check and check == sha(json.dumps(known)) and then == stamp(p[0]) and known["seconds"] <= cfg.max_seconds:
+            facts[p] = known
     left = [p for p in places if p not in facts]
     jobs = [(*p, cfg.max_seconds, cfg.silence_db) for p in left]
     workers = min(cfg.workers or os.cpu_count() or 1, len(jobs) // 100)  # a process costs as much as a hundred clips
@@ -108,7 +108,7 @@ def measure_all(places, cfg, file):
             facts[p] = known
             heard += known.get("seconds", 0)
             if "error" not in known:
-                memo[json.dumps([*p, cfg.silence_db])] = [stamp(p[0]), known]
+                memo[json.dumps([*p, cfg.silence_db])] = [stamp(p[0]), known, sha(json.dumps(known))]
             now = time.time()
             if now - spoken > 5 or n == len(jobs):
                 spoken, rate = now, n / max(now - begun, 1e-9)
@@ -599,7 +599,7 @@ def main(argv=None):
     def manifests():
         sides = {"train.jsonl": [r for r in rows if r["id"] not in chosen],
                  "val.jsonl": [r for r in rows if r["id"] in chosen]}
-        say(", ".join(f"{out / name}: {len(side)} rows" for name, side in sides.items()))
+        say(", ".join(f"{out / name}: {len(side)} rows" if side else f"no {name}: too few recordings" for name, side in sides.items()))
         sides = {name: manifest(side, out) for name, side in sides.items()}
         written[:] = sorted({*written, *(hashlib.sha256(text).hexdigest()[:32] for text in sides.values())})
         report()  # first, so that a kill in between leaves no manifest that looks foreign

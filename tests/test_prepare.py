@@ -278,6 +278,19 @@ def test_speakers_are_numbered_once(tmp_path):
     assert speakers == {"0": 0, "7": 7, "anna": 1, "bo": 2}
 
 
+def test_what_was_measured_once_is_taken_only_whole(tmp_path):
+    tone(tmp_path / "in/a.wav")
+    put(tmp_path / "in/m.jsonl", {"audio": "a.wav", "text": "x"})
+    before, _ = prepared(tmp_path, "--input", tmp_path / "in/m.jsonl")
+    memo = next(tmp_path.rglob("facts.json"))
+    for old, new in ((b'"seconds"', b'"sekunden"'), (b'"rms": -', b'"rms": -7'), (b'[[', b'["')):
+        data = memo.read_bytes()
+        assert old in data
+        memo.write_bytes(data.replace(old, new))
+        again, _ = prepared(tmp_path, "--input", tmp_path / "in/m.jsonl", "--overwrite")
+        assert again == before and json.loads(memo.read_bytes())
+
+
 def test_two_names_with_one_number_become_two_speakers(tmp_path):
     """As where two data sets were prepared apart and each counted from 0."""
     tone(tmp_path / "a.wav")
