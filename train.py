@@ -493,13 +493,13 @@ def to_device(batch, device):
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def pick_rows(cfg, rows, lengths, model, log):
-    """Rows that fit, with their numbers; what is dropped is said by reason."""
+def pick_rows(cfg, rows, lengths, limit, log):
+    """Numbers of the rows that fit `limit` positions and the budgets; what is dropped is said by reason."""
     budget = cfg.max_batch_tokens // cfg.batch_size if cfg.max_batch_tokens else 0
     kept, dropped = [], {}
     for i, n in enumerate(lengths):
         why = "with nothing that is trained in them" if not n else \
-            f"longer than {model.max_length} positions (max_length)" if n > model.max_length else \
+            f"longer than {limit} positions (max_length)" if n > limit else \
             f"longer than {budget} positions (max_batch_tokens / batch_size)" if budget and n > budget else \
             f"longer than {cfg.batch_tokens} positions (batch_tokens)" if cfg.batch_tokens and n > cfg.batch_tokens else None
         if why:
@@ -581,14 +581,17 @@ def main():
     speakers = dict(checkpoint.read_json(found / checkpoint.INDEX).get("speakers", {})) if found is not None else {}
     rows = read_manifest(cfg.train_manifest, speakers)
     val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
-    model.speakers, model.max_length = speakers, min(cfg.max_length or model.max_length, model.max_length)
+    model.speakers, most = speakers, model.max_length
+    limit = min(cfg.max_length or most, most)
+    if any("turns" in row for row in rows + val_rows):
+        model.max_length = limit  # encode cuts conversations to it, so it is part of what the cache holds
     least = {id(row): positions(row, model) for row in rows + val_rows}
-    wanted = [row for row in rows + val_rows if least[id(row)] <= model.max_length]  # what is too long by its audio alone is not encoded
+    wanted = [row for row in rows + val_rows if least[id(row)] <= limit]  # what is too long by its audio alone is not encoded
     cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(wanted)
     if missing and world > 1:
         command = "this command without torchrun encodes before it trains"
-        if cache.folder.name == "cache" and not cfg.backbone:  # where and as prepare_data.py encodes
+        if cache.folder.name == "cache" and not cfg.backbone and model.max_length == most:  # where and as prepare_data.py encodes
             command = "python prepare_data.py --encode_only --input " + shlex.join(
                 [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(cache.folder.parent), "--ckpt_dir", cfg.pretrained_path])
         raise Usage(f"{len(missing)} of {len(wanted)} clips are not in the cache {cache.folder}. Encode them once, in one process:\n"
@@ -597,14 +600,14 @@ def main():
         model.codec.to(device)
         cache.add([wanted[i] for i in missing], log.say)
         model.codec.to("cpu")  # not needed again but to speak
-    keys = [cache.key(row) if least[id(row)] <= model.max_length else None for row in rows]  # from here on no recording is needed
+    keys = [cache.key(row) if least[id(row)] <= limit else None for row in rows]  # from here on no recording is needed
     lengths = [model.length(cache.load(key)) if key else least[id(row)] for row, key in zip(rows, keys)]
-    kept = pick_rows(cfg, rows, lengths, model, log)
+    kept = pick_rows(cfg, rows, lengths, limit, log)
     rows, lengths, keys = ([x[i] for i in kept] for x in (rows, lengths, keys))
-    val_examples = [cache.get(row) if least[id(row)] <= model.max_length else None for row in val_rows]
-    fits = [e is not None and 0 < model.length(e) <= model.max_length for e in val_examples]
+    val_examples = [cache.get(row) if least[id(row)] <= limit else None for row in val_rows]
+    fits = [e is not None and 0 < model.length(e) <= limit for e in val_examples]
     if not all(fits):
-        log.say(f"validation: {fits.count(False)} of {len(fits)} rows are left out: longer than {model.max_length} positions, or nothing is trained in them",
+        log.say(f"validation: {fits.count(False)} of {len(fits)} rows are left out: longer than {limit} positions, or nothing is trained in them",
                 "warning")
         val_rows, val_examples = ([x for x, fit in zip(part, fits) if fit] for part in (val_rows, val_examples))
     if len(speakers) > 1 and not model.speaker_input:
