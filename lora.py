@@ -49,7 +49,7 @@ class State:
     strength: float = 1.0
     gain: float = 1.0  # what acts now: strength, or 0 when switched off
     base: dict = field(default_factory=dict)  # {name: base value} of parameters trained in full beside LoRA
-    tuned: dict = field(default_factory=dict)  # {name: trained value} as read, or while gain is not 1, so that switching loses nothing
+    tuned: dict = field(default_factory=dict)  # {name: trained value} while gain is not 1 or the model rounds it, so that nothing is lost
 
 
 def state(model):
@@ -160,7 +160,7 @@ def finite(strength):
 
 
 def tuned(model):
-    """{name: trained value} of what is trained in full: what a file said in float32 as long as no step has changed it."""
+    """{name: trained value} of what is trained in full; where bf16 rounds it, as the file said while no step has changed it."""
     st = state(model)
     if st.gain != 1.0:
         return st.tuned
@@ -274,8 +274,10 @@ def _fill(model, a):
         if module.lora_bias is not None:
             module.lora_bias.copy_(a.bias.get(name, torch.zeros(len(B))))
     for name, value in a.full.items():
-        model.get_parameter(name).copy_(value)
-        state(model).tuned[name] = value.to(model.get_parameter(name).device)
+        p = model.get_parameter(name)
+        p.copy_(value)
+        if p.dtype != value.dtype:  # what it rounds away
+            state(model).tuned[name] = value.to(p.device)
 
 
 def restore_lora_weights(model, path, ignore_base=False):

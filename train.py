@@ -481,8 +481,6 @@ def speak(cfg, model, rows, step, log):
         if step == 0 and isinstance(row["audio"], str):
             recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
             log.writer.add_audio(f"val_sample_{i}/reference_audio", recording[None], step, rate)
-    model.codec.to("cpu")
-    model.train()
 
 
 def to_device(batch, device):
@@ -718,7 +716,8 @@ def main():
                 speak(cfg, model, val_rows, state["step"], log)
             except (Invalid, OSError, RuntimeError) as e:  # a sample is no reason to lose a run
                 log.say(f"step {state['step']}: no sample of the validation texts: {str(e).splitlines()[0]}", "warning")
-                model.train()
+            model.codec.to("cpu")
+            model.train()
 
     signals = []
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import infer
 import lora
 import models
 from models import voxcpm
@@ -187,6 +189,32 @@ def test_adapters_act_with_their_strength_and_add_up(home):
         assert f" in {sum(modules[n] for n, _ in chosen)} modules, 0 skipped" in err
         assert "r 4, alpha 8, scale 2" in err or len(chosen) > 1 and "rank 4 together" in err
     assert len({w.numpy().tobytes() for w in waves}) == len(waves)
+
+
+def test_every_warning_is_printed_with_its_file(capsys):
+    class Mute:
+        finish = ["end", "end"]
+
+        def generate_batch(self, requests):
+            warnings.warn("request 1: only silence")
+            yield from ((i, torch.zeros(2)) for i in range(2))
+
+    for n in range(2):  # Python itself says the same words once
+        item = dict(text="x", reference_audio="", prompt_audio="", context=[], speaker="", seed=0)
+        infer.speak(Mute(), [(f"a{n}.wav", item), (f"b{n}.wav", item)], {})
+    assert capsys.readouterr().err.splitlines() == ["b0.wav: only silence", "b1.wav: only silence"]
+
+
+def test_a_relative_base_is_looked_for_above_the_adapter(home, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    (project / "checkpoints").symlink_to(home.base.parent)
+    monkeypatch.chdir(project)
+    model = models.load(f"checkpoints/{home.base.name}")
+    lora.apply_lora_to_model(model, {"r": 2})
+    lora.save_lora_weights(model, "runs/a")
+    monkeypatch.chdir(tmp_path)
+    assert infer.base_of("project/runs/a") == str(project / "checkpoints" / home.base.name)
 
 
 def test_a_strength_that_is_no_number_is_wrong_use(home):

@@ -501,6 +501,12 @@ def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips
     assert cache.missing(rows) == [] and all(same(cache.get(r), Model().encode(r)) for r in rows)
 
 
+def test_a_gain_that_overflows_is_refused(tmp_path, clips):
+    rows = read_manifest(clips)
+    with pytest.raises(Invalid, match="gain_db 800.0 makes it louder than a number can be"):
+        Cache(tmp_path / "c", Model()).add([{**rows[0], "gain_db": 800.0}], say=lambda *_: None)
+
+
 def test_a_shard_whose_records_changed_is_not_taken(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
     Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)

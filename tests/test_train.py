@@ -594,6 +594,22 @@ def test_latest_is_mended_where_a_kill_left_it_behind(home):
     assert (home / "behind/latest").resolve().name == "step_0000004"
 
 
+def test_a_damaged_adapter_in_a_step_folder_is_named_when_it_is_loaded(home):
+    go(home, "flipped", "--num_iters", 1)
+    path = home / "flipped/latest/lora_weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Invalid, match="does not have the checksum"):
+        lora.load_lora_weights(models.load(home / "base"), home / "flipped/latest")
+
+
+def test_debug_tells_of_every_step(home):
+    said = go(home, "debugged", "--num_iters", 2, "--debug")
+    assert "trained: base_lm.layers.0" in said and said.count(" s for the data") == 2
+    assert "for the data" not in go(home, "not debugged", "--num_iters", 1)
+
+
 def test_overwrite_moves_nothing_for_a_run_that_cannot_start(home):
     go(home, "precious", "--num_iters", 2)
     go(home, "precious", "--num_iters", 2, "--overwrite", "--pretrained_path", "nobase", code=1)

@@ -426,3 +426,8 @@ def test_padding_changes_no_loss_and_no_gradient(golden, tmp_path, more):
     assert abs(diff - diff_wider) <= 1e-6 * diff and abs(stop - stop_wider) <= 1e-6 * stop
     whole, wider = (torch.cat([g[name].flatten().double() for name in grads]) for g in (grads, grads_wider))
     assert (whole - wider).norm() <= 1e-6 * whole.norm()
+
+
+def test_conversations_are_refused(golden):
+    with pytest.raises(Invalid, match="this row has turns"):
+        golden.model.encode({"turns": [{"text": "x", "audio": "a.wav"}]})
