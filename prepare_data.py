@@ -6,7 +6,7 @@
                                                        └──▶ report.html report.json
 
 Every row is checked before anything is written, and everything that is wrong is named at once, with file and line.
-Killed anywhere, the same command goes on where it was. train.py uses `read_manifest` and `Cache` from here.
+Killed anywhere, the same command goes on where it was. train.py uses `read_manifest` and `ClipCache` from here.
 """
 import collections
 import copy
@@ -33,7 +33,7 @@ import torch
 import configs
 import models
 from models.parts import Invalid, audio, clips, opt, page
-from models.parts.cache import READ, Cache, clock, read_memo, sha, stamp, write_file
+from models.parts.cache import READ, ClipCache, clock, read_memo, sha, stamp, write_file
 from models.parts.manifests import (KEYS, SHAPES, Ambiguous, check_text, holders, is_file, listing, number_speakers,
                                     read_manifest, read_rows, read_table, unused, words_in)
 
@@ -628,7 +628,7 @@ def main(argv=None):
         if not cfg.check:
             there = [out / n for n in ("train.jsonl", "val.jsonl") if is_file(out / n)] if not own else own
             by_id, encoded = {r["id"]: r for r in rows}, read_manifest(there)
-            cache = Cache(out / "cache", model)
+            cache = ClipCache(out / "cache", model)
             cache.memo |= {r["audio"]: [*stamp(r["audio"]), r["facts"]["sha"]] for r in rows if "facts" in r}
             try:
                 cache.add(encoded, say)

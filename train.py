@@ -40,7 +40,7 @@ from configs import Usage, opt
 from lora import LoRAConfig
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
-from prepare_data import Cache, read_manifest
+from prepare_data import ClipCache, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -147,7 +147,7 @@ def learning_rate(cfg, s, span, warmup):
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (span - warmup)))
 
 
-def stream(*numbers) -> int:
+def seed_from(*numbers) -> int:
     """A seed from numbers and texts, the same on every machine."""
     return zlib.crc32(repr(numbers).encode()) & 0x7FFFFFFF
 
@@ -157,7 +157,7 @@ def stream(*numbers) -> int:
 
 def micro_batches(lengths, cfg, epoch) -> list[list[int]]:
     """The rows of one pass, cut into micro-batches of clips of like length, in an order that depends on seed and epoch only."""
-    draw = random.Random(stream(cfg.seed, "order", epoch))
+    draw = random.Random(seed_from(cfg.seed, "order", epoch))
     order = list(range(len(lengths)))
     draw.shuffle(order)
     group = 50 * cfg.batch_size if not cfg.batch_tokens else 512
@@ -212,7 +212,7 @@ def positions(row, model):
 
 
 def seed_of(cfg, epoch, row):
-    return stream(cfg.seed, "draw", epoch, row["id"])
+    return seed_from(cfg.seed, "draw", epoch, row["id"])
 
 
 # ------------------------------------------------------------------------------------------------ ranks and gradients
@@ -546,7 +546,7 @@ def main():
     if min(lambdas.values()) < 0 or not any(lambdas.values()):
         raise Usage(f"lambdas: {lambdas}; expected weights of at least 0, and one above")
     dtype = models.pick_dtype(cfg.dtype, device)
-    torch.manual_seed(stream(cfg.seed, "init"))
+    torch.manual_seed(seed_from(cfg.seed, "init"))
     source = found if found is not None and not cfg.lora else cfg.pretrained_path
     scratch = "scratch" if cfg.from_scratch and source is cfg.pretrained_path else cfg.weights if source is cfg.pretrained_path else ""
     model = models.load(source, device, dtype, options, weights=scratch or None, allow_unused=cfg.allow_unused_tensors)
@@ -585,7 +585,7 @@ def main():
         model.max_length = limit  # encode cuts conversations to it, so it is part of what the cache holds
     least = {id(row): positions(row, model) for row in rows + val_rows}
     wanted = [row for row in rows + val_rows if least[id(row)] <= limit]  # what is too long by its audio alone is not encoded
-    cache = Cache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
+    cache = ClipCache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
     missing = cache.missing(wanted)
     if missing and world > 1:
         command = "this command without torchrun encodes before it trains"
@@ -623,7 +623,7 @@ def main():
     # ------------------------------------------------------------------------------------------------ resume
     state = {"step": 0, "epoch": 0, "position": 0, "best": [math.inf, -1], "skipped": 0, "micro_per_step": per_step, "settings": picked(cfg),
              "speakers": speakers, "resumed_from": str(Path(cfg.resume_from).resolve()) if cfg.resume_from else "",
-             "data": stream([(row["id"], n) for row, n in zip(rows, lengths)]), "base": model.fingerprint if cfg.lora else None}
+             "data": seed_from([(row["id"], n) for row, n in zip(rows, lengths)]), "base": model.fingerprint if cfg.lora else None}
     came_from = None
     if found is not None:
         index = checkpoint.read_json(found / checkpoint.INDEX)
@@ -688,7 +688,7 @@ def main():
     def step_loss(micro, weight):
         sums = {}
         for number, members, (batch, _) in micro:
-            torch.manual_seed(stream(cfg.seed, "dropout", state["step"], number))  # dropout is all that still draws
+            torch.manual_seed(seed_from(cfg.seed, "dropout", state["step"], number))  # dropout is all that still draws
             out = model(to_device(batch, device))
             sum(weight[k] * out[k] for k in weight).backward()
             for k, v in out.items():

@@ -36,7 +36,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configs
-from models.parts import Invalid, audio, audiovae, checkpoint, opt
+from models.codecs import audiovae
+from models.parts import Invalid, audio, checkpoint, opt
 
 
 @dataclass

@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, audio, check, checkpoint, mimi, opt
+from models.codecs import mimi
+from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, run_layers
 from models.parts.sampling import chunks, takes
@@ -111,7 +112,7 @@ def read_config(raw, shapes, where):
             k = shapes.get(layer + "self_attn.k_proj.weight")
             kv = k[0] // size if k else base.num_key_value_heads
         count = len({m[1] for n in shapes if (m := re.match(rf"{prefix}\.layers\.(\d+)\.", n))})
-        theta, scaling = rope(section, base, where)
+        theta, scaling = rope_settings(section, base, where)
         return TowerConfig(
             value("hidden_size", f"{prefix}.norm.weight"), value("intermediate_size", layer + "mlp.gate_proj.weight"),
             section.get("num_hidden_layers") or count or base.num_hidden_layers, heads, kv, size,
@@ -129,7 +130,7 @@ def read_config(raw, shapes, where):
         raw.get("codec_config") or {})
 
 
-def rope(section, base, where):
+def rope_settings(section, base, where):
     """(theta, llama3 numbers or None) of a config section in its older or newer spelling."""
     given = section.get("rope_parameters") or section.get("rope_scaling")
     if given is None:
@@ -209,13 +210,13 @@ class Tower(nn.Module):
     def make_rotary(self, device):
         self.register_buffer("frequencies", frequencies(self.config).to(device), persistent=False)
 
-    def turn(self, positions):
+    def rope(self, positions):
         return rotary(positions, self.frequencies)
 
-    def forward(self, x, turn=None, causal=False, mask=None, caches=None, column=None):
-        if turn is None:
-            turn = self.turn(torch.arange(x.shape[1], device=x.device))
-        return self.norm(run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training))
+    def forward(self, x, rope=None, causal=False, mask=None, caches=None, column=None):
+        if rope is None:
+            rope = self.rope(torch.arange(x.shape[1], device=x.device))
+        return self.norm(run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training))
 
     def caches(self, B, S, x):
         c = self.config
@@ -283,7 +284,7 @@ class DepthSteps:
         angle = torch.arange(K)[:, None, None].float() * decoder.frequencies.cpu()
         angle = torch.cat([angle.expand(-1, H // G + 1, -1), 0 * angle], 1)  # (K, heads of a group, D / 2)
         size = torch.tensor([D**-0.5] * (H // G) + [1.0, 1.0])[:, None].expand_as(angle)
-        self.turns = torch.polar(size, angle).repeat(1, G, 1).flatten(1).to(device).unbind()  # K of (all heads * D / 2,)
+        self.ropes = torch.polar(size, angle).repeat(1, G, 1).flatten(1).to(device).unbind()  # K of (all heads * D / 2,)
         self.config, self.dtype = c, model.dtype
         self.place(torch.zeros(len(self.layers), B, G, 2, K, D, device=device))
 
@@ -328,7 +329,7 @@ class DepthSteps:
                 turned.copy_(qkv)
             for n, (pairs, kv, q, y) in enumerate(parts, j):
                 slot, keys, values = self.seen[n][i]
-                pairs.mul_(self.turns[n])
+                pairs.mul_(self.ropes[n])
                 slot.copy_(kv)
                 torch.bmm(torch.bmm(q, keys).softmax(-1), values, out=y)
             if mixed is not heard:
@@ -518,7 +519,7 @@ class CSM(nn.Module):
         B, L = batch["rows"].shape[:2]
         rows, place = batch["rows"].flatten(0, 1), batch["place"]
         x = self._embed(rows[place], batch["text"], batch["audio"])[None]  # (1, P, H), P real rows
-        h = self.backbone_model(x, self.backbone_model.turn(place % L), mask=Packing(place, B, L))[0, batch["before"]]  # (N, H)
+        h = self.backbone_model(x, self.backbone_model.rope(place % L), mask=Packing(place, B, L))[0, batch["before"]]  # (N, H)
         codes = rows[batch["trained"]][:, :-1]  # (N, K)
         first = F.cross_entropy(self.lm_head(h).float(), codes[:, 0], reduction="sum")
         h, codes = h[batch["frames"]], codes[batch["frames"]]
@@ -638,11 +639,11 @@ class CSM(nn.Module):
         column = torch.arange(L, device=device)
         seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
         near = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
-        turn = self.backbone_model.turn((column[None] - pad[:, None]).clamp(min=0)[:, None])
+        rope = self.backbone_model.rope((column[None] - pad[:, None]).clamp(min=0)[:, None])
         allowed = min(c.vocab_size, self.codec.config.codebook_size) if s.mask_special else c.vocab_size
         x = self._embed(rows.flatten(0, 1).to(device), text, audio).view(B, L, -1)
         caches, steps = self.backbone_model.caches(B, S, x), DepthSteps(self, B, allowed)
-        h = self.backbone_model(x, turn, mask=near, caches=caches, column=column)[:, -1]
+        h = self.backbone_model(x, rope, mask=near, caches=caches, column=column)[:, -1]
 
         left = list(range(B))
         for n in range(max(caps)):
@@ -672,8 +673,8 @@ class CSM(nn.Module):
     def _step(self, frame, seen, pad, column, caches):
         """The newest frame (B, K) goes in at `column` (1,), the state that predicts the next comes out (B, H)."""
         mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
-        turn = self.backbone_model.turn((column - pad)[:, None, None])
-        return self.backbone_model(self._frames(frame)[:, None], turn, mask=mask, caches=caches, column=column)[:, 0]
+        rope = self.backbone_model.rope((column - pad)[:, None, None])
+        return self.backbone_model(self._frames(frame)[:, None], rope, mask=mask, caches=caches, column=column)[:, 0]
 
     @torch.inference_mode()  # a quarter less time than no_grad: most of it goes into calls
     def _frame(self, h, u, s, n, steps):

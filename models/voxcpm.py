@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, audio, audiovae, check, checkpoint, opt
+from models.codecs import audiovae
+from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, rotary_frequencies, run_layers
 from models.parts.sampling import chunks, takes
 from models.parts.tokenizer import Tokenizer
@@ -179,28 +180,28 @@ class Stack(nn.Module):
 
     def make_rotary(self, device):
         """Frequencies are divided by LongRoPE's factors at every length; 'long' ones only past the original length."""
-        scaling, factors, self.turn_scale = self.lm.rope_scaling, None, 1.0
+        scaling, factors, self.rope_scale = self.lm.rope_scaling, None, 1.0
         if scaling:
             original = scaling.get("original_max_position_embeddings", self.lm.max_position_embeddings)
             ratio = self.lm.max_position_embeddings / original
             factors = scaling["long_factor" if ratio > 1 else "short_factor"]
-            self.turn_scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+            self.rope_scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
             if len(factors) != self.head_size // 2:
                 raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; expected {self.head_size // 2}")
         frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
-        self.turns = {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
+        self.ropes = {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
 
     def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=None):
-        turn, key = None, (x.shape[1], x.device)
+        rope, key = None, (x.shape[1], x.device)
         if self.use_rope and positions is not None:
-            turn = rotary(positions, self.frequencies, self.turn_scale)
+            rope = rotary(positions, self.frequencies, self.rope_scale)
         elif self.use_rope:  # a local stack, always of the same few lengths
-            if key not in self.turns:
+            if key not in self.ropes:
                 with torch.inference_mode(False):  # it may be kept for a training step
-                    self.turns[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.turn_scale)
-            turn = self.turns[key]
-        x = run_layers(self.layers, x, turn, causal, mask, caches, column, self.recompute and self.training, keep)
+                    self.ropes[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.rope_scale)
+            rope = self.ropes[key]
+        x = run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training, keep)
         return self.norm(x)
 
     def caches(self, B, S, x):

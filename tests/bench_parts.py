@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from models.parts import audio, checkpoint, higgs_codec, repcodec, w2vbert
+from models.codecs import higgs_codec, repcodec, w2vbert
+from models.parts import audio, checkpoint
 from tests import test_higgs_codec, test_repcodec, test_w2vbert
 
 CLIPS = [2 + 10 * i / 19 for i in range(20)]  # seconds

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models.parts import Invalid, audiovae, checkpoint
+from models.codecs import audiovae
+from models.parts import Invalid, checkpoint
 from tests import conftest, tiny
 
 LAYOUTS = Path(conftest.ROOT).parent / "shared/layouts"

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models.parts import Invalid, bigvgan, checkpoint
+from models.codecs import bigvgan
+from models.parts import Invalid, checkpoint
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from models.parts import Invalid, audio, campplus, checkpoint
+from models.codecs import campplus
+from models.parts import Invalid, audio, checkpoint
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -11,7 +11,8 @@ import soundfile
 import torch
 
 from demo import evaluate, make_speech, train_audiovae
-from models.parts import Invalid, audiovae
+from models.codecs import audiovae
+from models.parts import Invalid
 from models.parts.tokenizer import Tokenizer
 from tests import conftest
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.parts import Invalid, audio, checkpoint, higgs_codec
+from models.codecs import higgs_codec
+from models.parts import Invalid, audio, checkpoint
 from tests import tiny
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "higgs_codec.safetensors")

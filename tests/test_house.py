@@ -81,10 +81,12 @@ def test_imports_point_one_way():
             assert head != "tests", f"{own} imports {full}"
             if own.startswith("models/parts/"):
                 assert full.startswith("models.parts"), f"{own} imports {full}: a part knows only other parts"
+            elif own.startswith("models/codecs/"):
+                assert full.startswith(("models.parts", "models.codecs")), f"{own} imports {full}: a codec knows no backbone"
             elif own.startswith("models/"):
                 assert head == "models", f"{own} imports {full}: models know no script"
             elif own.startswith("configs/"):
-                assert full.startswith("models.parts."), f"{own} imports {full}"
+                assert full.startswith(("models.parts.", "configs.aliases.")), f"{own} imports {full}"
             elif own == "lora.py":
                 assert head in ("models", "configs"), f"{own} imports {full}"
             elif head == "models" and path in SCRIPTS:

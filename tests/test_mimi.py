@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from models.parts import Invalid, mimi
+from models.codecs import mimi
+from models.parts import Invalid
 from models.parts.checkpoint import Stored
 from tests import conftest, tiny, tiny_csm
 
@@ -135,19 +136,19 @@ def test_the_window_matters_and_is_exact(codec):
     """A frame 126 frames back no longer reaches the attention of the newest one, through one layer; 124 back it does."""
     attention, g = codec.decoder_transformer.layers[0].self_attn, torch.Generator().manual_seed(0)
     x = torch.randn(1, 260, 32, generator=g)
-    turn = mimi.rotary(torch.arange(260), codec.decoder_transformer.frequencies)
-    before = attention(x, turn, {})
+    rope = mimi.rotary(torch.arange(260), codec.decoder_transformer.frequencies)
+    before = attention(x, rope, {})
     for back, seen in ((249, True), (250, False)):
         y = x.clone()
         y[0, 259 - back] += 1
-        assert bool((attention(y, turn, {})[0, 259] != before[0, 259]).any()) == seen
+        assert bool((attention(y, rope, {})[0, 259] != before[0, 259]).any()) == seen
 
 
 def test_long_clips_are_attended_in_blocks(codec):
     attention, x = codec.encoder_transformer.layers[0].self_attn, torch.randn(1, 1100, 32, generator=torch.Generator().manual_seed(0))
-    turn = mimi.rotary(torch.arange(1100), codec.encoder_transformer.frequencies)
-    state, whole = {}, attention(x, turn, {})
-    parts = [attention(x[:, a : a + 550], tuple(t[a : a + 550] for t in turn), state) for a in (0, 550)]
+    rope = mimi.rotary(torch.arange(1100), codec.encoder_transformer.frequencies)
+    state, whole = {}, attention(x, rope, {})
+    parts = [attention(x[:, a : a + 550], tuple(t[a : a + 550] for t in rope), state) for a in (0, 550)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 

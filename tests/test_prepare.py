@@ -15,7 +15,7 @@ import torch
 import configs
 import prepare_data
 from models.parts import Invalid, audio, cache as cache_part, clips as cutting
-from prepare_data import Cache, read_manifest
+from prepare_data import ClipCache, read_manifest
 from tests import running
 from tests.conftest import ROOT
 
@@ -356,7 +356,7 @@ def test_trim_and_loudness_change_what_is_encoded_and_not_the_file(tmp_path, mod
     (row,), report = prepared(tmp_path, "--input", tmp_path / "in", "--trim", 0.2, "--loudness", "peak:-6", "--ckpt_dir", "any")
     assert (row["start"], row["end"], row["duration"]) == (0.8, 3.2, 2.4) and (tmp_path / "in/x.wav").read_bytes() == before
     assert report["changed"]["clips trimmed"] == 1 and report["changed"]["seconds trimmed"] == pytest.approx(2.1, abs=0.02)
-    latents = Cache(tmp_path / "out/cache", model).get(row)["latents"]
+    latents = ClipCache(tmp_path / "out/cache", model).get(row)["latents"]
     assert latents.numel() == 2.4 * 16000 / 80 and latents.abs().max() == pytest.approx(10 ** (-6 / 20), rel=0.02)
     report = prepared(tmp_path, "--input", tmp_path / "in")[1]
     assert [n["kind"] for n in report["notices"]] == ["silence"] and not report["changed"].get("clips trimmed")
@@ -468,13 +468,13 @@ def same(a, b):
 
 def test_the_cache_returns_what_encode_makes(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == list(range(12))
     with pytest.raises(Invalid, match="prepare_data"):
         cache.get(rows[0])
     cache.add(rows, say=lambda *_: None)
     assert (model.heard, model.encoded, cache.missing(rows)) == (12, 12, [])
-    again = Cache(tmp_path / "c", model)
+    again = ClipCache(tmp_path / "c", model)
     for row in rows:
         assert same(again.get(row), model.encode(row))
     again.add(rows)
@@ -494,9 +494,9 @@ def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips
     hash_of = cache_part.hash_of
     monkeypatch.setattr(cache_part, "hash_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+        ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     monkeypatch.undo()
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
     assert cache.missing(rows) == [] and all(same(cache.get(r), Model().encode(r)) for r in rows)
 
@@ -504,12 +504,12 @@ def test_a_signal_in_the_middle_of_a_record_leaves_no_half_of_it(tmp_path, clips
 def test_a_gain_that_overflows_is_refused(tmp_path, clips):
     rows = read_manifest(clips)
     with pytest.raises(Invalid, match="gain_db 800.0 makes it louder than a number can be"):
-        Cache(tmp_path / "c", Model()).add([{**rows[0], "gain_db": 800.0}], say=lambda *_: None)
+        ClipCache(tmp_path / "c", Model()).add([{**rows[0], "gain_db": 800.0}], say=lambda *_: None)
 
 
 def test_a_shard_whose_records_changed_is_not_taken(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     for shard in (tmp_path / "c").glob("*.safetensors"):
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b"latents", b"lavents"))
@@ -517,44 +517,44 @@ def test_a_shard_whose_records_changed_is_not_taken(tmp_path, clips):
             break
     else:
         raise AssertionError("no record names latents")
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.bad == [shard] and cache.missing(rows)
 
 
 def test_only_what_changed_is_encoded_again(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     counts = []
     for change in ({"text": "mended"}, {"text": "mended", "start": 0.1}, {"text": "mended", "start": 0.1, "gain_db": -3.0},
                    {"text": "mended", "start": 0.1, "gain_db": -3.0, "duration": 9.0, "id": "other"},
                    {"text": "mended", "speaker": 3}, {"text": "mended", "ref_audio": rows[5]["audio"]}):
         before = model.heard, model.encoded
-        cache = Cache(tmp_path / "c", model)
+        cache = ClipCache(tmp_path / "c", model)
         cache.add([{**rows[3], **change}, *rows], say=lambda *_: None)
         counts.append((model.heard - before[0], model.encoded - before[1]))
     assert counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (1, 1)] or counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (0, 1)]
     tone(rows[3]["audio"], 0.9, 999)  # other bytes under the same name
     before = model.heard, model.encoded
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == [3]
     cache.add(rows, say=lambda *_: None)
     assert (model.heard - before[0], model.encoded - before[1]) == (1, 1)
     os.utime(rows[4]["audio"], (1, 1))  # touched, not changed
-    assert Cache(tmp_path / "c", model).missing(rows) == []
+    assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
 
 def test_another_codec_or_tokenizer_asks_for_its_own_examples(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     model.encode_key = "rest 2"
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
     assert (model.heard, model.encoded) == (12, 24)
     model.codec_key = "codec 2"
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     assert (model.heard, model.encoded) == (24, 36)
     model.codec_key, model.encode_key = "codec 1", "rest 1"
-    assert Cache(tmp_path / "c", model).missing(rows) == []
+    assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
 
 def test_turns_messages_and_dictionaries_of_codes(tmp_path):
@@ -571,7 +571,7 @@ def test_turns_messages_and_dictionaries_of_codes(tmp_path):
     tone(tmp_path / "reference_audio.wav", 1), tone(tmp_path / "target_audio.wav", 3)
     put(tmp_path / "m.jsonl", json.dumps({"turns": [{"text": "x", "audio": "a.wav"}, {"text": "y", "audio": "b.wav", "speaker": 1}]}) + "\n"
         + json.dumps(CHATML) + "\n")
-    rows, cache = read_manifest(tmp_path / "m.jsonl"), Cache(tmp_path / "c", Talker())
+    rows, cache = read_manifest(tmp_path / "m.jsonl"), ClipCache(tmp_path / "c", Talker())
     cache.add(rows, say=lambda *_: None)
     assert cache.get(rows[0])["n"].tolist() == [25, 50]
     assert cache.get(rows[1])["n"].tolist() == [75, 25, 75]  # the row's own, the reference and the answer
@@ -581,7 +581,7 @@ def test_turns_messages_and_dictionaries_of_codes(tmp_path):
 @pytest.mark.parametrize("harm", ["flip", "cut", "header", "empty", "lost"])
 def test_a_damaged_shard_is_noticed_and_encoded_again(tmp_path, clips, harm):
     model, rows = Model(), read_manifest(clips)
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     shard = max((tmp_path / "c").glob("*.safetensors"), key=lambda p: p.stat().st_size)
     data = bytearray(shard.read_bytes())
     data[-9 if harm == "flip" else 20] ^= 0x10
@@ -589,35 +589,35 @@ def test_a_damaged_shard_is_noticed_and_encoded_again(tmp_path, clips, harm):
     if harm == "lost":
         shard.unlink()
     said = []
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows)
     cache.add(rows, say=said.append)
     assert harm == "lost" or "damaged" in said[0]
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == [] and all(same(cache.get(r), Model().encode(r)) for r in rows)
 
 
 def test_damage_behind_our_back_stops_the_read(tmp_path, clips):
     model, rows = Model(), read_manifest(clips)
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     shard = max((tmp_path / "c").glob("*.safetensors"), key=lambda p: p.stat().st_size)
     stat, data = shard.stat(), bytearray(shard.read_bytes())
     data[-9] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time say that nothing happened
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == []
     with pytest.raises(Invalid, match="damaged"):
         for row in rows:
             cache.get(row)
-    assert Cache(tmp_path / "c", model).missing(rows)  # the next start looks at every byte
+    assert ClipCache(tmp_path / "c", model).missing(rows)  # the next start looks at every byte
 
 
 def test_threads_encode_what_one_thread_encodes(tmp_path, clips):
     rows, before = read_manifest(clips), torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        cache = Cache(tmp_path / "c", Model())
+        cache = ClipCache(tmp_path / "c", Model())
         cache.add(rows, say=lambda *_: None)
         assert torch.get_num_threads() == 3 and all(same(cache.get(r), Model().encode(r)) for r in rows)
     finally:
@@ -631,7 +631,7 @@ def test_rows_that_fail_are_named_and_the_others_are_kept(tmp_path, clips):
                 raise Invalid("I do not like 7")
             return super().encode(row)
 
-    rows, cache = read_manifest(clips), Cache(tmp_path / "c", Picky())
+    rows, cache = read_manifest(clips), ClipCache(tmp_path / "c", Picky())
     with pytest.raises(Invalid, match="^7: I do not like 7$"):
         cache.add(rows, say=lambda *_: None)
     assert cache.missing(rows) == [7]
@@ -644,7 +644,7 @@ def encode_slowly(folder, clips):
             return super().encode_audio(*source)
 
     cache_part.SHARD_SECONDS = 0.02
-    Cache(folder, Slow()).add(read_manifest(clips), lambda *_: None)
+    ClipCache(folder, Slow()).add(read_manifest(clips), lambda *_: None)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -659,13 +659,13 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
         time.sleep(random.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        cache = Cache(tmp_path / "c", Model())
+        cache = ClipCache(tmp_path / "c", Model())
         there = [i for i in range(12) if i not in cache.missing(rows)]
         assert all(same(cache.get(rows[i]), Model().encode(rows[i])) for i in there)
         counts.append(sum(len(r) == 1 and "" in r for r in cache.records.values()))
     assert counts == sorted(counts)  # nothing that was there is lost
     model = Model()
-    cache = Cache(tmp_path / "c", model)
+    cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
     assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.heard == 12 - counts[-1]
 
@@ -701,7 +701,7 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
         out = tmp_path / f"out{number}"
         there = wanted(out) if out.is_dir() else {}
         assert all(text == wanted(tmp_path / "whole")[name] for name, text in there.items())  # whole, or not there
-        cache = Cache(out / "cache", Model())
+        cache = ClipCache(out / "cache", Model())
         assert not cache.bad and len(cache.records) >= least  # nothing that was there is lost
         for row in (row for name in there for row in read_manifest(out / name)):
             assert cache.missing([row]) or same(cache.get(row), Model().encode(row))
@@ -712,7 +712,7 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
         last = running.start("prepare_data", [*command, out], tmp_path, hook=slow_model)
         assert last.wait() == 0, last.said
         rows = read_manifest([tmp_path / out / "train.jsonl", tmp_path / out / "val.jsonl"])
-        cache = Cache(tmp_path / out / "cache", Model())
+        cache = ClipCache(tmp_path / out / "cache", Model())
         assert wanted(tmp_path / out) == wanted(tmp_path / "whole") and len(rows) == 12 and cache.missing(rows) == []
         assert all(same(cache.get(row), Model().encode(row)) for row in rows)
         assert json.loads((tmp_path / out / "report.json").read_text())["checkpoints"]
@@ -741,16 +741,16 @@ class Batches(Model):
 def test_clips_of_similar_length_share_a_pass(tmp_path, clips, monkeypatch):
     monkeypatch.setitem(cache_part.BATCH_SECONDS, "cpu", 4)
     rows = [{**r, "gain_db": -6.0} if i == 11 else r for i, r in enumerate(read_manifest(clips))]  # 0.5, 0.6 ... 1.6 s
-    cache = Cache(tmp_path / "c", Batches())
+    cache = ClipCache(tmp_path / "c", Batches())
     with pytest.raises(Invalid, match="^5: not one second, please$"):
         cache.add(rows, say=lambda *_: None)
     assert cache.missing(rows) == [5]
-    one_by_one = Cache(tmp_path / "d", Model())
+    one_by_one = ClipCache(tmp_path / "d", Model())
     one_by_one.add(rows, say=lambda *_: None)
     assert all(same(cache.get(r), one_by_one.get(r)) for i, r in enumerate(rows) if i != 5)
     assert cache.model.sizes == [[1.6, 1.5], [1.4, 1.3], [1.2, 1.1, 1.0], [1.2], [1.1], [1.0], [0.9, 0.8, 0.7, 0.6], [0.5]]
     monkeypatch.setitem(cache_part.BATCH_SECONDS, "cpu", 0)
-    alone = Cache(tmp_path / "e", Batches())
+    alone = ClipCache(tmp_path / "e", Batches())
     with pytest.raises(Invalid):
         alone.add(rows, say=lambda *_: None)
     assert {len(s) for s in alone.model.sizes} == {1}
@@ -760,11 +760,11 @@ def test_one_changed_row_of_a_thousand_is_one_encode_call(tmp_path):
     tone(tmp_path / "a.wav")
     rows = [{"id": str(n), "audio": str(tmp_path / "a.wav"), "text": f"row {n}"} for n in range(1000)]
     model = Model()
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     assert (model.heard, model.encoded) == (1, 1000)
     rows[500]["text"] = "mended"
     shards = len(list((tmp_path / "c").glob("*.safetensors")))
-    Cache(tmp_path / "c", model).add(rows, say=lambda *_: None)
+    ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
     assert (model.heard, model.encoded) == (1, 1001)
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == shards + 1
 
@@ -786,7 +786,7 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     prepare("--input", LJ, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
     assert model.heard == heard
     rows = read_manifest([tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"])
-    assert Cache(tmp_path / "out/cache", model).missing(rows) == []
+    assert ClipCache(tmp_path / "out/cache", model).missing(rows) == []
 
 
 def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
@@ -813,7 +813,7 @@ def test_its_own_manifests_are_encoded_as_they_are(tmp_path, model):
     before = [m.read_bytes() for m in manifests]
     prepare("--input", *manifests, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
     assert [m.read_bytes() for m in manifests] == before and model.encoded == 5
-    assert Cache(tmp_path / "out/cache", model).missing(read_manifest(manifests)) == []
+    assert ClipCache(tmp_path / "out/cache", model).missing(read_manifest(manifests)) == []
     with pytest.raises(configs.Usage):
         prepare("--input", manifests[0], "--output_dir", tmp_path / "out", "--trim", 0)
 
@@ -822,7 +822,7 @@ def test_other_manifests_are_encoded_as_they_are_when_asked(tmp_path, model):
     tone(tmp_path / "a.wav"), put(tmp_path / "mine.jsonl", {"audio": "a.wav", "text": " not  cleaned ", "speaker": "anna"})
     prepare("--input", tmp_path / "mine.jsonl", "--output_dir", tmp_path, "--ckpt_dir", "any", "--encode_only")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.wav", "cache", "mine.jsonl", "report.html", "report.json"]
-    assert Cache(tmp_path / "cache", model).missing(read_manifest(tmp_path / "mine.jsonl")) == []
+    assert ClipCache(tmp_path / "cache", model).missing(read_manifest(tmp_path / "mine.jsonl")) == []
 
 
 def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
@@ -837,7 +837,7 @@ def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
     speakers = {}
     assert [r["speaker"] for r in read_manifest(tmp_path / "out/train.jsonl", speakers)] == [2, 0, 1]
     assert speakers == {"aa": 2, "anna": 0, "bo": 1}
-    cache = Cache(tmp_path / "out/cache", model)
+    cache = ClipCache(tmp_path / "out/cache", model)
     assert cache.missing(read_manifest(tmp_path / "out/train.jsonl")) == [] == cache.missing(read_manifest(tmp_path / "out/train.jsonl", {}))
 
 
@@ -855,7 +855,7 @@ def test_one_command_prepares_for_several_checkpoints(tmp_path, monkeypatch):
     rows, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "one", "two")
     assert [(m.heard, m.encoded) for m in loaded] == [(3, 3), (0, 3)]  # one codec, two tokenizers
     assert [c["checkpoint"] for c in report["checkpoints"]] == ["one", "two"]
-    assert all(Cache(tmp_path / "out/cache", m).missing(rows) == [] for m in loaded)
+    assert all(ClipCache(tmp_path / "out/cache", m).missing(rows) == [] for m in loaded)
 
 
 def test_emotion_is_carried_and_part_of_the_key(tmp_path, model):
@@ -865,7 +865,7 @@ def test_emotion_is_carried_and_part_of_the_key(tmp_path, model):
     rows, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
     assert rows[0]["emotion"] == str(tmp_path / "sad.wav") and rows[1]["emotion"][2] == 1 and model.encoded == 2
     tone(tmp_path / "sad.wav", 1, 250)
-    assert Cache(tmp_path / "out/cache", model).missing(rows) == [0]
+    assert ClipCache(tmp_path / "out/cache", model).missing(rows) == [0]
 
 
 def test_several_processes_find_what_one_finds(tmp_path):

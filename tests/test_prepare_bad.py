@@ -12,7 +12,7 @@ import soundfile
 import configs
 import prepare_data
 from models.parts import Invalid
-from prepare_data import Cache, read_manifest
+from prepare_data import ClipCache, read_manifest
 from tests.conftest import ROOT
 from tests.test_prepare import Model, model, prepare, put, rows_of, speech, tone  # noqa: F401
 
@@ -201,7 +201,7 @@ def test_file_names_need_not_be_utf8_nor_short(tmp_path, model):  # noqa: F811
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--val_split", 0, "--ckpt_dir", "any", "--skip_bad")
     rows, report = read_manifest(tmp_path / "out/train.jsonl"), json.loads((tmp_path / "out/report.json").read_text())
     assert all("cannot be opened" in d["reason"] for d in report["dropped"]) and len(rows) + len(report["dropped"]) == 4
-    assert len(rows) >= 3 and Cache(tmp_path / "out/cache", model).missing(rows) == []
+    assert len(rows) >= 3 and ClipCache(tmp_path / "out/cache", model).missing(rows) == []
 
 
 def test_a_rate_is_never_reinterpreted(tmp_path, model):  # noqa: F811
@@ -217,7 +217,7 @@ def test_a_rate_is_never_reinterpreted(tmp_path, model):  # noqa: F811
     tone(tmp_path / "a.wav", 1, 440, 16000)
     put(tmp_path / "m.jsonl", {"audio": "a.wav", "text": "x"})
     rows = read_manifest(tmp_path / "m.jsonl")
-    cache = Cache(tmp_path / "c", Listens())
+    cache = ClipCache(tmp_path / "c", Listens())
     cache.add(rows, lambda *_: None)
     heard = cache.get(rows[0])["wave"].numpy()
     assert np.argmax(np.abs(np.fft.rfft(heard))) / (len(heard) / 24000) == pytest.approx(440, abs=1)
@@ -399,6 +399,6 @@ def test_signals_keep_what_is_done(tmp_path, sent, code):
     time.sleep(0.2)
     os.kill(child, sent)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
-    cache = Cache(tmp_path / "out/cache", Model())
+    cache = ClipCache(tmp_path / "out/cache", Model())
     heard = [r for r in cache.records.values() if set(r) == {""}]
     assert 1 <= len(heard) < 10

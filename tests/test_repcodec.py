@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.parts import Invalid, checkpoint, repcodec
+from models.codecs import repcodec
+from models.parts import Invalid, checkpoint
 from tests import tiny
 from tests.test_higgs_codec import rounded_convolutions
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.parts import Invalid, checkpoint, s2mel
+from models.codecs import s2mel
+from models.parts import Invalid, checkpoint
 from tests import tiny
 from tests.conftest import ROOT
 

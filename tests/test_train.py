@@ -61,7 +61,7 @@ def home(tmp_path_factory):
         rows.append({"id": f"r{i:02d}", "audio": f"{i:02d}.wav", "text": " ".join(words[i % 5 : i % 5 + 2 + i % 7])})
     jsonl(root / "train.jsonl", rows[:13])
     jsonl(root / "val.jsonl", rows[13:])
-    train.Cache(root / "cache", models.load(root / "base")).add(train.read_manifest([root / "train.jsonl", root / "val.jsonl"]), lambda _: None)
+    train.ClipCache(root / "cache", models.load(root / "base")).add(train.read_manifest([root / "train.jsonl", root / "val.jsonl"]), lambda _: None)
     for name, section in (("full", ""), ("lora", "lora: {r: 4, alpha: 8, dropout: 0.1}\n")):
         (root / f"{name}.yaml").write_text("".join(f"{k}: {v}\n" for k, v in SETTINGS.items()) + section)
     return root
@@ -382,7 +382,7 @@ def test_validation_and_its_samples_do_not_disturb_training(home, straight):
 
 def test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks(home, straight):
     model = models.load(home / "base")
-    cache, sums, counts = train.Cache(home / "cache", model), {}, {}
+    cache, sums, counts = train.ClipCache(home / "cache", model), {}, {}
     for row in train.read_manifest(home / "val.jsonl"):
         batch, n = model.collate([cache.get(row)])
         for k, v in model(batch).items():
@@ -860,7 +860,7 @@ def test_under_torchrun_a_killed_rank_restarts_the_group_or_ends_the_job(home):
 
 def poisoned(ids=None):
     """The cached latents of some rows, or of all, are NaN."""
-    key, load, sick = train.Cache.key, train.Cache.load, set()
+    key, load, sick = train.ClipCache.key, train.ClipCache.load, set()
 
     def noted(self, row):
         found = key(self, row)
@@ -870,7 +870,7 @@ def poisoned(ids=None):
     def bad(self, found):
         return {k: v * math.nan if v.is_floating_point() and found in sick else v for k, v in load(self, found).items()}
 
-    train.Cache.key, train.Cache.load = noted, bad
+    train.ClipCache.key, train.ClipCache.load = noted, bad
 
 
 def finite(folder):
@@ -1058,7 +1058,7 @@ def test_two_clips_are_learned(home):
     """Full tuning: 0.7 x the first loss in 50 steps (0.35 x in 500); LoRA: 0.9 x in 50 (200), and no base weight changes."""
     rows = train.read_manifest(home / "train.jsonl")[:2]
     model = models.load(home / "base")
-    cache = train.Cache(home / "cache", model)
+    cache = train.ClipCache(home / "cache", model)
     clips = [cache.get(row) for row in rows]
     steps = int(os.environ.get("OVERFIT_STEPS", 50))
     full = learn(model, clips, steps, 3e-3)

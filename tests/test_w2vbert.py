@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.parts import Invalid, audio, checkpoint, w2vbert
+from models.codecs import w2vbert
+from models.parts import Invalid, audio, checkpoint
 from tests import tiny
 from tests.test_higgs_codec import rounded_convolutions
 

@@ -1,6 +1,6 @@
 """What the frozen codec made of each clip, on disk: encoded once, found again for ever.
 
-    cache = Cache("data/cache", model)
+    cache = ClipCache("data/cache", model)
     cache.add(rows)                         # encodes what is missing; a kill loses seconds
     example = cache.get(rows[0])            # {name: CPU tensor}, as windows into the files
 
@@ -75,7 +75,7 @@ def hash_of(flat):
     return sha(flat.dtype, memoryview(flat.contiguous().view(torch.uint8).numpy())) if flat.numel() else sha(flat.dtype)
 
 
-class Cache:
+class ClipCache:
     """What `encode` made of each row, in safetensors shards in one folder, for any number of checkpoints and manifests.
 
     A tensor is stored flat under the hash of its bytes, so that equal tensors are stored once and damage shows. The

@@ -116,8 +116,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.o_proj = Linear(heads * head_size, width, bias=False)
 
-    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=None):
-        """x (B, L, C). turn: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
+    def forward(self, x, rope=None, causal=False, mask=None, cache=None, column=None, keep=None):
+        """x (B, L, C). rope: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
         a single position then attends to the whole cache under `mask`, several attend to each other. keep: the positions
         that are asked for; the others only serve as keys (without mask and cache)."""
         B, L, _ = x.shape
@@ -125,8 +125,8 @@ class Attention(nn.Module):
         q = self.q_proj(asked).view(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
         k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
         v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
-        if turn is not None:
-            q, k = rotate(q, *(turn if keep is None else (t[..., keep, :] for t in turn))), rotate(k, *turn)
+        if rope is not None:
+            q, k = rotate(q, *(rope if keep is None else (t[..., keep, :] for t in rope))), rotate(k, *rope)
         if cache is not None:
             cache.write(column, k, v)
             if L == 1:
@@ -182,19 +182,19 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.branch = branch
 
-    def forward(self, x, turn=None, causal=False, mask=None, cache=None, column=None, keep=None):
-        heard = self.self_attn(self.input_layernorm(x), turn, causal, mask, cache, column, keep)
+    def forward(self, x, rope=None, causal=False, mask=None, cache=None, column=None, keep=None):
+        heard = self.self_attn(self.input_layernorm(x), rope, causal, mask, cache, column, keep)
         x = torch.add(x if keep is None else x[:, keep], heard, alpha=self.branch)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.branch)
 
 
-def run_layers(layers, x, turn=None, causal=False, mask=None, caches=None, column=None, recompute=False, keep=None):
+def run_layers(layers, x, rope=None, causal=False, mask=None, caches=None, column=None, recompute=False, keep=None):
     """Apply layers in turn. recompute: keep only each layer's input for backward (activation checkpointing). keep: the
     positions whose output is wanted; the last layer computes no others."""
     for i, layer in enumerate(layers):
         asked = keep if i == len(layers) - 1 else None
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(layer, x, turn, causal, mask, None, None, asked, use_reentrant=False)
+            x = checkpoint(layer, x, rope, causal, mask, None, None, asked, use_reentrant=False)
         else:
-            x = layer(x, turn, causal, mask, caches[i] if caches else None, column, asked)
+            x = layer(x, rope, causal, mask, caches[i] if caches else None, column, asked)
     return x

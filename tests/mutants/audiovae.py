@@ -1,5 +1,5 @@
 """One-line faults in the codec, after section 9 of the sheet: odd strides, weight norm's axis, epsilon, padding, state."""
-FILE, TESTS = "models/parts/audiovae.py", "tests/test_audiovae.py"
+FILE, TESTS = "models/codecs/audiovae.py", "tests/test_audiovae.py"
 MUTANTS = [
     ("V1 pads odd strides as V2", FILE, "2 * math.ceil(s / 2) if odd_stride_extra_pad else s", "s", TESTS),
     ("snake without epsilon", FILE, "self.alpha + 1e-9)", "self.alpha)", TESTS),

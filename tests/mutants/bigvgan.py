@@ -1,5 +1,5 @@
 """One-line faults in BigVGAN; item 23 of IndexTTS2's sheet, section 9, and what section 2.10 says."""
-FILE, TESTS = "models/parts/bigvgan.py", "tests/test_bigvgan.py"
+FILE, TESTS = "models/codecs/bigvgan.py", "tests/test_bigvgan.py"
 MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("23 no anti-alias", "x = F.pad(x, (pad, pad), mode=\"replicate\")", "return x + (x * self.alpha.exp()[:, None]).sin().square() / (self.beta.exp()[:, None] + 1e-9)"),
     ("23 replicate", 'x = F.pad(x, (pad, pad), mode="replicate")', "x = F.pad(x, (pad, pad))"),

@@ -1,5 +1,5 @@
 """One-line faults in CAM++; item 22 of IndexTTS2's sheet, section 9, and what section 2.9 says."""
-FILE, TESTS = "models/parts/campplus.py", "tests/test_campplus.py"
+FILE, TESTS = "models/codecs/campplus.py", "tests/test_campplus.py"
 MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("22 scale", "kaldi_fbank(wave, n_mels", "kaldi_fbank(wave * 32768, n_mels"),
     ("22 mean over time", "features - features.mean(0, keepdim=True)", "features - 0"),

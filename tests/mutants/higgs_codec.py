@@ -1,5 +1,5 @@
 """Mutants of the Higgs tokenizer. Items are those of specs/higgs.md 9; 0 stands for what the sheet does not number."""
-FILE = "models/parts/higgs_codec.py"
+FILE = "models/codecs/higgs_codec.py"
 GOLDEN = "tests/test_higgs_codec.py -k original"
 HUBERT = "tests/test_higgs_codec.py -k transformers"
 BATCH = "tests/test_higgs_codec.py -k unequal"

@@ -20,7 +20,7 @@ MUTANTS = [
     (6, "models/voxcpm.py", "return (source[-T:] if left else source[:T])", "return source[:T]", only("infer", "test_prompts_may_be_latents_and_wrong_ones_are_refused")),
     (6, "models/parts/sampling.py", "[], min(2 * size[i], most)", "[], 10**9", only("infer", "test_the_first_chunk_comes_before_the_first_step_and_later_ones_grow_to_sixteen")),
     (6, "models/voxcpm.py", 'if len(r["warm"]):', "if False:", "tests/test_voxcpm.py -k waveform"),
-    (6, "models/parts/audiovae.py", "self.past = {layer: tail.clone() for layer, tail in self.past.items()}", "pass", "tests/test_audiovae.py -k remembers"),
+    (6, "models/codecs/audiovae.py", "self.past = {layer: tail.clone() for layer, tail in self.past.items()}", "pass", "tests/test_audiovae.py -k remembers"),
     (7, "lora.py", "        module.lora_scale.fill_(module.lora_full_scale * new)\n", "        module.lora_scale.fill_(module.lora_full_scale)\n",
      only("infer", "test_adapters_act_with_their_strength_and_add_up")),
     (7, "lora.py", "(base.float() + self.lora_scale * (self.lora_B @ self.lora_A))", "(base + (self.lora_scale * (self.lora_B @ self.lora_A)).to(base.dtype))",

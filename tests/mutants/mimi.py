@@ -1,5 +1,5 @@
 """One-line faults in Mimi: item 9 of the sheet's section 9, and what its section 2.2 says of streaming."""
-FILE, ALL = "models/parts/mimi.py", "tests/test_mimi.py"
+FILE, ALL = "models/codecs/mimi.py", "tests/test_mimi.py"
 GOLDEN, STREAM, PARITY, FILES = f"{ALL} -k golden", f"{ALL} -k streaming", f"{ALL} -k equal_transformers", f"{ALL} -k namings"
 MUTANTS = [
     ("9 only 8 codebooks", FILE, "self.codebooks = codebooks or c.semantic + c.acoustic", "self.codebooks = min(8, codebooks or c.semantic + c.acoustic)", PARITY),
@@ -12,7 +12,7 @@ MUTANTS = [
     ("9 window ignored", FILE, "(i - j < self.window)", "(i - j < 9999)", GOLDEN),
     ("9 window off by one", FILE, "(i - j < self.window)", "(i - j <= self.window)", f"{ALL} -k window"),
     ("9 one key too few", FILE, "k.shape[2] - (self.window - 1))", "k.shape[2] - (self.window - 2))", STREAM),
-    ("9 RMS norm", FILE, "self.input_layernorm(x), turn, state", "(x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.input_layernorm.weight), turn, state",
+    ("9 RMS norm", FILE, "self.input_layernorm(x), rope, state", "(x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.input_layernorm.weight), rope, state",
      GOLDEN),
     ("9 no clamp", FILE, ".clamp(min=1e-5)[:, None]", "[:, None]", f"{ALL} -k never_used"),
     ("9 sums taken for centroids", FILE, "module.embed_sum / module.cluster_usage.clamp(min=1e-5)[:, None]", "module.embed_sum.clone()", GOLDEN),

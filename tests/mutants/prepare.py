@@ -51,6 +51,6 @@ MUTANTS = [
     ("cache: a batch fails as one", K, "        return [attempt(self._codec, *s) for s in sources]", '        return [attempt(self._codec, *s) if len(sources) < 2 else Invalid("one of them") for s in sources]', GOOD),
     ("cache: batches of any size", K, "length[groups[-1][0]] * (len(groups[-1]) + 1) <= most", "most", GOOD),
     ("cache: batch of the shortest", K, "length[groups[-1][0]] * (len(groups[-1]) + 1) <= most", "length[k] * (len(groups[-1]) + 1) <= most", GOOD),
-    ("batch: the padding is not cut off", "models/parts/mimi.py", "row[:, : -(-len(w) // c.frame)]", "row", "tests/test_csm.py -k one_pass"),
+    ("batch: the padding is not cut off", "models/codecs/mimi.py", "row[:, : -(-len(w) // c.frame)]", "row", "tests/test_csm.py -k one_pass"),
     ("batch: odd frames", "models/voxcpm.py", "[F.pad(w, (0, -len(w) % whole)) for w in waves]", "waves", "tests/test_voxcpm.py -k padded_on_the_right"),
 ]

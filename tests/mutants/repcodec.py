@@ -1,5 +1,5 @@
 """Mutants of RepCodec. Items are those of specs/indextts2.md 9; 0 stands for what the sheet does not number."""
-FILE = "models/parts/repcodec.py"
+FILE = "models/codecs/repcodec.py"
 GOLDEN = "tests/test_repcodec.py -k original"
 BATCH = "tests/test_repcodec.py -k padded"
 

@@ -1,5 +1,5 @@
 """One-line faults in the semantic-to-mel model; items 14 to 21, 28 and 29 of IndexTTS2's sheet, section 9."""
-FILE, TESTS = "models/parts/s2mel.py", "tests/test_s2mel.py"
+FILE, TESTS = "models/codecs/s2mel.py", "tests/test_s2mel.py"
 MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("14 activation", "nn.Sequential(*[nn.Linear(a, b) for a, b in zip(config.gpt_layer, config.gpt_layer[1:])])", "nn.Sequential(*[m for a, b in zip(config.gpt_layer, config.gpt_layer[1:]) for m in (nn.Linear(a, b),)], nn.SiLU())"),
     ("14 states left out", "vectors = vectors + self.gpt_layer(states)", "vectors = vectors + 0"),
@@ -19,7 +19,7 @@ MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("16 scale of time", "1000 * t", "100 * t"),
     ("17 interleaved", "(heads, -1, 2)).transpose(1, 2)", "(heads, -1, 2))"),
     ("17 base", "10000.0", "1000.0"),
-    ("17 keys only", "rotate(q, *turn), rotate(k", "q, rotate(k"),
+    ("17 keys only", "rotate(q, *rope), rotate(k", "q, rotate(k"),
     ("18 stack", "handed.pop()", "handed.pop(0)"),
     ("18 order", "torch.cat([x, handed.pop()], -1)", "torch.cat([handed.pop(), x], -1)"),
     ("18 middle block", "if i < len(self.layers) // 2:", "if i <= len(self.layers) // 2:"),

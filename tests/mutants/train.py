@@ -11,8 +11,8 @@ MUTANTS = [
      'state |= {"step": state["step"] + 1, "epoch": order.epoch, "position": order.position}',
      only("test_sigterm_and_sigint_finish_the_step_save_and_resume_exactly")),
     (5, "train.py", "    optimizer.load_state_dict(saved[\"optimizer\"])\n", "", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
-    (5, "train.py", 'torch.manual_seed(stream(cfg.seed, "dropout", state["step"], number))', "pass", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
-    (5, "train.py", 'stream(cfg.seed, "dropout", state["step"], number)', 'stream(cfg.seed, "dropout", number)', only("test_dropout_is_drawn_anew_in_every_step")),
+    (5, "train.py", 'torch.manual_seed(seed_from(cfg.seed, "dropout", state["step"], number))', "pass", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (5, "train.py", 'seed_from(cfg.seed, "dropout", state["step"], number)', 'seed_from(cfg.seed, "dropout", number)', only("test_dropout_is_drawn_anew_in_every_step")),
     (5, "train.py", "found if found is not None and not cfg.lora else cfg.pretrained_path", "cfg.pretrained_path", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
     (5, "train.py", "        lora.restore_lora_weights(model, folder, cfg.ignore_base)\n", "        pass\n", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
     (5, "train.py", 'per_step = state["micro_per_step"]', "pass", only("test_two_ranks_save_and_one_goes_on")),
@@ -31,7 +31,7 @@ MUTANTS = [
     # order of rows
     (5, "train.py", "if self.position == len(self.batches):", "if self.position >= len(self.batches) - 1:", only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
     (5, "train.py", "            batch.append(i)\n        batches.append(batch)", "            batch.append(i)\n        batches.append(batch[:1])", only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
-    (5, "train.py", 'random.Random(stream(cfg.seed, "order", epoch))', 'random.Random(stream(cfg.seed, "order"))', only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
+    (5, "train.py", 'random.Random(seed_from(cfg.seed, "order", epoch))', 'random.Random(seed_from(cfg.seed, "order"))', only("test_every_row_comes_exactly_once_per_epoch", "test_the_log_shows_every_row_once_per_epoch")),
     # gradients
     (6, "train.py", "weight = {k: lambdas[k] / max(counts[k], 1) for k in lambdas}", "weight = {k: lambdas[k] / max(counts[k], 1) * world for k in lambdas}",
      only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
@@ -39,7 +39,7 @@ MUTANTS = [
      "counts = {k: sum(c[k] for _, _, (_, c) in micro) for k in micro[0][2][1]}", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
     (6, "train.py", "                dist.all_reduce(flat)\n", "", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
     (6, "train.py", "if cfg.max_grad_norm and norm > cfg.max_grad_norm:", "if False:", only("test_long_gradients_are_cut_to_the_norm")),
-    (6, "train.py", "return stream(cfg.seed, \"draw\", epoch, row[\"id\"])", "return random.getrandbits(30)", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
+    (6, "train.py", "return seed_from(cfg.seed, \"draw\", epoch, row[\"id\"])", "return random.getrandbits(30)", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
     # numbers that are none
     (3, "train.py", "good = math.isfinite(norm) and math.isfinite(loss)", "good = math.isfinite(loss)", only("test_an_infinite_gradient_is_caught_although_the_loss_is_finite")),
     (3, "train.py", "good = math.isfinite(norm) and math.isfinite(loss)", "good = True", only("test_a_step_with_nan_is_skipped_and_its_rows_are_named", "test_three_in_a_row_end_the_run_with_the_last_good_state")),

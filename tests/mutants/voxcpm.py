@@ -1,5 +1,5 @@
 """One-line faults in VoxCPM, by the bullets of the sheet's section 9, and the golden or property test that must see each."""
-MODEL, LAYERS, CODEC = "models/voxcpm.py", "models/parts/layers.py", "models/parts/audiovae.py"
+MODEL, LAYERS, CODEC = "models/voxcpm.py", "models/parts/layers.py", "models/codecs/audiovae.py"
 CHECKPOINT, ADAPTERS, LORA = "models/parts/checkpoint.py", "models/parts/adapters.py", "lora.py"
 
 
@@ -21,7 +21,7 @@ MUTANTS = [
     ("9.1 factors multiply", LAYERS, "frequencies / torch.tensor(factors", "frequencies * torch.tensor(factors", LOSSES),
     ("9.1 long factors at once", MODEL, '"long_factor" if ratio > 1', '"long_factor" if ratio >= 1', LOSSES),
     ("9.1 short factors for ever", MODEL, '"long_factor" if ratio > 1', '"long_factor" if ratio > 9', SETTINGS),
-    ("9.1 no attention scaling", MODEL, "self.turn_scale = math.sqrt(1 +", "self.turn_scale = 1 if ratio else math.sqrt(1 +", SETTINGS),
+    ("9.1 no attention scaling", MODEL, "self.rope_scale = math.sqrt(1 +", "self.rope_scale = 1 if ratio else math.sqrt(1 +", SETTINGS),
     ("9.1 other theta", LAYERS, "theta ** (-torch.arange", "(2 * theta) ** (-torch.arange", LOSSES),
     ("9.1 rotated backwards", LAYERS, "torch.cat([-sin, sin], -1)", "torch.cat([sin, -sin], -1)", LOSSES),
     ("9.1 key heads of every stack", MODEL, "heads, lm.num_key_value_heads, head_size", "heads, heads, head_size", LOSSES),

@@ -1,5 +1,5 @@
 """Mutants of w2v-BERT. Items are those of specs/indextts2.md 9; 0 stands for what the sheet does not number."""
-FILE = "models/parts/w2vbert.py"
+FILE = "models/codecs/w2vbert.py"
 LIVE = "tests/test_w2vbert.py -k transformers"
 REST = "tests/test_w2vbert.py"
 

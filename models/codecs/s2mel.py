@@ -101,10 +101,10 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(width, 3 * width, bias=False)  # q | k | v; q and k in half-split order after loading
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, turn, mask):
+    def forward(self, x, rope, mask):
         B, T, C = x.shape
         q, k, v = self.wqkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        y = F.scaled_dot_product_attention(rotate(q, *turn), rotate(k, *turn), v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -128,8 +128,8 @@ class Block(nn.Module):
         self.ffn_norm = AdaptiveNorm(config.width)
         self.feed_forward = FeedForward(config.width, config.hidden)
 
-    def forward(self, x, time, turn, mask):
-        x = x + self.attention(self.attention_norm(x, time), turn, mask)
+    def forward(self, x, time, rope, mask):
+        x = x + self.attention(self.attention_norm(x, time), rope, mask)
         return x + self.feed_forward(self.ffn_norm(x, time))
 
 
@@ -141,12 +141,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList([Block(config, i > config.depth // 2) for i in range(config.depth)])
         self.norm = AdaptiveNorm(config.width)
 
-    def forward(self, x, time, turn, mask):
+    def forward(self, x, time, rope, mask):
         handed = []
         for i, block in enumerate(self.layers):
             if block.skip_in_linear is not None:
                 x = block.skip_in_linear(torch.cat([x, handed.pop()], -1))
-            x = block(x, time, turn, mask)
+            x = block(x, time, rope, mask)
             if i < len(self.layers) // 2:
                 handed.append(x)
         return self.norm(x, time)
@@ -219,11 +219,11 @@ class DiT(nn.Module):
         T, x, head = x.shape[-1], x.transpose(1, 2), self.config.width // self.config.heads
         frames = torch.arange(T, device=x.device)
         mask = None if bool((lengths == T).all()) else (frames < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
-        turn = rotary(frames, rotary_frequencies(head, 10000.0).to(x.device))
+        rope = rotary(frames, rotary_frequencies(head, 10000.0).to(x.device))
         time = self.t_embedder(t)
         speaker = style[:, None].expand(-1, T, -1)
         h = self.cond_x_merge_linear(torch.cat([x, prompt.transpose(1, 2), self.cond_projection(content), speaker], -1))
-        h = self.transformer(h, time, turn, mask)
+        h = self.transformer(h, time, rope, mask)
         h = self.skip_linear(torch.cat([h, x], -1))
         y = self.wavenet(self.conv1(h).transpose(1, 2), self.t_embedder2(t), lengths)
         y = self.final_layer(y.transpose(1, 2) + self.res_projection(h), time)

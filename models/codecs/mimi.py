@@ -165,9 +165,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden, c.kv_width, bias=False)
         self.o_proj = nn.Linear(inner, c.hidden, bias=False)
 
-    def forward(self, x, turn, state):  # (B, t, C) -> (B, t, C)
+    def forward(self, x, rope, state):  # (B, t, C) -> (B, t, C)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if self in state:
             past_k, past_v = state[self]
             k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
@@ -206,8 +206,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
         self.self_attn_layer_scale, self.mlp_layer_scale = LayerScale(c.hidden), LayerScale(c.hidden)
 
-    def forward(self, x, turn, state):
-        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), turn, state))
+    def forward(self, x, rope, state):
+        x = x + self.self_attn_layer_scale(self.self_attn(self.input_layernorm(x), rope, state))
         return x + self.mlp_layer_scale(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -221,9 +221,9 @@ class Transformer(nn.Module):
         x = x.transpose(1, 2)
         start = state.get(self, 0)
         state[self] = start + x.shape[1]
-        turn = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.frequencies)
+        rope = rotary(torch.arange(start, start + x.shape[1], device=x.device), self.frequencies)
         for layer in self.layers:
-            x = layer(x, turn, state)
+            x = layer(x, rope, state)
         return x.transpose(1, 2)
 
 
