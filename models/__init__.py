@@ -43,6 +43,21 @@ def folder_of(path):
                   f"id of a hub repository, run\n    hf download {path} --local-dir checkpoints/{parts[1]}\nand give checkpoints/{parts[1]}")
 
 
+def find_part(folder, key, given, hub_id):
+    """The place of a part that may lie elsewhere: as given, in a folder of its published name inside the model's or beside it,
+    or in the local hub cache; None if it is nowhere."""
+    if given:
+        return folder_of(given)
+    name, home = hub_id.split("/")[1], folder if folder.is_dir() else folder.parent
+    for place in (home / name, home.resolve().parent / name):
+        if place.is_dir():
+            return place
+    try:
+        return folder_of(hub_id)
+    except Invalid:
+        return None
+
+
 def read_config(path):
     """The dictionary in config.json or config.yaml; without one, {"tensors": names} so that names can tell."""
     folder = path if path.is_dir() else path.parent
@@ -110,6 +125,11 @@ def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weig
     module = find(path)
     folder = folder_of(path)
     device = pick_device(device) if isinstance(device, str) else device
-    model = module.load(folder, device, dtype, options or {}, extra or {}, weights, allow_unused)
+    extra = dict(extra or {})
+    for key, hub_id in getattr(module, "PARTS", {}).items():
+        place = find_part(folder, key, extra.get(key), hub_id)
+        if place is not None:
+            extra[key] = place
+    model = module.load(folder, device, dtype, options or {}, extra, weights, allow_unused)
     model.path, model.fingerprint = str(path), checkpoint.fingerprint(model)
     return model
