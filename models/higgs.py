@@ -42,8 +42,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
-from models.parts.layers import Attention, Cache, Packing, RMSNorm, SwiGLU, rotary
-from models.parts.sampling import takes
+from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
+from models.parts.sampling import LeftPadded, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
@@ -236,13 +236,11 @@ def frequencies(c):
     return torch.where(wave < old / high, plain, stretched)
 
 
-class Reading(NamedTuple):
-    """What a layer has to know of the positions of x besides their values."""
+class Asked(NamedTuple):
+    """The positions whose output is wanted from the last layer; the others only serve as keys."""
 
-    rope: tuple
-    texts: int | torch.Tensor  # the first so many positions are text, the others audio; or (B, 1, 1), True for rows of text
-    mask: torch.Tensor | Packing
-    column: torch.Tensor | None = None  # where keys go in the cache
+    places: torch.Tensor
+    texts: int  # how many of them, the first ones, are text
 
 
 def by_kind(x, texts, text, sound):
@@ -268,13 +266,12 @@ class DualLayer(nn.Module):
         self.mlp = SwiGLU(H, c.intermediate_size)
         self.audio_mlp = SwiGLU(H, c.audio_ffn_intermediate_size)
 
-    def forward(self, x, reading, cache=None, asked=None):
-        """asked: (positions, how many of them are text) of those whose output is wanted; the others only serve as keys."""
-        normed = by_kind(x, reading.texts, self.input_layernorm, self.audio_input_layernorm)
-        x = x + self.self_attn(normed, reading.rope, False, reading.mask, cache, reading.column)
-        texts = reading.texts
+    def forward(self, x, context, texts, cache=None, asked=None):
+        """texts: the first so many positions are text and the others audio; or (B, 1, 1), True for the rows that write."""
+        normed = by_kind(x, texts, self.input_layernorm, self.audio_input_layernorm)
+        x = x + self.self_attn(normed, context, cache)
         if asked is not None:
-            x, texts = x[:, asked[0]], asked[1]
+            x, texts = x[:, asked.places], asked.texts
         return x + by_kind(x, texts, self._of_text, self._of_audio)
 
     def _of_text(self, x):
@@ -521,7 +518,8 @@ class Request:
     frames: int = 0
 
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+# A word, or where words are not spaced a character, with the punctuation that follows it.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff][^\w\s]*|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 SENTENCE = re.compile(r"(?<=[.!?…؟])\s+|(?<=[。！？])|\n+")
 
 
@@ -577,57 +575,52 @@ class Speech:
     def __init__(self, model, prompts, s):
         c, device, B = model.config, model.device, len(prompts)
         self.model, self.s, self.K = model, s, c.num_codebooks
-        lengths = [len(p.example["ids"]) for p in prompts]
-        self.L = max(lengths)
-        room = max(p.frames + p.letters for p in prompts) + self.K + 2
-        self.pad = torch.tensor([self.L - n for n in lengths], device=device)
-        self.seen = torch.arange(self.L + room, device=device)[None] >= self.pad[:, None]  # columns that hold a position
-        self.caches = [Cache(B, c.num_key_value_heads, self.L + room, c.head_dim, model.dtype, device) for _ in model.layers]
-        self.generators = [torch.Generator() for _ in prompts]
-        for generator, prompt in zip(self.generators, prompts):
-            generator.seed() if prompt.seed is None else generator.manual_seed(prompt.seed)
+        steps = max(p.frames + p.letters for p in prompts) + self.K + 2
+        self.batch = LeftPadded([len(p.example["ids"]) for p in prompts], steps, device)
+        self.caches = make_caches(model.layers, B, self.batch.columns, model.norm.weight)
+        self.generators = [generator(p.seed) for p in prompts]
         self.draws = torch.zeros(B, 1, 2 * self.K, device=device)
         self.order = torch.arange(self.K, device=device)
         self.column = torch.zeros(B, self.K, dtype=torch.long, device=device)
         self.letter = torch.zeros(B, dtype=torch.long, device=device)
         self.number = torch.ones(B, 1, dtype=torch.long, device=device)  # of the column that is sampled next
-        self.left = torch.full((B, 1), self.K, device=device)  # columns of the ending that are left; K: it has not begun
-        self.said = torch.zeros(B, 1, dtype=torch.long, device=device)  # frames of earlier streams of the same answer
+        self.left = torch.full((B, 1), self.K, device=device)  # columns of the ending; K: it has not begun
+        self.said = torch.zeros(B, 1, dtype=torch.long, device=device)  # frames of earlier streams of the answer
         self.recent = torch.full((B, s.ras_win_len or 0, self.K), -1, device=device)
 
     def keep(self, going):
         """Go on with the rows of these numbers."""
-        rows = torch.tensor(going, device=self.pad.device)
-        for name in ("pad", "seen", "draws", "column", "letter", "number", "left", "said", "recent"):
+        rows = torch.tensor(going, device=self.order.device)
+        for name in ("draws", "column", "letter", "number", "left", "said", "recent"):
             setattr(self, name, getattr(self, name)[rows])
         self.generators = [self.generators[i] for i in going]
-        for cache in self.caches:
-            cache.keep(rows)
+        for part in (self.batch, *self.caches):
+            part.keep(rows)
 
     @torch.inference_mode()
     def read(self, prompts):
         """The states (B, H) at the ends of the prompts, whose keys are then in the caches."""
-        model, L = self.model, self.L
-        pads = [L - len(p.example["ids"]) for p in prompts]
-        ids, codes, kind = (pad_sequence([p.example[n] for p in prompts], batch_first=True) for n in ("ids", "codes", "audio"))
-        real = pad_sequence([torch.ones(L - pad, dtype=torch.bool) for pad in pads], batch_first=True)
+        model, L, B = self.model, self.batch.width, len(prompts)
+        examples = [p.example for p in prompts]
+        lengths = [len(e["ids"]) for e in examples]
+        ids, codes, kind = (pad_sequence([e[n] for e in examples], batch_first=True) for n in ("ids", "codes", "audio"))
+        real = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
         order = sort_by_kind(real, kind)
-        place = order.place.to(model.device)
-        left = place + torch.tensor(pads).to(model.device)[place // L]  # the same positions with the padding in front
-        last = torch.tensor([b * L + L - 1 - pad for b, pad in enumerate(pads)])
-        asked = order.numbers(last).to(model.device)
+        last = torch.tensor([b * L + n - 1 for b, n in enumerate(lengths)])
+        ends = order.numbers(last).to(model.device)
         texts, sounds = order.place[: order.texts], order.place[order.texts :]
         x = model._embed(ids.flatten()[texts].to(model.device), codes.flatten(0, 1)[sounds].to(model.device))
-        B = len(prompts)
-        reading = Reading(rotary(place % L, model.frequencies), order.texts, Packing(place, B, L), torch.arange(L, device=model.device))
-        caches = [PromptCache(cache, Packing(left, B, L)) for cache in self.caches]
-        return model._transform(x, reading, caches)[0, asked]
+        place = order.place.to(model.device)
+        padded = place + self.batch.pad[place // L]  # the same positions with the padding in front
+        context = Context(rotary(place % L, model.frequencies), mask=Packing(place, B, L), column=self.batch.numbers[:L])
+        caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]
+        return model._transform(x, context, order.texts, caches)[0, ends]
 
     def random(self, n):
         """(B, 2 K) numbers of step n, in (0, 1]: 0 would hit an id of probability 0."""
         if n % DRAWS == 0:
-            fresh = [torch.rand(DRAWS, 2 * self.K, generator=generator) for generator in self.generators]
-            self.draws = 1 - torch.stack(fresh).to(self.pad.device)
+            fresh = [torch.rand(DRAWS, 2 * self.K, generator=g) for g in self.generators]
+            self.draws = 1 - torch.stack(fresh).to(self.order.device)
         return self.draws[:, n % DRAWS]
 
     @torch.inference_mode()
@@ -670,20 +663,20 @@ class Speech:
 
     @torch.inference_mode()
     def step(self, replies, n):
-        """Read what the rows said last, at column L + n; the states (B, H) that predict what comes next."""
-        model, device = self.model, self.pad.device
-        column = torch.full((1,), self.L + n, device=device)
+        """Read what the rows said last; the states (B, H) that predict what comes next."""
+        model, device = self.model, self.order.device
         fresh = [r.mode == "speak" and len(r.columns) == 1 for r in replies]
         if any(fresh):
-            self._begin(torch.tensor(fresh, device=device)[:, None], torch.tensor([r.total for r in replies], device=device)[:, None])
+            said = torch.tensor([r.total for r in replies], device=device)
+            self._begin(torch.tensor(fresh, device=device)[:, None], said[:, None])
         x, texts = model._columns(self.column)[:, None], 0
-        if not all(r.mode == "speak" for r in replies):
+        if any(r.mode != "speak" for r in replies):
             letters = torch.tensor([r.letter for r in replies], device=device)
             texts = torch.tensor([r.mode != "speak" for r in replies], device=device)[:, None, None]
             x = torch.where(texts, model._letters(letters)[:, None], x)
-        mask = (self.seen & (torch.arange(self.seen.shape[1], device=device) <= column))[:, None, None]
-        rope = rotary((column - self.pad)[:, None, None], model.frequencies)
-        return model._transform(x, Reading(rope, texts, mask, column), self.caches)[:, 0]
+        place = self.batch.step(n)
+        context = Context(rotary(place.positions, model.frequencies), mask=place.mask, column=place.column)
+        return model._transform(x, context, texts, self.caches)[:, 0]
 
     def _begin(self, fresh, said):
         """A new stream in the rows that are fresh (B, 1)."""
@@ -750,7 +743,8 @@ class Higgs(nn.Module):
     speaker_input = False  # who speaks is heard in the reference
     embeddings = ("audio_codebook_embeddings",)  # what lora.train_embeddings trains
 
-    def __init__(self, config):
+    def __init__(self, config, naming="original", raw_config=None):
+        """naming and raw_config (config.json) are of the folder that was read: what is saved is as it was."""
         super().__init__()
         c = self.config = config
         H, rows = c.hidden_size, c.num_codebooks * c.codebook_size
@@ -762,14 +756,32 @@ class Higgs(nn.Module):
         self.audio_decoder_proj = nn.Module()
         self.audio_decoder_proj.text_lm_head = nn.Linear(H, c.vocab_size, bias=False)  # of its own, though the config says tied
         self.audio_decoder_proj.audio_lm_head = nn.Linear(H, rows, bias=False)
-        self.training_options = Training()
-        self.finish, self.speakers, self.recompute = [], {}, False
+        self.register_buffer("offsets", None, persistent=False)  # (K,) the first row of each codebook in the audio table
+        self.register_buffer("frequencies", None, persistent=False)  # of the rotary pairs; float32 whatever the weights are
+        self.naming, self.raw_config = naming, raw_config or {}
+        self.adapter_namings = {"peft": naming}  # what is written is named as what was read
+        self.speakers = {}
         self.max_length = c.max_position_embeddings  # positions of a row; train.py may ask for less
-        self._use_naming("original")
+        self.recompute, self.finish, self.left_unused = False, [], []
+        self.path = self.fingerprint = ""
+        self._frozen, self.tokenizer, self.files, self.training_options = [], None, {}, Training()
+        self.marks, self.tokenizer_crc, self._codec_key = {}, 0, None
+        self.sample_rate = self.out_sample_rate = 0
 
-    def _use_naming(self, naming):
-        """The naming of the files that were read is that of what is written."""
-        self.naming, self.adapter_namings = naming, {"peft": naming}
+    def equip(self, codec, tokenizer, files, options):
+        """Give the model what does not come with its weights: codec, tokenizer, {role: path} of what `save` copies, and
+        Training's options. With it, what is computed from them. `load` and `blank` call this."""
+        c, device = self.config, self.device
+        if codec.codebooks != c.num_codebooks or codec.bins > c.audio_stream_bos_id:
+            raise Invalid(f"the audio tokenizer has {codec.codebooks} codebooks of {codec.bins} codes, the model "
+                          f"{c.num_codebooks} of {c.audio_stream_bos_id}. They belong to different checkpoints.")
+        self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
+        self.sample_rate = self.out_sample_rate = codec.sample_rate
+        self.offsets = torch.arange(c.num_codebooks, device=device) * c.codebook_size
+        self.frequencies = frequencies(c).to(device)
+        self.marks = read_marks(tokenizer, self.raw_config)
+        self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes()) if "tokenizer" in files else 0
+        self.training_options = Training(**options)
 
     # ---------------------------------------------------------------------------------- data: rows, batches
 
@@ -955,7 +967,8 @@ class Higgs(nn.Module):
         labels = batch["text_labels"].flatten()[batch["text_to"]]
         text = F.cross_entropy(heads.text_lm_head(h[batch["text_from"]]).float(), labels, ignore_index=NONE, reduction="sum")
         labels = batch["audio_labels"].flatten(0, 1)[batch["audio_to"]]  # (N, K)
-        logits = heads.audio_lm_head(h[batch["audio_from"]]).float().view(labels.numel(), -1)  # (N K, V)
+        logits = heads.audio_lm_head(h[batch["audio_from"]]).float()
+        logits = logits.view(labels.numel(), self.config.codebook_size)  # (N K, V)
         each = F.cross_entropy(logits, labels.flatten(), ignore_index=NONE, reduction="none").view(labels.shape).sum(0)
         return {"loss/text": text, "loss/audio": each.sum(), **{f"metric/codebook_{k:02d}": x for k, x in enumerate(each.detach())}}
 
@@ -963,8 +976,9 @@ class Higgs(nn.Module):
         """The final states (A, H) of the positions of a batch that predict something."""
         (B, L), place, texts = batch["ids"].shape, batch["place"], batch["texts"]
         x = self._embed(batch["ids"].flatten()[place[:texts]], batch["codes"].flatten(0, 1)[place[texts:]])
-        reading = Reading(rotary(place % L, self.frequencies), texts, Packing(place, B, L))
-        return self._transform(x, reading, asked=(batch["asked"], batch["asked_texts"]))[0]
+        context = Context(rotary(place % L, self.frequencies), mask=Packing(place, B, L))
+        asked = Asked(batch["asked"], batch["asked_texts"])
+        return self._transform(x, context, texts, asked=asked)[0]
 
     def _embed(self, ids, codes):
         """(S,) and (N, K) -> (1, S + N, H)"""
@@ -977,16 +991,16 @@ class Higgs(nn.Module):
         """(N, K) -> (N, H), the sum of a column's table rows."""
         return F.embedding_bag(codes + self.offsets, self.audio_codebook_embeddings.weight, mode="sum").to(self.dtype)
 
-    def _transform(self, x, reading, caches=None, asked=None):
-        """Layers and final norm. asked: what the last layer computes, see DualLayer."""
+    def _transform(self, x, context, texts, caches=None, asked=None):
+        """Layers and final norm. asked: what the last layer computes, None for all positions."""
         recompute = self.recompute and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
             wanted = asked if i == len(self.layers) - 1 else None
             if recompute:
-                x = recomputed(layer, x, reading, cache, wanted, use_reentrant=False)
+                x = recomputed(layer, x, context, texts, cache, wanted, use_reentrant=False)
             else:
-                x = layer(x, reading, cache, wanted)
+                x = layer(x, context, texts, cache, wanted)
         return self.norm(x)
 
     def set_recompute(self, on):
@@ -1149,6 +1163,10 @@ class Higgs(nn.Module):
         """Both layouts have the rows that are in memory."""
         return None
 
+    def adapter_words(self, modules, values):
+        """lora_config.json of the single-file form, which no tool of this backbone reads."""
+        return {**values, "target_modules": sorted(modules)}
+
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32."""
         return {self.published_name(name, naming): w for name, w in checkpoint.weights(self, merged).items()}
@@ -1166,16 +1184,18 @@ class Higgs(nn.Module):
         write_json(folder / "config.json", self._published_config(naming))
         # Boson's end of text and transformers' end of turn stop different loops, so each layout has its own.
         write_json(folder / "generation_config.json", self._generation_config(naming))
-        names = [(path, path.name) for path in self.files] + [(path, f"{CODEC_FOLDER}/{path.name}") for path in self.codec_files]
-        for path, name in names:
-            target = folder / name
+        for role, path in self.files.items():
+            if role == "generation_config.json":
+                continue
+            target = (folder / CODEC_FOLDER if role.startswith("codec/") else folder) / path.name
             target.parent.mkdir(exist_ok=True)
             if path.resolve() != target.resolve():
                 shutil.copyfile(path, target)
         return folder
 
     def _generation_config(self, naming):
-        raw = self.raw_generation if naming == self.naming else {}
+        file = self.files.get("generation_config.json")
+        raw = checkpoint.read_json(file) if file and naming == self.naming else {}
         end = self.marks.get("<|end_of_text|>", self.marks["<|eot_id|>"])
         ids = {"bos_token_id": self.marks["<|begin_of_text|>"], "eos_token_id": end, "pad_token_id": end}
         if naming == "transformers":
@@ -1229,7 +1249,8 @@ class Higgs(nn.Module):
 
 LLAMA_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
               "rms_norm_eps", "max_position_embeddings")
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
+COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 CODEC_FOLDER = PARTS["codec"].split("/")[1]
 # Special tokens, and the keys of either config.json that give their ids where the tokenizer does not name them.
 MARKS = {"<|begin_of_text|>": (), "<|start_header_id|>": (), "<|end_header_id|>": (), "<|eot_id|>": (),
@@ -1273,7 +1294,7 @@ def is_codec(config):
     names = config.get("tensors", ())
     if names:
         return "quantizer.quantizers.0.codebook.embed" in names or "quantizer.vq.layers.0._codebook.embed" in names
-    return config.get("model_type") == "higgs_audio_v2_tokenizer" or {"n_filters", "target_bandwidths", "semantic_techer"} <= set(config)
+    return config.get("model_type") == "higgs_audio_v2_tokenizer" or {"n_filters", "ratios", "semantic_techer"} <= set(config)
 
 
 def recognizes(config):
@@ -1343,48 +1364,38 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
                       "use_text_head=True; save it again so, or copy that tensor from the base.")
     config = read_config(raw, {n: t.shape for n, t in stored.items()}, str(where))
     with torch.device("meta"):
-        model = Higgs(config)
+        model = Higgs(config, naming, raw)
     if weights == "scratch":
         model.to_empty(device="cpu")
         draw(model)
         model.to(device, dtype)
     else:
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(source))
-    model._use_naming(naming)
-    codec, model.codec_files = _load_codec(folder, extra.get("codec"), config)
     tokenizer = Path(extra.get("tokenizer") or folder)
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
-        raise Invalid(f"no tokenizer.json at {tokenizer}; the text tokenizer lies beside the weights of bosonai/higgs-audio-v2-generation-3B-base. "
+        raise Invalid(f"no tokenizer.json at {tokenizer}; the text tokenizer lies beside the weights of {MODEL}. "
                       "Copy it into the folder, or say --extra.tokenizer")
-    model.raw_config = raw
-    generation = folder / "generation_config.json"
-    model.raw_generation = checkpoint.read_json(generation) if generation.is_file() else {}
-    model.files = [tokenizer] + [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    _equip(model, codec, Tokenizer(tokenizer), options or {})
-    model.tokenizer_crc = zlib.crc32(tokenizer.read_bytes())
+    codec, files = _load_codec(folder, extra.get("codec"))
+    files["tokenizer"] = tokenizer
+    files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    model.equip(codec, Tokenizer(tokenizer), files, options or {})
     return model.eval()
 
 
-def _equip(model, codec, tokenizer, options):
-    """All that is no weight of the model: codec, tokenizer and its marks, tables that are computed, options."""
-    c, device = model.config, model.device
-    if codec.codebooks != c.num_codebooks or codec.bins > c.audio_stream_bos_id:
-        raise Invalid(f"the audio tokenizer has {codec.codebooks} codebooks of {codec.bins} codes, the model {c.num_codebooks} of {c.audio_stream_bos_id}. "
-                      "They belong to different checkpoints.")
-    model._frozen, model._codec_key = [codec], None
-    model.sample_rate = model.out_sample_rate = codec.sample_rate
-    model.register_buffer("offsets", torch.arange(c.num_codebooks, device=device) * c.codebook_size, persistent=False)
-    model.register_buffer("frequencies", frequencies(c).to(device), persistent=False)
-    model.tokenizer, model.marks = tokenizer, {}
+def read_marks(tokenizer, raw):
+    """{special token: id}, of those that every row needs and of those that are there; raw: config.json, which names some."""
+    marks = {}
     for name in (*MARKS, *SELDOM):
-        keys = [key for key in MARKS.get(name, ()) if model.raw_config.get(key) is not None]
-        number = model.raw_config[keys[0]] if tokenizer.id(name) is None and keys else tokenizer.id(name)
+        number = tokenizer.id(name)
+        for key in MARKS.get(name, ()):
+            number = raw.get(key) if number is None else number
         if number is None and name in MARKS:
-            raise Invalid(f"{tokenizer.name} has no {name}; it is not the tokenizer of Higgs Audio v2, whose special tokens are named so")
+            raise Invalid(f"{tokenizer.name} has no {name}; it is not the tokenizer of Higgs Audio v2, whose special tokens "
+                          "are named so")
         if number is not None:
-            model.marks[name] = number
-    model.training_options = Training(**options)
+            marks[name] = number
+    return marks
 
 
 def _find_weights(path, raw, wanted):
@@ -1409,8 +1420,8 @@ def _find_weights(path, raw, wanted):
                   + (f", found {', '.join(seen)}" if seen else ""))
 
 
-def _load_codec(folder, given, config):
-    """(codec, its files) from `given` (file or folder), or from a folder or file inside the model's."""
+def _load_codec(folder, given):
+    """(codec, {role: path} of its files) from `given` (file or folder), or from a folder or file inside the model's."""
     place = Path(given) if given is not None else _codec_inside(folder)
     if place is None:
         raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in {folder / CODEC_FOLDER}, in {folder.parent / CODEC_FOLDER}, or at "
@@ -1423,7 +1434,8 @@ def _load_codec(folder, given, config):
         raise Invalid(f"{place} is the language model, not the audio tokenizer (codec). Expected the folder of {PARTS['codec']}, or its model.pth or "
                       "model.safetensors")
     beside = [file.parent / name for name in ("config.json", "preprocessor_config.json")]
-    return higgs_codec.load(file), [file, *(path for path in beside if path.is_file())]
+    files = [file, *(path for path in beside if path.is_file())]
+    return higgs_codec.load(file), {f"codec/{path.name}": path for path in files}
 
 
 def _codec_file(place):
@@ -1476,7 +1488,5 @@ def blank(size, version, device, dtype, options=None):
     model.to(dtype)
     vocab = {piece: i for i, piece in enumerate(["<unk>", *MARKS, *SELDOM, *"abcdefghijklmnopqrstuvwxyz \n.:,"])}
     tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
-    model.raw_config, model.raw_generation, model.files, model.codec_files = {}, {}, [], []
-    _equip(model, higgs_codec.blank(*codec), tokenizer, options or {})
-    model.path, model.fingerprint, model.tokenizer_crc = "", "", 0
+    model.equip(higgs_codec.blank(*codec), tokenizer, {}, options or {})
     return model.eval()

@@ -1,8 +1,12 @@
 """Higgs Audio v2 against transformers on tiny random checkpoints, and the properties that are its own."""
+import importlib.machinery
+import importlib.util
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import models
 from models import higgs
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, audio, checkpoint
 from tests import conftest, test_higgs_codec, tiny_higgs
 from tests.tiny_higgs import ID
 
@@ -168,7 +172,7 @@ def test_a_class_default_does_not_decide_the_ids_of_a_codebook(model, tmp_path):
 
 
 def test_the_text_head_is_not_tied(model):
-    assert json.loads((model.files[0].parent / "config.json").read_text())["text_config"]["tie_word_embeddings"] is True
+    assert json.loads((model.files["tokenizer"].parent / "config.json").read_text())["text_config"]["tie_word_embeddings"] is True
     assert not torch.equal(model.embed_tokens.weight, model.audio_decoder_proj.text_lm_head.weight)
 
 
@@ -377,7 +381,7 @@ def test_conversations_that_cannot_be_written_are_refused(model, messages, words
 
 
 def test_codes_that_do_not_fit_are_refused(model):
-    for clip, words in ((codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 1, "expected 0 to 31"), (codes(3) - 1, "codes from -1"),
+    for clip, words in ((codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 32, "expected 0 to 31"), (codes(3) - 32, "codes from -3"),
                         (codes(0), "no frames")):
         with pytest.raises(Invalid, match=words):
             model.encode({"audio": clip, "text": "x"})
@@ -494,10 +498,16 @@ def test_recomputing_activations_changes_nothing(folders):
 # ------------------------------------------------------------------------------------------------ the codec
 
 
-def test_codes_and_sound_equal_transformers(tmp_path):
+def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
     """Clips whose two branches agree in length; for the others transformers pads otherwise than the model was trained with."""
     transformers = pytest.importorskip("transformers")
     sizes = test_higgs_codec.SMALL
+    if importlib.util.find_spec("torchaudio") is None:  # which transformers asks for nothing but its resampling
+        stand_in = ModuleType("torchaudio")
+        stand_in.functional = SimpleNamespace(resample=audio.resample)
+        stand_in.__spec__, stand_in.__version__ = importlib.machinery.ModuleSpec("torchaudio", None), "2.13.0"
+        monkeypatch.setitem(sys.modules, "torchaudio", stand_in)
+        monkeypatch.setitem(transformers.utils.import_utils.BACKENDS_MAPPING, "torchaudio", (lambda: True, ""))
     settings = dict(model_type="higgs_audio_v2_tokenizer", sample_rate=24000, codebook_size=sizes["bins"], codebook_dim=sizes["size"],
                     target_bandwidths=[1], acoustic_model_config=dict(
                         model_type="dac", encoder_hidden_size=sizes["width"], decoder_hidden_size=sizes["decoder"], hidden_size=sizes["latent"],
@@ -507,7 +517,8 @@ def test_codes_and_sound_equal_transformers(tmp_path):
                         num_attention_heads=12, conv_dim=[sizes["extractor"]] * 7, num_conv_pos_embedding_groups=sizes["semantic"] // sizes["group"],
                         num_conv_pos_embeddings=sizes["position"]))
     folder = tiny_higgs.write_codec(tmp_path / "codec", "transformers", settings=settings)
-    theirs, ours = transformers.HiggsAudioV2TokenizerModel.from_pretrained(folder).eval(), higgs.higgs_codec.load(folder)
+    part = importlib.import_module("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
+    theirs, ours = part.HiggsAudioV2TokenizerModel.from_pretrained(folder).eval(), higgs.higgs_codec.load(folder)
     for n in (960 * 4, 960 * 5 + 100, 960 * 7 + 700):
         wave = noise(n, n)
         with torch.no_grad():
@@ -538,8 +549,9 @@ def test_greedy_frames_equal_transformers(model, hf, words, prompts):
     want = torch.stack([columns[1 + k : len(columns) - K + 1 + k, k] for k in range(K)], 1)
     got = torch.stack(greedy(model, words, 40, prompts))
     assert len(got) > 3 and torch.equal(got, want[: len(got)].clamp(max=31))
-    if model.finish == ["end"]:
-        assert len(want) == len(got) + 1 and (columns[len(got) + 1] == END).any()
+    if model.finish == ["end"]:  # transformers' ending is always a whole one, with a row of ends at last
+        newest = int((columns == END).any(1).nonzero()[0])
+        assert len(got) == newest - 1 - int((columns[newest] == END).nonzero()[0]) and len(want) == newest + 1
 
 
 def forced(model, monkeypatch, table):
@@ -606,16 +618,18 @@ def test_the_cap_gives_a_prefix_and_the_length_of_the_text_sets_another(model):
     model.audio_decoder_proj.audio_lm_head.weight.data = kept
 
 
-def test_cached_and_uncached_generation_agree(model):
+def test_cached_and_uncached_generation_agree(model, monkeypatch):
     """The training forward on what was generated predicts it: every code by the argmax of its own column."""
+    monkeypatch.setattr(higgs, "pick", lambda logits, u, s: logits[..., :BEGIN].argmax(-1))
     got = torch.stack(greedy(model, "Hello", 20, CONTEXT, min_len=20))
     row = {"audio": got.T.short(), "text": "Hello", "ref_audio": CONTEXT[0][1], "ref_text": CONTEXT[0][0]}
     batch, _ = model.collate([model.encode(row)])
     with torch.no_grad():
         logits = model.audio_decoder_proj.audio_lm_head(model.states(batch)[batch["audio_from"]]).view(-1, K, 34)[:, :, :BEGIN]
     labels = batch["audio_labels"].flatten(0, 1)[batch["audio_to"]]
-    inner = (labels != -100) & (labels != END)
-    assert torch.equal(logits.argmax(-1)[inner], labels[inner]) and int(inner.sum()) == 20 * K
+    inner = labels != -100
+    inner[20:] = False  # from there on the row shows ends, where the speech went on
+    assert torch.equal(logits.argmax(-1)[inner], labels[inner]) and int(inner.sum()) == sum(range(13, 21))
 
 
 def test_rows_of_a_batch_equal_single_runs(model):
@@ -721,13 +735,16 @@ def test_stream_ids_never_count_as_repeated(model, monkeypatch):
     assert (asked[7][0, :, 7] == -1).all()
 
 
+SAMPLE = higgs.Speech.sample
+
+
 def scripted(model, monkeypatch, letters):
     """Let the text head say `letters`, one after the other."""
     said = iter(letters)
-    sample = higgs.Speech.sample
+
 
     def spoken(speech, h, n, writing):
-        out = sample(speech, h, n, writing)
+        out = SAMPLE(speech, h, n, writing).clone()
         if writing:
             out[:, -1] = next(said)
         return out
@@ -743,10 +760,10 @@ def test_the_text_head_may_choose_when_it_speaks(model, monkeypatch):
     forced(model, monkeypatch, lambda n: [END if n == 6 else n] + [n] * (K - 1))
     scripted(model, monkeypatch, [5, 6, begin, 7, begin, end])
     frames = torch.stack(list(model.frames("x", seed=0, force_audio=False)))
-    assert len(frames) == 8 and torch.equal(frames[:4], frames[4:]) and frames[:, 0].tolist() == [1, 2, 3, 4] * 2
+    assert len(frames) == 10 and torch.equal(frames[:5], frames[5:]) and frames[:, 0].tolist() == [1, 2, 3, 4, 5] * 2
     assert model.finish == ["end"]
     scripted(model, monkeypatch, [begin, begin, begin])
-    assert len(list(model.frames("x", seed=0, force_audio=False, max_len=6))) == 6 and model.finish == ["cap"]
+    assert len(list(model.frames("x", seed=0, force_audio=False, max_len=7))) == 7 and model.finish == ["cap"]
     scripted(model, monkeypatch, [5] * 200)
     assert list(model.frames("x", seed=0, force_audio=False)) == [] and model.finish == ["cap"]
 
@@ -775,7 +792,7 @@ def test_long_texts_are_spoken_in_pieces_with_context(model, monkeypatch):
     assert higgs.cut("one two three. four five. six", 3) == ["one two three.", "four five. six"]
     assert higgs.cut("one two three four five", 2) == ["one two", "three four", "five"]
     assert higgs.cut("你好世界。再见", 4) == ["你好世界。", "再见"] and higgs.cut("a b c", 0) == ["a b c"]
-    assert "".join(higgs.cut(ARABIC * 3, 4)).split() == "".join(ARABIC * 3).split() or True
+    assert " ".join(higgs.cut(f"{ARABIC} {ARABIC}", 4)).split() == f"{ARABIC} {ARABIC}".split()
     prompts = []
     prompt = higgs.Higgs._prompt
     monkeypatch.setattr(higgs.Higgs, "_prompt", lambda self, piece, s: prompts.append(prompt(self, piece, s)) or prompts[-1])

@@ -86,6 +86,8 @@ def tokenizer():
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("i", "n"), ("Ġ", "a"), ("e", "r"), ("o", "u"), ("l", "l"), ("Ċ", "Ċ")]
+    pieces = alphabet + [a + b for a, b in merges]
+    pieces += [f"<fill{i}>" for i in range(len(pieces), min(SPECIAL))]  # the tokenizers library knows no gap before the special ones
     added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
              for i, t in SPECIAL.items()]
     begin = {"SpecialToken": {"id": SPECIAL[300], "type_id": 0}}
@@ -102,7 +104,7 @@ def tokenizer():
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {piece: i for i, piece in enumerate(alphabet + [a + b for a, b in merges])},
+                  "vocab": {piece: i for i, piece in enumerate(pieces)},
                   "merges": [f"{a} {b}" for a, b in merges]},
     }
 

@@ -35,15 +35,29 @@ def linears(model, s):
 
 
 def means(word, name):
-    """A word means a module by its name, its end, any step on the way to it, or as a regex."""
-    return name == word or name.endswith("." + word) or (not word.isdigit() and word in name.split(".")) or matches(word, name)
+    """A word means a module by its name, its end, any step on the way to it (attn also self_attn), or as a pattern."""
+    steps = name.split(".")
+    step = not word.isdigit() and (word in steps or f"self_{word}" in steps)
+    return name == word or name.endswith("." + word) or step or matches(word, name)
 
 
 def matches(pattern, name):
+    """Whether a regex, or a pattern with wildcards and braces such as *.mlp.{gate,up}_proj, is the whole name."""
     try:
-        return re.fullmatch(pattern, name) is not None
+        return re.fullmatch(as_regex(pattern), name) is not None
     except re.error as e:
-        raise Invalid(f"lora.target_modules: {pattern!r} is no module name and no regex ({e})") from None
+        raise Invalid(f"lora.target_modules: {pattern!r} is no module name, no pattern and no regex ({e})") from None
+
+
+BRACES = re.compile(r"\{([a-zA-Z]\w*(?:,\w+)+)\}")  # {gate,up}; a regex has numbers there
+
+
+def as_regex(pattern):
+    """A pattern as people write it for module names, as a regex: *.mlp.{gate,up}_proj. A regex stays what it is."""
+    spelled = BRACES.sub(lambda braces: "(" + braces[1].replace(",", "|") + ")", pattern)
+    if pattern.startswith("*"):  # which no regex can
+        return spelled.replace(".", r"\.").replace("*", ".*")
+    return pattern if spelled == pattern else r"(.*\.)?" + spelled
 
 
 def in_full(model, s):
