@@ -1,24 +1,24 @@
-"""Higgs Audio v2: text in, eight codes per frame of 40 ms out, by a Llama whose layers have a feed-forward for each of the two.
+"""Higgs Audio v2: text in, eight codes per frame (40 ms) out, by a Llama with two feed-forwards per layer.
 
-Text tokens and audio columns stand in one sequence. Attention is common to them; the norms and the feed-forward of a
-layer exist twice, and a position takes those of its kind. A column is read as the sum of eight table rows and predicted
-by one head, eight codes at a time. Codebook k comes k columns late, so that it follows the codes of its own frame that
-lie before it. B begins a stream, E ends it; T frames take T + 9 columns.
+Text tokens and audio columns stand in one sequence. Attention is common to them; norms and feed-forward of a
+layer exist twice, and a position takes those of its kind. A column is read as the sum of eight table rows and
+predicted by one head, eight codes at a time. Codebook k comes k columns late, so that it follows the codes of
+its own frame that lie before it. B begins a stream, E ends it; T frames take T + 9 columns.
 
-    position    .. <audio_out_bos>  0   1   2   3  ..  T+1 .. T+8  <audio_eos> <eot>
-    codebook 0                      B   a1  a2  a3 ..  E   .. E                        labels  -  a1 a2 .. aT E - -
-    codebook 1                      B   B   b1  b2 ..  bT  .. E                        labels  -  -  b1 .. bT E - -
-    codebook 7                      B   B   B   B  ..      .. E                        labels  ..     h1 .. hT E
-    kind        text    text        audio                          text        text
+    position     .. <audio_out_bos>  0   1   2   3  ..  T+1 .. T+8  <audio_eos> <eot>
+    codebook 0                       B   a1  a2  a3 ..  E   .. E                 labels  -  a1 a2 .. aT E -
+    codebook 1                       B   B   b1  b2 ..  bT  .. E                 labels  -  -  b1 .. bT E -
+    codebook 7                       B   B   B   B  ..      .. E                 labels  ..     h1 .. hT E
+    kind         text    text        audio                          text       text
 
-What stands at a position is predicted from the position before it, text by one head and codes by the other. Labels stand
-where the inputs stand; the loss compares the output at t with the label at t + 1.
+What stands at a position is predicted from the position before it, text by one head and codes by the other.
+Labels stand where the inputs stand; the loss compares the output at t with the label at t + 1.
 
-Where trainers for this model go wrong, each of which a test here would catch: the guide's snippet has no shift, so that
-every position learns to repeat its own input; the forks train without the delay that speaking uses, learn the reference
-as well, and the B columns; and transformers' processor masks every E, so that the model is never taught to stop.
+Where trainers for this model go wrong, which tests here would catch: the guide's snippet has no shift, so
+that each position learns to repeat its own input; the forks train without the delay that speaking uses, and learn
+the reference and the B columns; transformers' processor masks every E, so that nothing learns to stop.
 
-Checkpoint: bosonai/higgs-audio-v2-generation-3B-base, audio tokenizer bosonai/higgs-audio-v2-tokenizer. Two layouts.
+Checkpoint: bosonai/higgs-audio-v2-generation-3B-base with bosonai/higgs-audio-v2-tokenizer; two layouts each.
 
 Letters besides the usual: P positions that a batch really has, K codebooks, V ids of one codebook.
 """
@@ -75,7 +75,8 @@ class Config:
     max_position_embeddings: int = 131072
 
 
-LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
 PUBLISHED = Config(128256, 3072, 8192, 8192, 28, 24, 8, 128, 8, 1026, 1024, 1025, rope_scaling=LLAMA3)
 TINY = Config(320, 32, 48, 48, 2, 4, 2, 8, 8, 34, 32, 33, rope_scaling=LLAMA3, max_position_embeddings=512)
 
@@ -84,9 +85,10 @@ PLACES = ("assistant", "user", "system")  # turns that a reference recording can
 
 @dataclass
 class Training:
-    """The `backbone:` section of a training config: how rows of plain audio and text are written as a conversation."""
+    """The `backbone:` section of a training config: how rows of audio and text are written as a
+    conversation."""
 
-    reference_in: str = opt("assistant", "turn that ref_audio stands in: assistant, as the base was trained, user or system", choices=PLACES)
+    reference_in: str = opt("assistant", "turn that ref_audio stands in", choices=PLACES)
     system: str = opt("", "text of the system turn; empty takes Boson's, and none where a reference comes without a scene")
     scene: str = opt("", "where it is spoken, such as 'Audio is recorded from a quiet room.'; stands in the system turn")
 
@@ -99,7 +101,10 @@ UNSET = -1  # of the two below: 7 and 2, which Boson recommends, or no such samp
 
 @dataclass
 class Sampling:
-    """What `generate` takes besides text, prompts, speaker and seed. Temperature, top_k and top_p are those of Boson's README."""
+    """What `generate` takes besides text, prompts, speaker and seed.
+
+    The defaults of temperature, top_k and top_p are those of Boson's quick start.
+    """
 
     temperature: float = opt(0.3, "randomness; 0 takes the likeliest code")
     top_k: int = opt(50, "sample among so many likeliest codes; 0: all")
@@ -118,7 +123,8 @@ class Sampling:
     chunk_frames: int = opt(16, "frames per chunk of audio at most; the first chunks are 1, 2, 4 .. frames")
 
     def __post_init__(self):
-        check(self, temperature=0, top_k=0, piece_words=0, keep_pieces=0, min_len=0, max_len=1, retries=0, chunk_frames=1)
+        least = dict(temperature=0, top_k=0, piece_words=0, keep_pieces=0, min_len=0, max_len=1, retries=0)
+        check(self, **least, chunk_frames=1)
         if not 0 < self.top_p <= 1:
             raise Invalid(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         asked = self.ras_win_len != UNSET or self.ras_max_repeat != UNSET
@@ -128,9 +134,10 @@ class Sampling:
         check(self, ras_win_len=1, ras_max_repeat=1)
 
 
-# What a config.json may ask for that no published checkpoint has: {key: (the only values that are read, what else means)}.
+# What a config.json may ask for that no published checkpoint has.
+# {key: (the only values that are read, what another would mean)}
 ONLY = {
-    "encode_whisper_embed": ((False,), "the reference through a Whisper encoder; the published checkpoint has no weights of one"),
+    "encode_whisper_embed": ((False,), "a reference read by Whisper, of which nobody published weights"),
     "encode_audio_in_tokens": ((True,), "a reference that is not read as codes"),
     "audio_adapter_type": (("dual_ffn", "dual_ffn_fast_forward"), "another way for audio through the layers"),
     "audio_embed_avg": ((False,), "the mean of a column's table rows instead of their sum"),
@@ -146,20 +153,23 @@ ONLY = {
 
 
 def check_config(raw, where):
-    """Invalid where config.json asks for something that no published checkpoint has, so that its weights would mean something else."""
+    """Invalid where config.json asks for something that no published checkpoint has."""
     for section in (raw, raw.get("text_config") or {}):
         for key, (values, meaning) in ONLY.items():
             if section.get(key, values[0]) not in values:
-                raise Invalid(f"{where}: {key} is {section[key]!r}, expected {values[0]!r}: it would mean {meaning}, which is not supported. "
-                              "Use the published checkpoint, or one trained from it with that key as it was.")
+                raise Invalid(f"{where}: {key} is {section[key]!r}, expected {values[0]!r}: it would mean "
+                              f"{meaning}, which is not supported. Use the published checkpoint, or one "
+                              "trained from it.")
     layers = raw.get("audio_dual_ffn_layers")
     count = (raw.get("text_config") or {}).get("num_hidden_layers")
     if layers is not None and count is not None and sorted(layers) != list(range(count)):
-        raise Invalid(f"{where}: audio_dual_ffn_layers names {len(layers)} of {count} layers; only checkpoints with all of them are supported")
+        raise Invalid(f"{where}: audio_dual_ffn_layers names {len(layers)} of {count} layers; "
+                      "only checkpoints with all of them are supported")
 
 
 def read_config(raw, shapes, where):
-    """Config from either config.json; widths that it does not state are read from `shapes` ({name here: shape}, {} for none)."""
+    """Config from either config.json. Widths that it does not state are read from `shapes`: {name here:
+    shape}."""
     check_config(raw, where)
     llama = raw.get("text_config") or raw
 
@@ -171,7 +181,8 @@ def read_config(raw, shapes, where):
     heads = llama.get("num_attention_heads") or PUBLISHED.num_attention_heads
     q, k = (shapes.get(f"layers.0.self_attn.{letter}_proj.weight") for letter in "qk")
     if llama.get("head_dim") is None and q and q[0] % heads:
-        raise Invalid(f"{where}: q_proj has {q[0]} rows, which are not {heads} heads; config.json must state num_attention_heads")
+        raise Invalid(f"{where}: q_proj has {q[0]} rows, which are not {heads} heads; "
+                      "config.json must state num_attention_heads")
     width = size("hidden_size", "norm.weight")
     head_dim = llama.get("head_dim") or (q[0] // heads if q else width // heads)
     groups = llama.get("num_key_value_heads") or (k[0] // head_dim if k else PUBLISHED.num_key_value_heads)
@@ -183,21 +194,30 @@ def read_config(raw, shapes, where):
     codebooks = raw.get("num_codebooks") or raw.get("audio_num_codebooks") or PUBLISHED.num_codebooks
     ids = read_stream_ids(raw, shapes.get("audio_codebook_embeddings.weight"), codebooks, where)
     theta, scaling = rope_settings(llama, where)
-    return Config(size("vocab_size", "embed_tokens.weight"), width, hidden, audio_hidden, layers, heads, groups, head_dim, codebooks, *ids,
-                  llama.get("rms_norm_eps") or PUBLISHED.rms_norm_eps, theta, scaling,
-                  llama.get("max_position_embeddings") or PUBLISHED.max_position_embeddings)
+    vocab = size("vocab_size", "embed_tokens.weight")
+    eps = llama.get("rms_norm_eps") or PUBLISHED.rms_norm_eps
+    positions = llama.get("max_position_embeddings") or PUBLISHED.max_position_embeddings
+    return Config(vocab, width, hidden, audio_hidden, layers, heads, groups, head_dim, codebooks, *ids,
+                  eps, theta, scaling, positions)
 
 
 def read_stream_ids(raw, table, codebooks, where):
-    """(ids of a codebook, begin, end). The table decides: one config counts both stream ids, one does not, and transformers' class default is wrong."""
+    """(ids of a codebook, begin, end).
+
+    The table decides: one config counts the ids of begin and end, one does not, and transformers' class
+    default is wrong.
+    """
     begin, end = (raw.get(f"audio_stream_{name}_id") for name in ("bos", "eos"))
     if table and table[0] % codebooks:
         raise Invalid(f"{where}: the audio table has {table[0]} rows, which are not {codebooks} codebooks")
-    counted = raw["audio_codebook_size"] + 2 if raw.get("audio_codebook_size") else raw.get("codebook_size") or PUBLISHED.codebook_size
+    counted = raw.get("codebook_size") or PUBLISHED.codebook_size
+    if raw.get("audio_codebook_size"):
+        counted = raw["audio_codebook_size"] + 2
     size = table[0] // codebooks if table else max(counted, (end or 0) + 1)
     begin, end = size - 2 if begin is None else begin, size - 1 if end is None else end
     if not 0 < begin < size or not 0 < end < size or begin == end:
-        raise Invalid(f"{where}: audio_stream_bos_id {begin} and audio_stream_eos_id {end} must be two of the {size} ids of a codebook")
+        raise Invalid(f"{where}: audio_stream_bos_id {begin} and audio_stream_eos_id {end} must be two of "
+                      f"the {size} ids of a codebook")
     return size, begin, end
 
 
@@ -225,7 +245,8 @@ def frequencies(c):
 
     Only original/low and original/high enter, so the odd numbers of transformers' config give the same table.
     """
-    plain = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
+    pairs = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu")
+    plain = 1.0 / c.rope_theta ** (pairs / c.head_dim)
     if c.rope_scaling is None:
         return plain
     factor, low, high, old = (c.rope_scaling[key] for key in LLAMA3)
@@ -244,8 +265,11 @@ class Asked(NamedTuple):
 
 
 def by_kind(x, texts, text, sound):
-    """text(x) at positions of text and sound(x) at those of audio. x: (B, L, C), in training (1, P, C) with the texts in front."""
-    if torch.is_tensor(texts):  # rows that write beside rows that speak: both for all, which is seldom and short
+    """text(x) at positions of text and sound(x) at those of audio.
+
+    x: (B, L, C); in training (1, P, C) with the texts in front.
+    """
+    if torch.is_tensor(texts):  # some rows write while others speak: both for all, which is seldom and short
         return torch.where(texts, text(x), sound(x))
     if texts == 0:
         return sound(x)
@@ -255,7 +279,8 @@ def by_kind(x, texts, text, sound):
 
 
 class DualLayer(nn.Module):
-    """A layer with one attention and two feed-forwards. Nothing in it looks positions up: they are sorted beforehand."""
+    """A layer with one attention and two feed-forwards. It looks nothing up: positions are sorted
+    beforehand."""
 
     def __init__(self, c):
         super().__init__()
@@ -267,7 +292,8 @@ class DualLayer(nn.Module):
         self.audio_mlp = SwiGLU(H, c.audio_ffn_intermediate_size)
 
     def forward(self, x, context, texts, cache=None, asked=None):
-        """texts: the first so many positions are text and the others audio; or (B, 1, 1), True for the rows that write."""
+        """texts: the first so many positions are text, the others audio; or (B, 1, 1), True for rows that
+        write."""
         normed = by_kind(x, texts, self.input_layernorm, self.audio_input_layernorm)
         x = x + self.self_attn(normed, context, cache)
         if asked is not None:
@@ -282,7 +308,7 @@ class DualLayer(nn.Module):
 
 
 class PromptCache:
-    """A cache as the layers see it while they read prompts: keys come without padding and are stored with it on the left."""
+    """A cache as the layers see it while they read prompts: keys come packed, and get their padding here."""
 
     def __init__(self, cache, packing):
         self.cache, self.packing = cache, packing
@@ -295,7 +321,11 @@ class PromptCache:
 
 
 def delayed(codes, config):
-    """(columns, labels), both (T + K + 1, K), of the codes (K, T) of a clip: row k moved k columns on. Each codebook is taught one E."""
+    """(columns, labels), both (T + K + 1, K), of the codes (K, T) of a clip.
+
+    Codebook k is moved k columns on. Each is taught one E; the other E, which only fill up, and all B are
+    not trained.
+    """
     (K, T), begin, end = codes.shape, config.audio_stream_bos_id, config.audio_stream_eos_id
     columns = torch.full((T + K + 1, K), end)
     labels = torch.full((T + K + 1, K), NONE)
@@ -337,8 +367,10 @@ class Draft:
 # Boson's own words, which the base was trained on; the scene marks are special tokens.
 SYSTEM = "Generate audio following instruction."
 SEVERAL = ("You are an AI assistant designed to convert text into speech.\n"
-           "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following text, "
-           "using the specified voice.\nIf no speaker tag is present, select a suitable voice on your own.")
+           "If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech "
+           "for the "
+           "following text, using the specified voice.\n"
+           "If no speaker tag is present, select a suitable voice on your own.")
 SCENE = ("<|scene_desc_start|>", "<|scene_desc_end|>")
 
 
@@ -367,7 +399,10 @@ def tagged(text, number):
 
 
 def system_turn(style, references, several=False):
-    """[] or the system turn. style: Training or Sampling, whose system and scene count; references that stand in it follow the scene."""
+    """[] or the system turn. style: Training or Sampling, whose system and scene count.
+
+    References that stand in it follow the scene.
+    """
     voices = references if style.reference_in == "system" else []
     text = style.system
     if not text and not references:
@@ -379,7 +414,9 @@ def system_turn(style, references, several=False):
     text += f"\n\n{SCENE[0]}\n{style.scene}"
     parts = []
     for number, voice in enumerate(voices):
-        gap = "\n\n" if style.scene and number == 0 else "\n" if number else ""
+        gap = "\n" if number else ""
+        if style.scene and not number:
+            gap = "\n\n"
         parts += [text_part(f"{text}{gap}SPEAKER{number}: "), audio_part(voice.codes)]
         text = ""
     return [message("system", *parts, text_part(f"{text}\n{SCENE[1]}"))]
@@ -395,15 +432,17 @@ def reference_turns(style, references):
             said = [] if text is None else [text_part(tagged(text, number))]
             parts += [*said, audio_part(codes)]
         elif text is None:
-            raise Invalid("a reference recording without its transcript: in the assistant's turn it must follow its text (ref_text or "
-                          "prompt_text); without one use reference_in: system or user")
+            raise Invalid("a reference recording without its transcript: in the assistant's turn it must "
+                          "follow its text "
+                          "(ref_text or prompt_text); without one use reference_in: system or user")
         else:
-            turns += [message("user", text_part(tagged(text, number))), message("assistant", audio_part(codes))]
+            turns.append(message("user", text_part(tagged(text, number))))
+            turns.append(message("assistant", audio_part(codes)))
     return turns, parts
 
 
 def check_messages(messages):
-    """Messages with content as a list of parts and train as a bool; Invalid with everything that is wrong in them."""
+    """Messages with content as a list of parts; Invalid with everything that is wrong in them."""
     wrong, out = [], []
     for number, raw in enumerate(messages, 1):
         role, content = raw.get("role"), raw.get("content")
@@ -424,7 +463,8 @@ def check_messages(messages):
                 wrong.append(f"{here} has a part of type {kind} without {kind}")
         out.append({"role": role, "train": raw.get("train"), "content": content})
     if not wrong and not any(speaks(m) for m in out):
-        wrong.append("no assistant message has audio, so there is no speech to learn; add a part of type audio to the one that answers")
+        wrong.append("no assistant message has audio, so there is no speech to learn; "
+                     "add a part of type audio to the one that answers")
     if wrong:
         raise Invalid("messages: " + "; ".join(wrong))
     return out
@@ -435,14 +475,17 @@ def speaks(turn):
 
 
 def choose_trained(messages):
-    """Set train of every message: as it is marked, else only the last assistant turn that speaks. Those before are prompts."""
+    """Set train of every message: as it is marked, else only the last assistant turn that speaks.
+
+    Those before are prompts.
+    """
     last = max(i for i, m in enumerate(messages) if speaks(m))
     for i, m in enumerate(messages):
         m["train"] = i == last if m["train"] is None else bool(m["train"])
     return messages
 
 
-# ------------------------------------------------------------------------------------------------ speaking: the host's side
+# ---------------------------------------------------------------------------------------- the host's side
 
 
 class Prompt(NamedTuple):
@@ -457,19 +500,21 @@ class Prompt(NamedTuple):
 class Reply:
     """One answer while it is made: whether it writes or speaks, which frames are complete, and how it ended.
 
-    Frame t has its last code in column t + K. The first E, of codebook k in column e, says that e - 1 - k frames stay.
+    Frame t has its last code in column t + K. The first E, of codebook k in column e, leaves e - 1 - k
+    frames.
     """
 
     def __init__(self, number, prompt, model, forced):
         self.number, self.prompt, self.forced = number, prompt, forced
         self.marks, self.config = model.marks, model.config
-        self.mode = "speak" if forced else "write"  # or "open": <|audio_out_bos|> has been read, the B column comes
+        self.mode = "speak" if forced else "write"  # or "open": <|audio_out_bos|> is read, B comes next
         self.columns, self.length = [None], None  # of the stream; column 0 is B
         self.total, self.letters = 0, prompt.letters
         self.letter, self.finish = 0, None  # the token to read next; "end" or "cap"
 
     def take(self, column, left, letter):
-        """The frames that are complete with what was sampled: a column (K,) and how many are `left` of the ending, or a letter."""
+        """The frames that become complete by a column (K,) and what is `left` of the ending; or a letter is
+        written."""
         if self.mode == "open":
             self.mode, self.columns, self.length = "speak", [None], None
         elif self.mode == "write":
@@ -506,6 +551,16 @@ class Reply:
             self.mode, self.letter = "write", self.marks["<|audio_eos|>"]
 
 
+class Wanted(NamedTuple):
+    """A request as generate gets it."""
+
+    text: str
+    prompts: tuple = ()  # (text, audio, speaker) each
+    speaker: str | int | None = None
+    seed: int | None = None
+    noise: None = None
+
+
 @dataclass
 class Request:
     """What is asked for, and what has been spoken of it."""
@@ -519,12 +574,13 @@ class Request:
 
 
 # A word, or where words are not spaced a character, with the punctuation that follows it.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff][^\w\s]*|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+CJK = "\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff"
+WORD = re.compile(rf"[{CJK}][^\w\s]*|[^\s{CJK}]+")
 SENTENCE = re.compile(r"(?<=[.!?…؟])\s+|(?<=[。！？])|\n+")
 
 
 def cut(text, most):
-    """A text in pieces of at most `most` words, cut where a sentence ends if there is such a place; every word stays."""
+    """A text in pieces of at most `most` words, cut where a sentence ends if there is such a place."""
     if not most or len(WORD.findall(text)) <= most:
         return [text]
     pieces, size = [], 0
@@ -540,18 +596,20 @@ def cut(text, most):
     return pieces
 
 
-# ------------------------------------------------------------------------------------------------ speaking: the device's side
+# ---------------------------------------------------------------------------------------- the device's side
 
 
 def pick(logits, u, s):
-    """One id per row of logits (.., V) float32, by u (..) uniform in (0, 1] and the temperature, top_k and top_p of s."""
+    """One id per row of logits (.., V) float32. u (..) is uniform in (0, 1]; s: temperature, top_k and
+    top_p."""
     if s.temperature == 0:
         return logits.argmax(-1)
     size = logits.shape[-1]
     values, ids = logits.topk(min(s.top_k or size, size), sorted=True)
     shares = (values / s.temperature).softmax(-1)
     heap = shares.cumsum(-1)
-    kept = torch.where(heap - shares < s.top_p, shares, 0)  # what lies before is not enough yet: the likeliest always stays
+    # those before were not enough; the likeliest always stays
+    kept = torch.where(heap - shares < s.top_p, shares, 0)
     heap = kept.cumsum(-1)
     place = torch.searchsorted(heap, u[..., None] * heap[..., -1:])
     return ids.gather(-1, place)[..., 0]
@@ -570,7 +628,7 @@ DRAWS = 128  # steps whose random numbers are drawn at once: always as many, so 
 
 
 class Speech:
-    """The answers of a batch that still go on, on the device: caches, random numbers, and where each stream stands."""
+    """The answers of a batch that go on, on the device: caches, random numbers, where each stream stands."""
 
     def __init__(self, model, prompts, s):
         c, device, B = model.config, model.device, len(prompts)
@@ -585,7 +643,8 @@ class Speech:
         self.letter = torch.zeros(B, dtype=torch.long, device=device)
         self.number = torch.ones(B, 1, dtype=torch.long, device=device)  # of the column that is sampled next
         self.left = torch.full((B, 1), self.K, device=device)  # columns of the ending; K: it has not begun
-        self.said = torch.zeros(B, 1, dtype=torch.long, device=device)  # frames of earlier streams of the answer
+        # frames of earlier streams of the answer
+        self.said = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.recent = torch.full((B, s.ras_win_len or 0, self.K), -1, device=device)
 
     def keep(self, going):
@@ -603,7 +662,8 @@ class Speech:
         model, L, B = self.model, self.batch.width, len(prompts)
         examples = [p.example for p in prompts]
         lengths = [len(e["ids"]) for e in examples]
-        ids, codes, kind = (pad_sequence([e[n] for e in examples], batch_first=True) for n in ("ids", "codes", "audio"))
+        ids, codes, kind = (pad_sequence([e[name] for e in examples], batch_first=True)
+                            for name in ("ids", "codes", "audio"))
         real = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
         order = sort_by_kind(real, kind)
         last = torch.tensor([b * L + n - 1 for b, n in enumerate(lengths)])
@@ -612,7 +672,8 @@ class Speech:
         x = model._embed(ids.flatten()[texts].to(model.device), codes.flatten(0, 1)[sounds].to(model.device))
         place = order.place.to(model.device)
         padded = place + self.batch.pad[place // L]  # the same positions with the padding in front
-        context = Context(rotary(place % L, model.frequencies), mask=Packing(place, B, L), column=self.batch.numbers[:L])
+        rope, column = rotary(place % L, model.frequencies), self.batch.numbers[:L]
+        context = Context(rope, mask=Packing(place, B, L), column=column)
         caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]
         return model._transform(x, context, order.texts, caches)[0, ends]
 
@@ -625,7 +686,8 @@ class Speech:
 
     @torch.inference_mode()
     def sample(self, h, n, writing):
-        """What every row says in step n after the state h (B, H): column, what is left of its ending, letter; (B, K + 2)."""
+        """What every row says in step n after the state h (B, H): column, left of its ending, letter; (B, K
+        + 2)."""
         u = None if self.s.temperature == 0 and self.s.ras_win_len is None else self.random(n)
         if writing:
             letters = self.model.audio_decoder_proj.text_lm_head(h).float()
@@ -643,8 +705,10 @@ class Speech:
         c, s, K = self.model.config, self.s, self.K
         logits = self.model.audio_decoder_proj.audio_lm_head(h).float().unflatten(-1, (K, -1))
         if s.min_len:
-            early = self.number + self.said <= s.min_len + self.order  # an E of codebook k in column e leaves e - 1 - k frames
-            logits[..., c.audio_stream_eos_id] = logits[..., c.audio_stream_eos_id].masked_fill(early, -math.inf)
+            # E of codebook k in column e leaves e - 1 - k frames
+            early = self.number + self.said <= s.min_len + self.order
+            ends = logits[..., c.audio_stream_eos_id].masked_fill(early, -math.inf)
+            logits[..., c.audio_stream_eos_id] = ends
         column = pick(logits, None if u is None else u[:, :K], s)
         if s.ras_win_len is not None:
             often = (self.recent == column[:, None]).sum(1) >= s.ras_max_repeat
@@ -652,7 +716,11 @@ class Speech:
         return torch.where(self.order < self.number, column, c.audio_stream_bos_id)
 
     def _ending(self, column):
-        """(column, left): the first E, of codebook k, ends all below it; then the ending climbs a codebook per column, as upstream's does."""
+        """(column, left) with the ending laid over the column.
+
+        The first E, of codebook k, ends all below it; then the ending climbs a codebook per column, as
+        upstream's does.
+        """
         K, end = self.K, self.model.config.audio_stream_eos_id
         lowest = torch.where(column == end, self.order, K).amin(1, keepdim=True)  # K: none
         running = self.left < K
@@ -687,7 +755,10 @@ class Speech:
 
 
 class Sound:
-    """Frames to audio in chunks of 1, 2, 4 .. `most` frames; a frame can be heard once those are known that the codec looks ahead to."""
+    """Frames to audio in chunks of 1, 2, 4 .. `most` frames.
+
+    A frame can be heard once those are known that the codec looks ahead to.
+    """
 
     def __init__(self, codec, most):
         self.stream, self.ahead, self.hop, self.most = codec.stream(), codec.context[1], codec.hop, most
@@ -703,7 +774,8 @@ class Sound:
 
     def _decode(self):
         chunk = self.stream.decode(torch.stack(self.waiting, 1)).cpu()
-        self.waiting, self.done, self.size = [], self.done + len(chunk) // self.hop, min(2 * self.size, self.most)
+        self.waiting, self.size = [], min(2 * self.size, self.most)
+        self.done += len(chunk) // self.hop
         return chunk
 
     def flush(self):
@@ -727,7 +799,8 @@ class Order(NamedTuple):
 
 
 def sort_by_kind(wanted, is_audio):
-    """Order of the positions (B, L) that are wanted. Made on the CPU, once per batch, so that no layer has to look for them."""
+    """Order of the positions (B, L) that are wanted; made on the CPU, once per batch, so that no layer looks
+    for them."""
     texts, sounds = ((wanted & kind).flatten().nonzero().flatten() for kind in (~is_audio, is_audio))
     return Order(torch.cat([texts, sounds]), len(texts), wanted.numel())
 
@@ -750,14 +823,17 @@ class Higgs(nn.Module):
         H, rows = c.hidden_size, c.num_codebooks * c.codebook_size
         # from_pretrained of nothing: an nn.Embedding's own draw imports a compiler on the meta device.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, H), freeze=False)
-        self.audio_codebook_embeddings = nn.Embedding.from_pretrained(torch.empty(rows, H), freeze=False)  # row: code + V * codebook
+        # row: code + V * codebook
+        self.audio_codebook_embeddings = nn.Embedding.from_pretrained(torch.empty(rows, H), freeze=False)
         self.layers = nn.ModuleList(DualLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(H, c.rms_norm_eps)
         self.audio_decoder_proj = nn.Module()
-        self.audio_decoder_proj.text_lm_head = nn.Linear(H, c.vocab_size, bias=False)  # of its own, though the config says tied
+        # A head of its own, although the published config says that the table is one with it.
+        self.audio_decoder_proj.text_lm_head = nn.Linear(H, c.vocab_size, bias=False)
         self.audio_decoder_proj.audio_lm_head = nn.Linear(H, rows, bias=False)
-        self.register_buffer("offsets", None, persistent=False)  # (K,) the first row of each codebook in the audio table
-        self.register_buffer("frequencies", None, persistent=False)  # of the rotary pairs; float32 whatever the weights are
+        # (K,) first row of each codebook in the audio table
+        self.register_buffer("offsets", None, persistent=False)
+        self.register_buffer("frequencies", None, persistent=False)  # of the rotary pairs, always float32
         self.naming, self.raw_config = naming, raw_config or {}
         self.adapter_namings = {"peft": naming}  # what is written is named as what was read
         self.speakers = {}
@@ -769,12 +845,15 @@ class Higgs(nn.Module):
         self.sample_rate = self.out_sample_rate = 0
 
     def equip(self, codec, tokenizer, files, options):
-        """Give the model what does not come with its weights: codec, tokenizer, {role: path} of what `save` copies, and
-        Training's options. With it, what is computed from them. `load` and `blank` call this."""
+        """Give the model what does not come with its weights, and what is computed.
+
+        files: {role: path} of what `save` copies; options: Training's. `load` and `blank` call this.
+        """
         c, device = self.config, self.device
         if codec.codebooks != c.num_codebooks or codec.bins > c.audio_stream_bos_id:
-            raise Invalid(f"the audio tokenizer has {codec.codebooks} codebooks of {codec.bins} codes, the model "
-                          f"{c.num_codebooks} of {c.audio_stream_bos_id}. They belong to different checkpoints.")
+            raise Invalid(f"the audio tokenizer has {codec.codebooks} codebooks of {codec.bins} codes, "
+                          f"the model {c.num_codebooks} of {c.audio_stream_bos_id}. They belong to "
+                          "different checkpoints.")
         self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
         self.sample_rate = self.out_sample_rate = codec.sample_rate
         self.offsets = torch.arange(c.num_codebooks, device=device) * c.codebook_size
@@ -803,10 +882,12 @@ class Higgs(nn.Module):
         return self.sample_rate / self.codec.hop
 
     def encode_text(self, text, speaker=None):
-        """Ids of a text, with the tag of a speaker in front where a number is given. What looks like a special token is plain text."""
+        """Ids of a text, behind the tag of a speaker where a number is given. What looks like a special
+        token is text."""
         if speaker is not None and not re.fullmatch(r"\d+", str(speaker)):
-            raise Invalid(f"speaker {speaker!r}: this model knows speakers by the numbers of their references, 0 and up; whose voice it is, "
-                          "a reference recording says")
+            raise Invalid(f"speaker {speaker!r}: this model knows speakers by the numbers of their "
+                          "references, 0 and up; "
+                          "whose voice it is, a reference recording says")
         if not text.strip():
             raise Invalid(f"text {text!r} is empty")
         return self.tokenizer.encode(tagged(text, speaker))
@@ -826,17 +907,23 @@ class Higgs(nn.Module):
             return self.encode_audio(source, start, end).long()
         K, size = self.config.num_codebooks, self.config.audio_stream_bos_id
         if len(source) != K:
-            raise Invalid(f"codes of {len(source)} codebooks; expected {K}, as the audio tokenizer of this model gives them")
+            raise Invalid(f"codes of {len(source)} codebooks; expected {K}, as the audio tokenizer of this "
+                          "model "
+                          "gives them")
         if not source.shape[1]:
             raise Invalid("a clip of no frames: there is nothing to hear in it")
         source = source.long().cpu()
         least, most = int(source.min()), int(source.max())
         if least < 0 or most >= size:
-            raise Invalid(f"codes from {least} to {most}; expected 0 to {size - 1}, without delay and without the ids that begin and end a stream")
+            raise Invalid(f"codes from {least} to {most}; expected 0 to {size - 1}, without delay and "
+                          "without the ids "
+                          "that begin and end a stream")
         return source
 
     def encode(self, row):
-        """{ids (L,), codes (L, K), audio (L,), text_labels (L,), audio_labels (L, K)} of a row; labels are -100 where nothing is trained.
+        """Tensors of a row: ids (L,), codes (L, K), audio (L,), text_labels (L,), audio_labels (L, K).
+
+        audio is True at columns of audio; labels are -100 where nothing is trained.
 
         A row has messages (ChatML), turns, or one audio and text, which are written as Boson's prompts are.
         """
@@ -855,8 +942,10 @@ class Higgs(nn.Module):
         self.encode_text(row.get("text") or "")
         style, references = self.training_options, self._row_reference(row)
         turns, parts = reference_turns(style, references)
-        answer = message("assistant", audio_part(self._codes(row["audio"], row.get("start"), row.get("end"))), train=True)
-        return [*system_turn(style, references), *turns, message("user", *parts, text_part(row["text"])), answer]
+        codes = self._codes(row["audio"], row.get("start"), row.get("end"))
+        answer = message("assistant", audio_part(codes), train=True)
+        asked = message("user", *parts, text_part(row["text"]))
+        return [*system_turn(style, references), *turns, asked, answer]
 
     def _row_reference(self, row):
         if row.get("ref_audio") is None:
@@ -864,7 +953,8 @@ class Higgs(nn.Module):
         return [Reference(row.get("ref_text"), self._codes(row["ref_audio"]), None)]
 
     def _of_turns(self, row):
-        """Messages of a conversation: each turn is a text of the user and its audio as the answer. Turns are trained unless they say no."""
+        """Messages of a conversation: a turn is a text of the user and its audio as the answer, trained
+        unless it says no."""
         turns = row["turns"]
         if not any(t.get("audio") is not None for t in turns):
             raise Invalid("no turn of this row has audio, so there is nothing to train")
@@ -884,7 +974,7 @@ class Higgs(nn.Module):
         return messages
 
     def _render(self, messages):
-        """A Draft of messages, token by token as Boson's prepare_chatml_sample writes them: every part is encoded by itself."""
+        """A Draft of messages, token by token as Boson writes them: every part is encoded by itself."""
         draft, marks = Draft(self.config.num_codebooks), self.marks
         draft.write([marks["<|begin_of_text|>"]])
         for i, turn in enumerate(messages):
@@ -909,10 +999,12 @@ class Higgs(nn.Module):
 
     def _header(self, role):
         encode = self.tokenizer.encode
-        return [self.marks["<|start_header_id|>"], *encode(role), self.marks["<|end_header_id|>"], *encode("\n\n")]
+        begin, end = self.marks["<|start_header_id|>"], self.marks["<|end_header_id|>"]
+        return [begin, *encode(role), end, *encode("\n\n")]
 
     def _words(self, text, role):
-        """Ids of a text part. In a system turn the marks of the scene are tokens; anything else that looks like one is text."""
+        """Ids of a text part. In a system turn the marks of the scene are tokens; all else of that form is
+        text."""
         if role != "system":
             return self.tokenizer.encode(text)
         ids = []
@@ -924,7 +1016,8 @@ class Higgs(nn.Module):
     def _mark(self, name):
         """Id of a special token that not every row needs."""
         if name not in self.marks:
-            raise Invalid(f"{self.tokenizer.name} has no {name}; this row cannot be written without it. Is it the checkpoint's own tokenizer?")
+            raise Invalid(f"{self.tokenizer.name} has no {name}; this row cannot be written without it. "
+                          "Is it the checkpoint's own tokenizer?")
         return self.marks[name]
 
     def length(self, example):
@@ -933,7 +1026,8 @@ class Higgs(nn.Module):
         return len(example["ids"]) if trained else 0
 
     def collate(self, examples, seeds=None):
-        """Batch and counts; nothing is drawn. Which positions are text, audio, or predict something is worked out here, on the CPU."""
+        """Batch and counts. Nothing is drawn; which positions are text or audio or predict something is told
+        here."""
         def stacked(name, padding):
             return pad_sequence([e[name] for e in examples], batch_first=True, padding_value=padding)
 
@@ -948,7 +1042,8 @@ class Higgs(nn.Module):
         wanted[:, 0] = True  # of a row without labels, too
         order, answers = sort_by_kind(wanted, batch["audio"]), sort_by_kind(asked, batch["audio"])
         text_at, sound_at = (where.flatten().nonzero().flatten() for where in (text, sound))
-        batch |= {"place": order.place, "texts": order.texts, "asked": order.numbers(answers.place), "asked_texts": answers.texts,
+        batch |= {"place": order.place, "texts": order.texts,
+                  "asked": order.numbers(answers.place), "asked_texts": answers.texts,
                   "text_from": answers.numbers(text_at), "text_to": text_at + 1,
                   "audio_from": answers.numbers(sound_at), "audio_to": sound_at + 1}
         return batch, self.counts(batch)
@@ -956,21 +1051,26 @@ class Higgs(nn.Module):
     def counts(self, batch):
         text = int((batch["text_labels"].flatten()[batch["text_to"]] != NONE).sum())
         codes = (batch["audio_labels"].flatten(0, 1)[batch["audio_to"]] != NONE).sum(0).tolist()
-        return {"loss/text": text, "loss/audio": sum(codes), **{f"metric/codebook_{k:02d}": n for k, n in enumerate(codes)}}
+        books = {f"metric/codebook_{k:02d}": n for k, n in enumerate(codes)}
+        return {"loss/text": text, "loss/audio": sum(codes), **books}
 
     # ---------------------------------------------------------------------------------- training
 
     def forward(self, batch):
-        """Sums of the cross-entropies over labelled tokens and over labelled codes, of all codebooks alike."""
+        """Sums of the cross-entropies over labelled tokens, and over labelled codes of all codebooks
+        alike."""
         h = self.states(batch)
         heads = self.audio_decoder_proj
         labels = batch["text_labels"].flatten()[batch["text_to"]]
-        text = F.cross_entropy(heads.text_lm_head(h[batch["text_from"]]).float(), labels, ignore_index=NONE, reduction="sum")
+        logits = heads.text_lm_head(h[batch["text_from"]]).float()
+        text = F.cross_entropy(logits, labels, ignore_index=NONE, reduction="sum")
         labels = batch["audio_labels"].flatten(0, 1)[batch["audio_to"]]  # (N, K)
         logits = heads.audio_lm_head(h[batch["audio_from"]]).float()
         logits = logits.view(labels.numel(), self.config.codebook_size)  # (N K, V)
-        each = F.cross_entropy(logits, labels.flatten(), ignore_index=NONE, reduction="none").view(labels.shape).sum(0)
-        return {"loss/text": text, "loss/audio": each.sum(), **{f"metric/codebook_{k:02d}": x for k, x in enumerate(each.detach())}}
+        each = F.cross_entropy(logits, labels.flatten(), ignore_index=NONE, reduction="none")
+        each = each.view(labels.shape).sum(0)  # (K,)
+        books = {f"metric/codebook_{k:02d}": x for k, x in enumerate(each.detach())}
+        return {"loss/text": text, "loss/audio": each.sum(), **books}
 
     def states(self, batch):
         """The final states (A, H) of the positions of a batch that predict something."""
@@ -989,7 +1089,8 @@ class Higgs(nn.Module):
 
     def _columns(self, codes):
         """(N, K) -> (N, H), the sum of a column's table rows."""
-        return F.embedding_bag(codes + self.offsets, self.audio_codebook_embeddings.weight, mode="sum").to(self.dtype)
+        table = self.audio_codebook_embeddings.weight
+        return F.embedding_bag(codes + self.offsets, table, mode="sum").to(self.dtype)
 
     def _transform(self, x, context, texts, caches=None, asked=None):
         """Layers and final norm. asked: what the last layer computes, None for all positions."""
@@ -1012,10 +1113,13 @@ class Higgs(nn.Module):
         return list(self.layers)
 
     def lora_targets(self, settings):
-        """With no word given: attention and the feed-forward of audio. That of text acts at text positions only."""
+        """With no word given: attention and the feed-forward of audio; that of text acts at text positions
+        only."""
         for key in ("enable_lm", "enable_dit", "enable_proj"):
             if getattr(settings, key) is not None:
-                raise Invalid(f"lora.{key}: this backbone is chosen by lora.target_modules: attn, mlp, audio_mlp, q_proj, audio_mlp.gate_proj ..")
+                raise Invalid(f"lora.{key}: this backbone is chosen by lora.target_modules: attn, mlp, "
+                              "audio_mlp, q_proj, "
+                              "audio_mlp.gate_proj ..")
         names = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)]
         return [n for n in names if ".self_attn." in n or ".audio_mlp." in n]
 
@@ -1024,14 +1128,17 @@ class Higgs(nn.Module):
         o = self.training_options
         style = {"reference_in": o.reference_in, "system": o.system, "scene": o.scene}
         if row.get("messages"):
-            style["reference_in"] = next((m["role"] for m in row["messages"] for p in m["content"] if p["type"] == "audio"), o.reference_in)
+            roles = [m["role"] for m in row["messages"] for p in m["content"] if p["type"] == "audio"]
+            style["reference_in"] = roles[0]
         prompts = [(row.get("ref_text"), row["ref_audio"], None)] if row.get("ref_audio") is not None else []
-        return {**style, "prompts": prompts, "max_len": 25 + 8 * len(self.encode_text(row["text"]))}  # an untrained model seldom ends by itself
+        longest = 25 + 8 * len(self.encode_text(row["text"]))  # an untrained model seldom ends by itself
+        return {**style, "prompts": prompts, "max_len": longest}
 
     # ---------------------------------------------------------------------------------- generation
 
-    def _request(self, s, text, prompts=(), speaker=None, seed=None, noise=None):
-        """A Request of what generate is given. Speakers are numbered by the prompts, where these have more than one."""
+    def _request(self, s, wanted):
+        """A Request of what generate is given. Speakers are numbered where the prompts have more than one."""
+        text, prompts, speaker, seed, noise = wanted
         if noise is not None:
             raise Invalid("noise: this backbone samples codes and takes a seed, no noise")
         self.encode_text(text)
@@ -1039,13 +1146,19 @@ class Higgs(nn.Module):
         if speaker is not None and str(speaker) not in names and prompts:
             raise Invalid(f"speaker {speaker!r}: the prompts have {', '.join(names)}")
         several = len(names) > 1
-        references = [Reference(said, self._codes(sound), names.index(str(who)) if several else None) for said, sound, who in prompts]
+        references = []
+        for said, sound, who in prompts:
+            number = names.index(str(who)) if several else None
+            references.append(Reference(said, self._codes(sound), number))
         reference_turns(s, references)  # what does not fit in there is said before anything is spoken
         number = names.index(str(speaker)) if several and speaker is not None else None
         return Request(references, cut(text, s.piece_words), number, seed)
 
     def _prompt(self, piece, s):
-        """What is read before the answer. piece: {"request", "text", "seed"}; pieces spoken earlier are left out where they do not fit."""
+        """What is read before the answer. piece: {"request", "text", "seed"}.
+
+        Pieces that were spoken earlier are left out, the oldest first, where they do not fit.
+        """
         request = piece["request"]
         text = tagged(piece["text"], request.number)
         tokens = len(self.tokenizer.encode(text))
@@ -1055,7 +1168,9 @@ class Higgs(nn.Module):
         turns, parts = reference_turns(s, request.references)
         spoken = request.spoken[-s.keep_pieces :] if s.keep_pieces else []
         while True:
-            earlier = [m for said, codes in spoken for m in (message("user", text_part(said)), message("assistant", audio_part(codes)))]
+            earlier = []
+            for said, codes in spoken:
+                earlier += [message("user", text_part(said)), message("assistant", audio_part(codes))]
             asked = message("user", *parts, text_part(text))
             draft = self._render([*system_turn(s, request.references), *turns, *earlier, asked])
             self._open(draft, s.force_audio)
@@ -1063,8 +1178,9 @@ class Higgs(nn.Module):
                 break
             spoken = spoken[1:]
         if len(draft.ids) >= room:
-            raise Invalid(f"text and reference take {len(draft.ids)} positions; the model has {self.config.max_position_embeddings}, of which speech "
-                          "needs some. Give a shorter reference or a shorter text.")
+            raise Invalid(f"text and reference take {len(draft.ids)} positions; the model has "
+                          f"{self.config.max_position_embeddings}, of which speech needs some. "
+                          "Give a shorter reference or a shorter text.")
         return Prompt(draft.example(), min(frames, room - len(draft.ids)), letters, piece["seed"])
 
     def _open(self, draft, forced):
@@ -1072,22 +1188,24 @@ class Higgs(nn.Module):
         draft.write(self._header("assistant"))
         if forced:
             draft.write([self.marks["<|audio_out_bos|>"]])
-            draft.speak(self.marks["<|AUDIO_OUT|>"], torch.full((1, self.config.num_codebooks), self.config.audio_stream_bos_id))
+            begin = torch.full((1, self.config.num_codebooks), self.config.audio_stream_bos_id)
+            draft.speak(self.marks["<|AUDIO_OUT|>"], begin)
 
     @torch.no_grad()
-    def _run(self, pieces, s):
-        """Yields (i, frame (K,)) of every piece, one step for all that still go on; sets self.finish.
+    def _run(self, requests, s):
+        """Yields (i, frame (K,)) of every piece of `_takes`, one step for all that go on; sets self.finish.
 
         Between two frames the host waits once, for what was sampled.
         """
-        prompts = [self._prompt(piece, s) for piece in pieces]
+        prompts = [self._prompt(piece, s) for piece in requests]
         replies = [Reply(i, prompt, self, s.force_audio) for i, prompt in enumerate(prompts)]
         finish = self.finish = ["cap"] * len(prompts)  # of this run, should another begin before it ends
         speech, n = Speech(self, prompts, s), 0
         h = speech.read(prompts)
         while replies:
             writing = any(reply.mode == "write" for reply in replies)
-            shown = speech.sample(h, n, writing).cpu().clone()  # outside of inference mode, so that a caller may train on it
+            # Cloned outside of inference mode, so that a caller may train on it.
+            shown = speech.sample(h, n, writing).cpu().clone()
             numbers = shown.numpy()
             going = []
             for k, reply in enumerate(replies):
@@ -1107,11 +1225,16 @@ class Higgs(nn.Module):
         self.finish = finish
 
     def _takes(self, requests, s):
-        """Frames of all requests, piece by piece, with further tries; each piece keeps the reference and those spoken before as context."""
+        """Frames of all requests, piece by piece, with further tries.
+
+        Each piece has the references and the pieces spoken before as its context.
+        """
         ends = ["end"] * len(requests)
         for number in range(max(len(r.pieces) for r in requests)):
             active = [i for i, r in enumerate(requests) if number < len(r.pieces) and r.frames < s.max_len]
-            pieces = [{"request": requests[i], "text": requests[i].pieces[number], "seed": requests[i].seed} for i in active]
+            pieces = []
+            for request in (requests[i] for i in active):
+                pieces.append({"request": request, "text": request.pieces[number], "seed": request.seed})
             frames = [[] for _ in active]
             for k, frame in takes(self, pieces, s, lambda piece, made, finish: finish == "cap" or not made):
                 frames[k].append(frame)
@@ -1120,25 +1243,29 @@ class Higgs(nn.Module):
                 ends[i] = "cap" if "cap" in (ends[i], finish) else "end"
                 requests[i].frames += len(made)
                 if made:
-                    requests[i].spoken.append((tagged(piece["text"], requests[i].number), torch.stack(made, 1)))
+                    text = tagged(piece["text"], requests[i].number)
+                    requests[i].spoken.append((text, torch.stack(made, 1)))
         self.finish = ends
 
     def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Frames (K,) int64, one by one, the delay undone; self.finish is then ["end"] or ["cap"]."""
         s = Sampling(**sampling)
-        for _, frame in self._takes([self._request(s, text, prompts, speaker, seed, noise)], s):
+        request = self._request(s, Wanted(text, prompts, speaker, seed, noise))
+        for _, frame in self._takes([request], s):
             yield frame
 
     def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole."""
-        for _, chunk in self.generate_batch([dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)], **sampling):
+        request = dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)
+        for _, chunk in self.generate_batch([request], **sampling):
             yield chunk
 
     @torch.no_grad()
     def generate_batch(self, requests, **sampling):
-        """Yields (i, chunk). A chunk comes as soon as the frames are known that the codec looks ahead to, 0.4 s."""
+        """Yields (i, chunk). A chunk comes as soon as those frames are known that the codec looks ahead
+        to."""
         s = Sampling(**sampling)
-        requests = [self._request(s, **r) for r in requests]
+        requests = [self._request(s, Wanted(**r)) for r in requests]
         codec = self.codec.to(self.device)
         sounds = [Sound(codec, s.chunk_frames) for _ in requests]
         for i, frame in self._takes(requests, s):
@@ -1148,7 +1275,8 @@ class Higgs(nn.Module):
         for i, sound in enumerate(sounds):
             rest = sound.flush()
             if not sound.frames:
-                warnings.warn(f"request {i}: the answer ended without a frame, so there is only silence; try another seed, or retries")
+                warnings.warn(f"request {i}: the answer ended without a frame, so there is only silence; "
+                              "try another seed, or retries")
                 rest = torch.zeros(codec.hop)
             if len(rest):
                 yield i, rest
@@ -1172,12 +1300,14 @@ class Higgs(nn.Module):
         return {self.published_name(name, naming): w for name, w in checkpoint.weights(self, merged).items()}
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in a published layout: weights, config.json, the tokenizer's files, and the codec as it was read."""
+        """Write a folder in a published layout: weights, config.json, tokenizer, and the codec as it was
+        read."""
         naming = naming or self.naming
         if naming not in self.namings:
             raise Invalid(f"naming {naming!r}: expected {' or '.join(self.namings)}")
         if not merged and any(".lora_" in n for n, _ in self.named_parameters()):
-            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
+            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
+                          "lora.save_lora_weights keeps them apart")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
@@ -1199,36 +1329,52 @@ class Higgs(nn.Module):
         end = self.marks.get("<|end_of_text|>", self.marks["<|eot_id|>"])
         ids = {"bos_token_id": self.marks["<|begin_of_text|>"], "eos_token_id": end, "pad_token_id": end}
         if naming == "transformers":
-            ids |= {"eos_token_id": self.marks["<|eot_id|>"], "ras_win_len": 7, "ras_win_max_num_repeat": 2, "use_text_head": True}
+            ids |= {"eos_token_id": self.marks["<|eot_id|>"], "use_text_head": True,
+                    "ras_win_len": 7, "ras_win_max_num_repeat": 2}
         return {**ids, **raw}
 
     def _published_config(self, naming):
         """config.json of a layout: what was read where it is the same one, completed from what is known."""
-        c, marks = self.config, self.marks
         raw = dict(self.raw_config) if naming == self.naming else {}
-        widths = dataclasses.asdict(c)
-        dtype = str(self.dtype)[6:]
-        llama = {key: widths[key] for key in LLAMA_KEYS} | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        end = marks.get("<|end_of_text|>", marks["<|eot_id|>"])
-        if naming == "transformers":
-            return {**llama, "model_type": "higgs_audio_v2", "architectures": ["HiggsAudioV2ForConditionalGeneration"], "dtype": dtype,
-                    "num_codebooks": c.num_codebooks, "audio_token_id": marks["<|AUDIO_OUT|>"], "audio_bos_token_id": marks["<|audio_out_bos|>"],
-                    "audio_delay_token_id": marks.get("<|reserved_special_token_6|>", marks["<|AUDIO|>"]), "pad_token_id": end,
-                    "bos_token_id": marks["<|begin_of_text|>"], "eos_token_id": marks["<|eot_id|>"], "tie_word_embeddings": False,
-                    "audio_stream_bos_id": c.audio_stream_bos_id, "audio_stream_eos_id": c.audio_stream_eos_id,
-                    "rope_parameters": rope_block(c), **raw, "codebook_size": c.codebook_size}
-        text = {**llama, "model_type": "llama", "rope_theta": c.rope_theta, "rope_scaling": original_rope(c), "tie_word_embeddings": False,
-                "bos_token_id": marks["<|begin_of_text|>"], "eos_token_id": end, **(raw.get("text_config") or {})}
-        return {"model_type": "higgs_audio", "architectures": ["HiggsAudioModel"], "torch_dtype": dtype,
-                "audio_adapter_type": "dual_ffn_fast_forward", "audio_dual_ffn_layers": list(range(c.num_hidden_layers)),
-                "audio_ffn_hidden_size": c.hidden_size, "audio_ffn_intermediate_size": c.audio_ffn_intermediate_size,
-                "audio_num_codebooks": c.num_codebooks, "audio_codebook_size": c.codebook_size - 2,
-                "audio_stream_bos_id": c.audio_stream_bos_id, "audio_stream_eos_id": c.audio_stream_eos_id,
-                "audio_in_token_idx": marks["<|AUDIO|>"], "audio_out_token_idx": marks["<|AUDIO_OUT|>"],
-                "audio_out_bos_token_id": marks["<|audio_out_bos|>"], "audio_eos_token_id": marks["<|audio_eos|>"], "pad_token_id": end,
-                "encode_audio_in_tokens": True, "encode_whisper_embed": False, "skip_audio_tower": True, "use_delay_pattern": True,
-                "audio_embed_avg": False, "audio_decoder_proj_num_layers": 0, "use_audio_out_embed_projector": False,
-                "use_audio_out_self_attention": False, "use_rq_transformer": False, **raw, "text_config": text}
+        widths = dataclasses.asdict(self.config)
+        llama = {key: widths[key] for key in LLAMA_KEYS}
+        llama |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                  "tie_word_embeddings": False}
+        make = self._transformers_config if naming == "transformers" else self._original_config
+        return make(llama, raw)
+
+    def _ids(self):
+        """Ids that both layouts state under the same keys."""
+        c, marks = self.config, self.marks
+        return {"audio_stream_bos_id": c.audio_stream_bos_id, "audio_stream_eos_id": c.audio_stream_eos_id,
+                "pad_token_id": marks.get("<|end_of_text|>", marks["<|eot_id|>"])}
+
+    def _transformers_config(self, llama, raw):
+        c, marks = self.config, self.marks
+        known = {**llama, **self._ids(), "model_type": "higgs_audio_v2", "dtype": str(self.dtype)[6:],
+                 "architectures": ["HiggsAudioV2ForConditionalGeneration"], "num_codebooks": c.num_codebooks,
+                 "audio_token_id": marks["<|AUDIO_OUT|>"], "audio_bos_token_id": marks["<|audio_out_bos|>"],
+                 "audio_delay_token_id": marks.get(DELAY, marks["<|AUDIO|>"]),
+                 "bos_token_id": marks["<|begin_of_text|>"], "eos_token_id": marks["<|eot_id|>"],
+                 "rope_parameters": rope_block(c)}
+        return {**known, **raw, "codebook_size": c.codebook_size}
+
+    def _original_config(self, llama, raw):
+        c, marks, ids = self.config, self.marks, self._ids()
+        text = {**llama, "model_type": "llama", "rope_theta": c.rope_theta, "rope_scaling": original_rope(c),
+                "bos_token_id": marks["<|begin_of_text|>"], "eos_token_id": ids["pad_token_id"]}
+        asked = {key: values[0] for key, (values, _) in ONLY.items() if key not in llama}
+        known = {**asked, **ids, "model_type": "higgs_audio", "torch_dtype": str(self.dtype)[6:],
+                 "architectures": ["HiggsAudioModel"], "skip_audio_tower": True,
+                 "audio_adapter_type": "dual_ffn_fast_forward",
+                 "audio_dual_ffn_layers": list(range(c.num_hidden_layers)),
+                 "audio_ffn_hidden_size": c.hidden_size,
+                 "audio_ffn_intermediate_size": c.audio_ffn_intermediate_size,
+                 "audio_num_codebooks": c.num_codebooks, "audio_codebook_size": c.codebook_size - 2,
+                 "audio_in_token_idx": marks["<|AUDIO|>"], "audio_out_token_idx": marks["<|AUDIO_OUT|>"],
+                 "audio_out_bos_token_id": marks["<|audio_out_bos|>"], "audio_eos_token_id":
+                 marks["<|audio_eos|>"]}
+        return {**known, **raw, "text_config": {**text, **(raw.get("text_config") or {})}}
 
     @property
     def codec_key(self):
@@ -1247,19 +1393,23 @@ class Higgs(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ files
 
-LLAMA_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-              "rms_norm_eps", "max_position_embeddings")
+LLAMA_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
 MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
-COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+              "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 CODEC_FOLDER = PARTS["codec"].split("/")[1]
-# Special tokens, and the keys of either config.json that give their ids where the tokenizer does not name them.
+DELAY = "<|reserved_special_token_6|>"  # stands at the last seven columns of a clip in transformers' ids
+# Special tokens, and the keys of config.json that give their ids where the tokenizer does not name them.
 MARKS = {"<|begin_of_text|>": (), "<|start_header_id|>": (), "<|end_header_id|>": (), "<|eot_id|>": (),
-         "<|audio_bos|>": (), "<|audio_eos|>": ("audio_eos_token_id",), "<|audio_out_bos|>": ("audio_out_bos_token_id", "audio_bos_token_id"),
+         "<|audio_bos|>": (), "<|audio_eos|>": ("audio_eos_token_id",),
+         "<|audio_out_bos|>": ("audio_out_bos_token_id", "audio_bos_token_id"),
          "<|AUDIO|>": ("audio_in_token_idx",), "<|AUDIO_OUT|>": ("audio_out_token_idx", "audio_token_id")}
-SELDOM = ("<|eom_id|>", "<|end_of_text|>", "<|reserved_special_token_6|>", *SCENE)  # wanted where a row or a file has them
+SELDOM = ("<|eom_id|>", "<|end_of_text|>", DELAY, *SCENE)  # wanted where a row or a file has them
 
-# Parameters bear the original names here. (original, transformers); a name that begins with neither gets "model." in front.
-NAMES = (("audio_codebook_embeddings.", "model.embed_audio_tokens.embed_audio_tokens."), ("audio_decoder_proj.", ""))
+# Parameters bear the original names here; (original, transformers). Any other gets "model." in front.
+NAMES = (("audio_codebook_embeddings.", "model.embed_audio_tokens.embed_audio_tokens."),
+         ("audio_decoder_proj.", ""))
 # Tables of which Boson's trainer kept some rows frozen: the trained ones follow.
 SPLIT = {"embed_tokens.embedding_{}.weight": "embed_tokens.weight",
          "audio_decoder_proj.text_lm_head.linear_{}.weight": "audio_decoder_proj.text_lm_head.weight"}
@@ -1293,8 +1443,10 @@ def is_codec(config):
     """Whether a config.json, or the names of tensors, are those of the audio tokenizer."""
     names = config.get("tensors", ())
     if names:
-        return "quantizer.quantizers.0.codebook.embed" in names or "quantizer.vq.layers.0._codebook.embed" in names
-    return config.get("model_type") == "higgs_audio_v2_tokenizer" or {"n_filters", "ratios", "semantic_techer"} <= set(config)
+        first = ("quantizer.quantizers.0.codebook.embed", "quantizer.vq.layers.0._codebook.embed")
+        return any(name in names for name in first)
+    original = {"n_filters", "ratios", "semantic_techer"} <= set(config)
+    return original or config.get("model_type") == "higgs_audio_v2_tokenizer"
 
 
 def recognizes(config):
@@ -1304,22 +1456,29 @@ def recognizes(config):
     if config.get("tensors"):
         return naming_of(config["tensors"]) is not None
     original = {"text_config", "audio_num_codebooks", "audio_codebook_size"} <= set(config)
-    return original or {"num_codebooks", "codebook_size", "audio_delay_token_id", "audio_stream_bos_id"} <= set(config)
+    other = {"num_codebooks", "codebook_size", "audio_delay_token_id", "audio_stream_bos_id"} <= set(config)
+    return original or other
 
 
 def joined(stored):
     """Stored tensors with the frozen and trained halves of a table as one."""
     out = dict(stored)
     for pattern, name in SPLIT.items():
-        halves = [out.pop(pattern.format(half)) for half in ("frozen", "trainable") if pattern.format(half) in out]
+        names = [pattern.format(half) for half in ("frozen", "trainable")]
+        halves = [out.pop(half) for half in names if half in out]
         if halves:
             shape = (sum(h.shape[0] for h in halves), *halves[0].shape[1:])
-            out[name] = Stored(shape, halves[0].dtype, lambda halves=halves: torch.cat([h.load() for h in halves]))
+
+            def load(halves=halves):
+                return torch.cat([half.load() for half in halves])
+
+            out[name] = Stored(shape, halves[0].dtype, load)
     return out
 
 
 def rope_block(c):
-    """rope_parameters for transformers, where the old context may not exceed the positions: equal frequencies, other scale."""
+    """rope_parameters for transformers, where the old context may not exceed the positions: equal
+    frequencies."""
     if c.rope_scaling is None:
         return {"rope_type": "default", "rope_theta": c.rope_theta}
     shrink = 1
@@ -1336,8 +1495,9 @@ def original_rope(c):
 
 
 def rescaled(scaling, by):
-    """The same stretching in other numbers: only the quotients of the old context and the two factors count."""
-    return {"factor": scaling["factor"], "low_freq_factor": scaling["low_freq_factor"] * by, "high_freq_factor": scaling["high_freq_factor"] * by,
+    """The same stretching in other numbers: only the old context over the two factors counts."""
+    return {"factor": scaling["factor"], "low_freq_factor": scaling["low_freq_factor"] * by,
+            "high_freq_factor": scaling["high_freq_factor"] * by,
             "original_max_position_embeddings": round(scaling["original_max_position_embeddings"] * by)}
 
 
@@ -1345,10 +1505,13 @@ def write_json(path, values):
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
-    """The model in eval mode from a published folder or file. extra: paths of codec and tokenizer kept elsewhere.
+def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None,
+         allow_unused=False):
+    """The model in eval mode from a published folder or file. extra: paths of codec and tokenizer kept
+    elsewhere.
 
-    weights picks a naming or a file where several lie side by side; "scratch" draws the weights of what config.json says.
+    weights picks a naming or a file where several lie side by side; "scratch" draws those of what
+    config.json says.
     """
     path, extra = Path(folder), extra or {}
     folder = path if path.is_dir() else path.parent
@@ -1360,8 +1523,9 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         source, stored, naming = _find_weights(path, raw, weights)
     stored = joined({renamed(n, naming, back=True): t for n, t in stored.items()})
     if naming == "transformers" and stored and "audio_decoder_proj.text_lm_head.weight" not in stored:
-        raise Invalid(f"{source}: no text_lm_head.weight. transformers leaves it out of what it saves unless the model was loaded with "
-                      "use_text_head=True; save it again so, or copy that tensor from the base.")
+        raise Invalid(f"{source}: no text_lm_head.weight. transformers leaves it out of what it saves "
+                      "unless the model was "
+                      "loaded with use_text_head=True; save it again so, or copy that tensor from the base.")
     config = read_config(raw, {n: t.shape for n, t in stored.items()}, str(where))
     with torch.device("meta"):
         model = Higgs(config, naming, raw)
@@ -1370,12 +1534,14 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         draw(model)
         model.to(device, dtype)
     else:
-        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(source))
+        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device,
+        allow_unused=allow_unused,
+                                            what=str(source))
     tokenizer = Path(extra.get("tokenizer") or folder)
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
-        raise Invalid(f"no tokenizer.json at {tokenizer}; the text tokenizer lies beside the weights of {MODEL}. "
-                      "Copy it into the folder, or say --extra.tokenizer")
+        raise Invalid(f"no tokenizer.json at {tokenizer}; the text tokenizer lies beside the weights of "
+                      f"{MODEL}. Copy it into the folder, or say --extra.tokenizer")
     codec, files = _load_codec(folder, extra.get("codec"))
     files["tokenizer"] = tokenizer
     files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
@@ -1384,30 +1550,37 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
 
 
 def read_marks(tokenizer, raw):
-    """{special token: id}, of those that every row needs and of those that are there; raw: config.json, which names some."""
+    """{special token: id}: those that every row needs, and others that are there. raw: config.json, which
+    has some."""
     marks = {}
     for name in (*MARKS, *SELDOM):
         number = tokenizer.id(name)
         for key in MARKS.get(name, ()):
             number = raw.get(key) if number is None else number
         if number is None and name in MARKS:
-            raise Invalid(f"{tokenizer.name} has no {name}; it is not the tokenizer of Higgs Audio v2, whose special tokens "
-                          "are named so")
+            raise Invalid(f"{tokenizer.name} has no {name}; it is not the tokenizer of Higgs Audio v2, "
+                          "which names its "
+                          "special tokens so")
         if number is not None:
             marks[name] = number
     return marks
 
 
 def _find_weights(path, raw, wanted):
-    """(file, {published name: Stored}, naming): the file given, or the first in the folder that holds the model in the wanted naming."""
+    """(file, {published name: Stored}, naming): the file given, or the first in the folder of the wanted
+    naming."""
     if path.is_dir() and is_codec(raw):
-        raise Invalid(f"{path} is the audio tokenizer, not the language model. Give the folder of {'bosonai/higgs-audio-v2-generation-3B-base'} as the "
-                      f"checkpoint and this one as --extra.codec {path}")
+        raise Invalid(f"{path} is the audio tokenizer, not the language model. Give the folder of {MODEL} "
+                      "as the checkpoint "
+                      f"and this one as --extra.codec {path}")
     if path.is_dir() and wanted and (path / wanted).is_file():
         path = path / wanted
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+    names = ("model.safetensors.index.json", "model.safetensors",
+             "pytorch_model.bin.index.json", "pytorch_model.bin")
     files = [path] if path.is_file() else [path / n for n in names if (path / n).is_file()]
-    files += [] if path.is_file() else sorted(p for p in path.glob("*.safetensors") if p not in files and "-of-" not in p.name)
+    if path.is_dir():  # a file of another name, but no single shard
+        more = sorted(p for p in path.glob("*.safetensors") if "-of-" not in p.name)
+        files += [p for p in more if p not in files]
     seen = []
     for file in files:
         stored = checkpoint.read(file)
@@ -1416,30 +1589,35 @@ def _find_weights(path, raw, wanted):
             return file, stored, naming
         kind = "the audio tokenizer" if is_codec({"tensors": list(stored)}) else naming or "no Higgs Audio"
         seen.append(f"{file.name} ({kind})")
-    raise Invalid(f"{path}: no weights of Higgs Audio" + (f" in naming {wanted!r}" if wanted else "") + f"; looked for {', '.join(names)}"
-                  + (f", found {', '.join(seen)}" if seen else ""))
+    asked = f" in naming {wanted!r}" if wanted else ""
+    found = f", found {', '.join(seen)}" if seen else ""
+    raise Invalid(f"{path}: no weights of Higgs Audio{asked}; looked for {', '.join(names)}{found}")
 
 
 def _load_codec(folder, given):
-    """(codec, {role: path} of its files) from `given` (file or folder), or from a folder or file inside the model's."""
+    """(codec, {role: path} of its files) from `given` (file or folder), or from inside the model's folder."""
     place = Path(given) if given is not None else _codec_inside(folder)
     if place is None:
-        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in {folder / CODEC_FOLDER}, in {folder.parent / CODEC_FOLDER}, or at "
-                      f"the place that --extra.codec names; it is published as {PARTS['codec']}")
+        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in "
+                      f"{folder / CODEC_FOLDER}, in "
+                      f"{folder.parent / CODEC_FOLDER}, or at the place that --extra.codec names; it is "
+                      "published as "
+                      f"{PARTS['codec']}")
     if not place.exists():
         raise Invalid(f"the codec: nothing at {place}")
     file = _codec_file(place)
     names = set(checkpoint.read(file))
     if naming_of(names):
-        raise Invalid(f"{place} is the language model, not the audio tokenizer (codec). Expected the folder of {PARTS['codec']}, or its model.pth or "
-                      "model.safetensors")
+        raise Invalid(f"{place} is the language model, not the audio tokenizer (codec). Expected the folder "
+                      "of "
+                      f"{PARTS['codec']}, or its model.pth or model.safetensors")
     beside = [file.parent / name for name in ("config.json", "preprocessor_config.json")]
     files = [file, *(path for path in beside if path.is_file())]
     return higgs_codec.load(file), {f"codec/{path.name}": path for path in files}
 
 
 def _codec_file(place):
-    """The weight file of a codec's folder; of two namings side by side the folded one, since both are the same."""
+    """The weight file of a codec's folder; of two namings side by side the folded one: both are the same."""
     names = ("model.safetensors", "model.safetensors.index.json", "model.pth", "pytorch_model.bin")
     return checkpoint.find(place, names, f"{PARTS['codec']}, the audio tokenizer (codec)")
 
@@ -1462,16 +1640,17 @@ def draw(model):
         nn.init.ones_(p) if name.endswith("norm.weight") else nn.init.normal_(p, std=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ shapes for measuring
+# ------------------------------------------------------------------------------------------------ measuring
 
-# vocabulary, width, both feed-forwards, layers, heads, groups, head size; of the codec: filters, width and layers of HuBERT
+# vocabulary, width, both feed-forwards, layers, heads, groups, head size; the codec's filters, width and
+# layers
 SHAPES = {"tiny": ((300, 64, 128, 128, 2, 4, 2, 16), (4, 48, 1)),
           "mid": ((4096, 512, 1368, 1368, 4, 8, 2, 64), (16, 192, 2)),
           "real": ((128256, 3072, 8192, 8192, 28, 24, 8, 128), (64, 768, 12))}
 
 
 def shape(size, version=""):
-    """(Config, sizes of the codec) as published, or smaller in nearly the same proportions; there is one version."""
+    """(Config, sizes of the codec) as published, or smaller in nearly the same proportions."""
     if version:
         raise Invalid(f"version {version!r}: there is only one Higgs Audio v2; leave version out")
     widths, codec = SHAPES[size]
@@ -1479,14 +1658,15 @@ def shape(size, version=""):
 
 
 def blank(size, version, device, dtype, options=None):
-    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only. options: Training's."""
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
     config, codec = shape(size, version)
     with torch.device("meta"):
         model = Higgs(config)
     model.to_empty(device=device)
     draw(model)
     model.to(dtype)
-    vocab = {piece: i for i, piece in enumerate(["<unk>", *MARKS, *SELDOM, *"abcdefghijklmnopqrstuvwxyz \n.:,"])}
+    letters = "abcdefghijklmnopqrstuvwxyz \n.:,"
+    vocab = {piece: i for i, piece in enumerate(["<unk>", *MARKS, *SELDOM, *letters])}
     tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
     model.equip(higgs_codec.blank(*codec), tokenizer, {}, options or {})
     return model.eval()

@@ -539,7 +539,7 @@ def greedy(model, words, n, prompts=(), **more):
 
 @pytest.mark.parametrize("words, prompts", [("Hello in the cat", CONTEXT), ("a", ()), ("What is it?", ())])
 def test_greedy_frames_equal_transformers(model, hf, words, prompts):
-    request = model._request(higgs.Sampling(), words, prompts)
+    request = model._request(higgs.Sampling(), higgs.Wanted(words, prompts))
     prompt = model._prompt({"request": request, "text": words, "seed": 0}, higgs.Sampling()).example
     inputs = for_transformers({k: v[:-1] for k, v in prompt.items()})  # without the first column, which transformers makes itself
     inputs = {k: v for k, v in inputs.items() if "labels" not in k and (prompts or not k.startswith("audio_"))}
@@ -608,7 +608,7 @@ def test_the_cap_gives_a_prefix_and_the_length_of_the_text_sets_another(model):
     assert len(long) == 300 and model.finish == ["cap"]
     for n in (1, 7, 8, 9, 150):
         assert torch.equal(torch.stack(list(model.frames("Hello", seed=1, min_len=300, max_len=n))), long[:n])
-    prompt = model._prompt({"request": model._request(higgs.Sampling(), "Hello"), "text": "Hello", "seed": 1}, higgs.Sampling())
+    prompt = model._prompt({"request": model._request(higgs.Sampling(), higgs.Wanted("Hello")), "text": "Hello", "seed": 1}, higgs.Sampling())
     assert prompt.frames == 250 + 25 * len(model.encode_text("Hello"))
     with torch.no_grad():
         kept = model.audio_decoder_proj.audio_lm_head.weight.clone()
@@ -638,7 +638,7 @@ def test_rows_of_a_batch_equal_single_runs(model):
         single = [list(model.frames(**r, **more)) for r in requests]
         s = higgs.Sampling(**more)
         together = [[], [], []]
-        for i, frame in model._takes([model._request(s, **r) for r in requests], s):
+        for i, frame in model._takes([model._request(s, higgs.Wanted(**r)) for r in requests], s):
             together[i].append(frame)
         assert [[f.tolist() for f in a] for a in single] == [[f.tolist() for f in b] for b in together]
 
@@ -776,7 +776,7 @@ def test_what_is_written_before_is_read(model, monkeypatch):
     got = greedy(model, "Hello", 12, force_audio=False, min_len=12)
     monkeypatch.undo()
     s = higgs.Sampling(temperature=0, min_len=12, max_len=12)
-    request = model._request(s, "Hello")
+    request = model._request(s, higgs.Wanted("Hello"))
     open_ = higgs.Higgs._open
 
     def with_words(self, draft, forced_):
@@ -824,10 +824,10 @@ def test_prompts_are_references(model):
         assert len(list(model.frames("x", prompts=alone, seed=1, max_len=3, min_len=3, reference_in=place))) == 3
     two = [("one", codes(3), "ann"), ("two", codes(4), "bob")]
     s = higgs.Sampling()
-    shown = spelled(model, model._prompt({"request": model._request(s, "new", two, "bob"), "text": "new", "seed": 0}, s).example)
+    shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", two, "bob")), "text": "new", "seed": 0}, s).example)
     assert "[SPEAKER0] one" in shown and "[SPEAKER1] two" in shown and "[SPEAKER1] new" in shown
     s = higgs.Sampling(reference_in="system", scene="Quiet.")
-    shown = spelled(model, model._prompt({"request": model._request(s, "new", two), "text": "new", "seed": 0}, s).example)
+    shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", two)), "text": "new", "seed": 0}, s).example)
     assert f"Quiet.\n\nSPEAKER0: {IN}\nSPEAKER1: {IN}\n<|scene_desc_end|>" in shown
     for more, words in ((dict(prompts=alone), "without its transcript"), (dict(noise=torch.zeros(1)), "no noise"),
                         (dict(prompts=two, speaker="carl"), "the prompts have ann, bob"), (dict(prompts=[("t", codes(3, k=5), None)]), "of 5 codebooks"),
