@@ -1,4 +1,5 @@
-"""Bricks of more than one backbone: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact convolutions.
+"""Bricks of more than one backbone: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact
+convolutions.
 
 Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
 """
@@ -15,7 +16,8 @@ FEW_ROWS, MANY_ROWS = 4, 32
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then times the weight: this order is what the published models compute."""
+    """x / rms(x) in float32, cast back, then times the weight: this order is what the published models
+    compute."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -23,11 +25,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the fused kernel is float32 inside
+        # the fused kernel is float32 inside
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
 
 
 def rotary_frequencies(size, theta, factors=None):
-    """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv 2402.13753)."""
+    """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv
+    2402.13753)."""
     exponents = -torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     frequencies = theta**exponents
     if factors is not None:
@@ -91,7 +95,8 @@ def attend(q, k, v, causal=False, mask=None):
 
 
 class Cache:
-    """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they write."""
+    """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they
+    write."""
 
     def __init__(self, shape, like):
         """like: a tensor of the dtype and on the device that the cache gets."""
@@ -122,12 +127,14 @@ class Context(NamedTuple):
     causal: bool = False  # a position sees itself and those before it
     mask: torch.Tensor | Packing | None = None  # bool, True where a key is seen: (B, 1, 1, S) or (B, 1, L, S)
     column: torch.Tensor | None = None  # (L,) int64: where the new keys go in the caches
-    keep: slice | None = None  # the positions that are asked for; the others only serve as keys (no mask, no cache)
+    # the positions that are asked for; the others only serve as keys (no mask, no cache)
+    keep: slice | None = None
 
 
 class Linear(nn.Linear):
-    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the weights serves
-    16 rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as fast, by rows and width."""
+    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the
+    weights serves 16 rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as
+    fast, by rows and width."""
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
@@ -161,8 +168,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(heads * head_size, width, bias=False)
 
     def forward(self, x, context, cache=None):
-        """With a cache, keys are written to it; then a single position attends to the whole cache under the mask,
-        several attend to each other."""
+        """With a cache, keys are written to it; then a single position attends to the whole cache under the
+        mask, several attend to each other."""
         rope, causal, mask, column, keep = context
         B, L, _ = x.shape
         # A strided input would take another kernel when weights are frozen, which has other last bits.
