@@ -4,7 +4,7 @@
 
 A backbone is one file here; there is no list to edit. What follows is the contract: every name that the
 scripts, lora.py and models/parts use on such a file or on its model. tests/test_backbones.py reads it
-here and holds every backbone against it. Audio is (n,) float32 mono in [-1, 1]; a row is a line of a manifest.
+here and holds every backbone against it. Audio is (n,) float32 mono in [-1, 1]; a row is one of a manifest.
 
 The file:
   recognizes(config)          is a checkpoint of this config.json (or {"tensors": names}) one of ours? Several

@@ -68,8 +68,13 @@ def order_of_rows(H, G, D):
     side."""
     rows = torch.arange((H + 2 * G) * D).view(-1, D)
     q, k, v = rows.split((H, G, G))
-    q, k = (part.view(-1, 2, D // 2).mT.reshape(-1, D) for part in (q, k))
+    q, k = (side_by_side(part) for part in (q, k))
     return torch.cat([q.view(G, -1, D), k[:, None], v[:, None]], 1).flatten()
+
+
+def side_by_side(rows):
+    """(heads, D) rows of half-split pairs -> the same with the two of each pair next to each other."""
+    return rows.unflatten(1, (2, -1)).mT.flatten(1)
 
 
 class LayerSteps(NamedTuple):
@@ -123,28 +128,33 @@ class DepthSteps:
     def __init__(self, decoder, B, K):
         """decoder: a module with inputs_embeds_projector, layers, norm, and frequencies of the rotary
         embedding."""
-        first, weight = decoder.layers[0], decoder.norm.weight
-        H, G, D = first.self_attn.heads, first.self_attn.kv_heads, first.self_attn.head_size
-        self.H, self.G, self.D, self.C = H, G, D, len(weight)
-        self.hidden, self.eps = first.mlp.gate_proj.out_features, decoder.norm.eps
-        self.dtype, self.device = weight.dtype, weight.device
+        first = decoder.layers[0]
+        weight = decoder.norm.weight
+        self.H = first.self_attn.heads
+        self.G = first.self_attn.kv_heads
+        self.D = first.self_attn.head_size
+        self.C = len(weight)
+        self.hidden = first.mlp.gate_proj.out_features
+        self.eps = decoder.norm.eps
+        self.dtype = weight.dtype
+        self.device = weight.device
         self.length_dtype = torch.promote_types(self.dtype, torch.float32)
         root = math.sqrt(self.C)
-        order = order_of_rows(H, G, D).to(self.device)
+        order = order_of_rows(self.H, self.G, self.D).to(self.device)
         self.project = joined(decoder.inputs_embeds_projector)
         self.layers = [layer_steps(layer, root, order) for layer in decoder.layers]
         self.scale = root * weight
         self.ropes = self.make_ropes(decoder.frequencies, K)
-        self.place(torch.zeros(len(self.layers), B, G, 2, K, D, device=self.device))
+        self.place(torch.zeros(len(self.layers), B, self.G, 2, K, self.D, device=self.device))
 
     def make_ropes(self, frequencies, K):
         """K complex (all heads * D / 2,): what the pairs of a position are multiplied by."""
-        queries, G = self.H // self.G, self.G  # queries of a group
+        queries = self.H // self.G  # of a group
         angle = torch.arange(K)[:, None, None].float() * frequencies.cpu()
         angle = torch.cat([angle.expand(-1, queries + 1, -1), 0 * angle], 1)  # (K, heads of a group, D / 2)
         size = torch.tensor([self.D**-0.5] * queries + [1.0, 1.0])
         ropes = torch.polar(size[:, None].expand_as(angle), angle)
-        return ropes.repeat(1, G, 1).flatten(1).to(self.device).unbind()
+        return ropes.repeat(1, self.G, 1).flatten(1).to(self.device).unbind()
 
     def place(self, cache):
         """Make all places anew. cache (layers, B, G, 2, K, D): keys and values."""
@@ -153,11 +163,10 @@ class DepthSteps:
         flat = cache.view(-1, B * G, 2, K, D)
         self.memory = []  # [position][layer]
         for j in range(K):
-            layers = []
-            for new, old in zip(cache, flat):
-                keys, values = old[:, 0, : j + 1], old[:, 1, : j + 1]
-                layers.append(Memory(new[..., j, :], keys.mT, values))
-            self.memory.append(layers)
+            so_far = flat[:, :, :, : j + 1]
+            keys = so_far[:, :, 0].mT
+            values = so_far[:, :, 1]
+            self.memory.append([Memory(*views) for views in zip(cache[..., j, :], keys, values)])
         self.places = {n * B: self.make_places(B, n) for n in (1, 2)}
 
     def make_places(self, B, n):
@@ -171,19 +180,32 @@ class DepthSteps:
         qkv = make((self.H + 2 * self.G) * self.D)
         mixed = make(self.H * self.D)
         gate_up = make(2 * self.hidden)
-        qkv32, mixed32 = qkv.float(), mixed.float()
+        qkv32 = qkv.float()
+        mixed32 = mixed.float()
         heads = [self.make_heads(B, *parts) for parts in zip(qkv32.chunk(n), mixed32.chunk(n))]
         gate, up = gate_up.chunk(2, 1)
-        return Places(stream=stream, x=stream[:, : self.C], normed=normed, last=normed[-B:],
-                      qkv=qkv, qkv32=qkv32, heads=heads, mixed32=mixed32, mixed=mixed,
-                      gate_up=gate_up, gate=gate, up=up)
+        return Places(
+            stream=stream,
+            x=stream[:, : self.C],
+            normed=normed,
+            last=normed[-B:],
+            qkv=qkv,
+            qkv32=qkv32,
+            heads=heads,
+            mixed32=mixed32,
+            mixed=mixed,
+            gate_up=gate_up,
+            gate=gate,
+            up=up)
 
     def make_heads(self, B, qkv, mixed):
         """Views of the part of one position."""
-        G, D = self.G, self.D
-        kv = qkv.view(B, G, -1, D)[:, :, -2:]
-        q = qkv.view(B * G, -1, D)[:, :-2]
-        return Heads(qkv.view(torch.complex64), kv, q, mixed.view(B * G, -1, D))
+        groups = qkv.view(B, self.G, -1, self.D)
+        pairs = qkv.view(torch.complex64)
+        kv = groups[:, :, -2:]
+        q = groups.flatten(0, 1)[:, :-2]
+        y = mixed.view(B * self.G, -1, self.D)
+        return Heads(pairs, kv, q, y)
 
     def keep(self, rows):
         """Only these rows stay. rows: (R,) int64."""

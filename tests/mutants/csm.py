@@ -37,7 +37,7 @@ MUTANTS = [
     ("6 depth decoder not causal", FILE, "Context(rope, causal=True)", "Context(rope)", LOSS),
     ("6 head of the wrong codebook", FILE, "pick(y @ depth.heads[j - 1]", "pick(y @ depth.heads[j - 2]", GREEDY),
     ("6 state not projected but padded out", FILE, "state = decoder.inputs_embeds_projector(h[:, None])", "state = 0 * decoder.inputs_embeds_projector(h[:, None])", LOSS),
-    ("6 cache of the frame before", STEPS, "keys, values = old[:, 0, : j + 1], old[:, 1, : j + 1]", "keys, values = old[:, 0], old[:, 1]", GREEDY),
+    ("6 cache of the frame before", STEPS, "so_far = flat[:, :, :, : j + 1]", "so_far = flat", GREEDY),
     ("6 positions start at one", FILE, "depth.steps(torch.cat([h, x]), 0)", "depth.steps(torch.cat([h, x]), 1)", GREEDY),
     ("6 v rotated, too", STEPS, "queries + 1, -1), 0 * angle], 1)", "queries + 1, -1), angle], 1)", GREEDY),
     ("7 heads in reverse", FILE, "torch.bmm(y.transpose(0, 1), self.depth_decoder.codebooks_head.weight)",
