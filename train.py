@@ -3,13 +3,13 @@
     python train.py configs/x.yaml --learning_rate 5e-5 --lora.r 16
     torchrun --nproc_per_node 4 train.py configs/x.yaml
 
-With a `lora:` section adapters are trained, without one every weight. The same run anywhere: the order of rows is
-a function of seed and epoch, every draw is a function of seed, epoch and row, and losses are sums divided by the
-counts of the whole step. So neither padding, nor the number of micro-batches or ranks, nor a restart changes what
-is computed. Interrupted runs go on from save_path by themselves.
+With a `lora:` section adapters are trained, without one every weight. The same run anywhere: the order of
+rows is a function of seed and epoch, every draw is a function of seed, epoch and row, and losses are sums
+divided by the counts of the whole step. So neither padding, nor the number of micro-batches or ranks, nor a
+restart changes what is computed. Interrupted runs go on from save_path by themselves.
 
-`main`, at the end, is the whole story; what stands before it comes in the order in which main needs it. The run
-folder, the log and all else that computes nothing is in models/parts/run.py.
+`main`, at the end, is the whole story. What stands before it comes in the order in which main needs it. The
+run folder, the log and all else that computes nothing are in models/parts/run.py.
 """
 import dataclasses
 import json
@@ -46,7 +46,7 @@ from models.parts.manifests import holders, read_manifest
 
 @dataclass
 class Train:
-    """Fine-tune a text-to-speech checkpoint: LoRA with a lora section in the YAML, every weight without."""
+    """Fine-tune a text-to-speech checkpoint: adapters with a lora section in the YAML, else every weight."""
 
     config: str = opt("", "YAML file of settings; flags win over it", config=True)
     pretrained_path: str = opt("", "folder of the published checkpoint, or org/name in the local hub cache")
@@ -108,22 +108,22 @@ class Train:
     lora: LoRAConfig | None = opt(None, "adapters, see lora.py; without this section every weight is trained")
 
 
-# Settings that may change when a run goes on: lengths, intervals, places and speed, nothing that changes the numbers.
+# Settings that may change when a run goes on: lengths, intervals, places and speed. Any other one changes the
+# numbers, and a run that mixes two of its values is neither of the two.
 FREE = {
     "config", "pretrained_path", "train_manifest", "val_manifest", "save_path", "tensorboard", "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "log_level", "debug",
 }
-# Below these a setting has no meaning; 0 mostly switches something off.
-AT_LEAST = {
-    "batch_size": 1, "grad_accum_steps": 1, "log_interval": 1, "batch_tokens": 0, "max_batch_tokens": 0,
-    "max_length": 0, "num_workers": 0, "num_iters": 0, "max_steps": 0, "epochs": 0, "valid_interval": 0,
-    "save_interval": 0, "save_epochs": 0, "keep_last": 0, "keep_every": 0, "warmup_steps": 0, "warmup_ratio": 0,
-    "max_grad_norm": 0, "weight_decay": 0, "learning_rate": 0, "val_samples": 0,
+AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
+AT_LEAST_ZERO = {
+    "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
+    "valid_interval", "save_interval", "save_epochs", "keep_last", "keep_every", "val_samples",
+    "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-STEPS = 2000  # where no setting says how long: what the YAMLs in configs/ give a voice with an hour of clips
+STEPS = 2000  # where no setting says how long: as long as most YAMLs in configs/ train
 BAD_STEPS = 3  # without a finite loss, in a row: one may be a bad row, three are a run that has gone wrong
 SCRATCH = "scratch"  # the word by which models.load draws the weights instead of reading a file
 
@@ -134,9 +134,12 @@ def check_settings(cfg):
         if not getattr(cfg, key):
             raise Usage(f"{key} is not set; give it in the YAML or as --{key}")
     wrong = []
-    for key, least in AT_LEAST.items():
-        if getattr(cfg, key) < least:
-            wrong.append(f"{key} is {getattr(cfg, key)}, expected at least {least}")
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        if name in AT_LEAST_ONE and value < 1:
+            wrong.append(f"{name} is {value}, expected at least 1")
+        if name in AT_LEAST_ZERO and value < 0:
+            wrong.append(f"{name} is {value}, expected at least 0")
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
     if cfg.overwrite and Path(cfg.save_path).is_dir():
@@ -154,12 +157,17 @@ def check_settings(cfg):
 
 
 def within(path, folder):
+    """Whether a path is a folder or lies in it, links followed: `latest` is one."""
     path = Path(path).resolve()
     return Path(folder).resolve() in (path, *path.parents)
 
 
 def resolve(cfg, backbone):
-    """The backbone's options and the weight of each of its losses, with defaults for what the settings leave out."""
+    """The backbone's options and the weights of its losses, with defaults for what the settings leave out.
+
+    A loss that nobody has is refused, or a slip of the pen would train with the default weight and not say
+    so.
+    """
     options = dataclasses.asdict(configs.build(backbone.Training, cfg.backbone, "backbone"))
     unknown = ", ".join(sorted(set(cfg.lambdas) - set(backbone.LAMBDAS)))
     if unknown:
@@ -168,15 +176,20 @@ def resolve(cfg, backbone):
     if min(lambdas.values()) < 0 or not any(lambdas.values()):
         raise Usage(f"lambdas: {lambdas}; expected weights of at least 0, and one above")
     if cfg.lora and options.get("freeze"):
-        raise Usage(f"backbone.freeze is {options['freeze']!r} and there is a lora section, which freezes all but "
-                    "the adapters; say with lora.target_modules what they adapt")
+        raise Usage(f"backbone.freeze is {options['freeze']!r} and there is a lora section, which freezes "
+                    "all but the adapters; say with lora.target_modules what they adapt")
     return options, lambdas
 
 
 def binding(cfg, options, lambdas):
-    """The settings that must agree for a run to go on, as JSON will give them back."""
+    """The settings that must agree for a run to go on, as JSON will give them back.
+
+    They are resolved: writing out a default is no other setting, but a default that a later version changes
+    is.
+    """
     values = {**dataclasses.asdict(cfg), "backbone": options, "lambdas": lambdas}
-    return json.loads(json.dumps({k: v for k, v in values.items() if k not in FREE}))
+    values = {k: v for k, v in values.items() if k not in FREE}
+    return json.loads(json.dumps(values))
 
 
 class Schedule(NamedTuple):
@@ -190,7 +203,11 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(cfg, per_step, per_epoch):
-    """With `epochs` the length follows from the data, and the warm-up of a YAML was meant for another length."""
+    """The length in steps, from what the settings say in steps or in epochs.
+
+    With `epochs` it follows from the data. What a YAML says of steps was then meant for another length:
+    max_steps does not count, and a warm-up is cut to a tenth of the run.
+    """
     steps = cfg.num_iters or cfg.max_steps or STEPS
     if cfg.epochs:
         steps = math.ceil(cfg.epochs * per_epoch / per_step)
@@ -204,7 +221,10 @@ def schedule_of(cfg, per_step, per_epoch):
 
 
 def learning_rate(cfg, s, span, warmup):
-    """Rate of the update after s completed ones: linear up, cosine down to zero at `span`, zero from there on."""
+    """Rate of the update after s completed ones: linear up, cosine down to zero at `span`, zero from then on.
+
+    The first update has rate zero: it fills the optimizer's moments and moves nothing.
+    """
     if s < warmup:
         return cfg.learning_rate * s / warmup
     if s >= span:
@@ -213,8 +233,17 @@ def learning_rate(cfg, s, span, warmup):
 
 
 def seed_from(*numbers) -> int:
-    """A seed from numbers and texts, the same on every machine. No generator is ever saved: each draw has its seed."""
+    """A seed from numbers and texts, the same on every machine.
+
+    Every draw is made from one, so no state of a generator is ever saved. Python's own hash() differs by
+    process.
+    """
     return zlib.crc32(repr(numbers).encode()) & 0x7FFFFFFF
+
+
+def leave(number, frame):
+    """A signal before the first step: nothing is worth finishing yet."""
+    sys.exit(128 + number)
 
 
 def due(every, step):
@@ -224,8 +253,10 @@ def due(every, step):
 
 def epochs_due(every, before, after):
     """Whether a multiple of `every` epochs lies in (before, after]."""
+    if not every:
+        return False
     hair = 1e-9  # ten tenths may add up to a little less than one
-    return bool(every) and math.floor(after / every + hair) > math.floor(before / every + hair)
+    return math.floor(after / every + hair) > math.floor(before / every + hair)
 
 
 # ------------------------------------------------------------------------------------------------ distributed
@@ -240,8 +271,12 @@ class Place(NamedTuple):
 
 
 def join_ranks(device):
-    """Meet the other processes that torchrun has started. Without RANK in the environment there are none."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Meet the other processes that torchrun has started. Without RANK in the environment there are none.
+
+    gloo on a CPU makes two ranks testable on any laptop.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = models.pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -260,6 +295,7 @@ def attempt() -> str:
 
 
 def wait_for_all():
+    """What follows finds everything done that any rank did before. All ranks."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -274,7 +310,7 @@ def all_sum(values: dict, device) -> dict:
     return dict(zip(values, sums.tolist()))
 
 
-# ------------------------------------------------------------------------------------------------ checkpoint and LoRA
+# ---------------------------------------------------------------------------------------- checkpoint and LoRA
 
 
 class Trainee(NamedTuple):
@@ -286,26 +322,30 @@ class Trainee(NamedTuple):
 
 
 def find_run(cfg, settings, defaults, place, log):
-    """The Progress that save_path or resume_from holds, if it may go on here; None for a run that begins. All ranks."""
+    """The Progress of the run that goes on here; None for one that begins. All ranks.
+
+    What is looked at is decided by the folders alone, so all ranks come to the same answer without talking.
+    """
     if cfg.overwrite:
         return None
     wrong = checkpoint.check_step(cfg.resume_from) if cfg.resume_from else None
     if wrong:
-        raise Usage(f"resume_from: {wrong}. To start from its weights alone, give it as pretrained_path (full) or "
-                    "merge it (LoRA).")
+        raise Usage(f"resume_from: {wrong}. To start from its weights alone, give it as pretrained_path "
+                    "(full) or merge it (LoRA).")
     past = run.find(cfg.save_path, cfg.resume_from, log.say)
     if past is None:
         return None
     differ = "\n  ".join(run.differences(past.settings, settings, defaults))
     if differ:
-        raise Usage(f"{past.folder} was made with other settings, so going on would mix two runs:\n  {differ}\n"
+        raise Usage(f"{past.folder} was made with other settings, so going on would mix two runs:\n"
+                    f"  {differ}\n"
                     "Choose another save_path, or --overwrite to move that run aside.")
-    # The step stays what it was; with another number of ranks each has more or fewer of its micro-batches.
+    # The step stays what it was: with another number of ranks each takes more or fewer of its micro-batches.
     n = past.micro_per_step
     if n % place.world:
         possible = " or ".join(str(ranks) for ranks in range(1, n + 1) if n % ranks == 0)
-        raise Usage(f"{past.folder} was trained with {n} micro-batches per step, which {place.world} ranks cannot "
-                    f"share evenly; use {possible} ranks")
+        raise Usage(f"{past.folder} was trained with {n} micro-batches per step, which {place.world} ranks "
+                    f"cannot share evenly; use {possible} ranks")
     wait_for_all()  # before every rank has looked, nothing may be moved
     if place.rank == 0:
         run.clear_the_way(past, cfg.save_path, log.say)
@@ -319,12 +359,14 @@ def load_model(cfg, past, options, device, dtype):
         weights = SCRATCH
     if past and not cfg.lora:
         source, weights = past.folder, None
-    torch.manual_seed(seed_from(cfg.seed, "init"))  # for weights from scratch, and for the adapter that comes next
-    model = models.load(source, device, dtype, options, weights=weights, allow_unused=cfg.allow_unused_tensors)
+    # For weights from scratch, and for the adapter that comes next.
+    torch.manual_seed(seed_from(cfg.seed, "init"))
+    unused = cfg.allow_unused_tensors
+    model = models.load(source, device, dtype, options, weights=weights, allow_unused=unused)
     for key in ("sample_rate", "out_sample_rate"):
         if getattr(cfg, key) not in (0, getattr(model, key)):
-            raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; leave it out, "
-                        "audio is resampled")
+            raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; "
+                        "leave it out, audio is resampled")
     return model
 
 
@@ -342,15 +384,19 @@ def add_adapters(cfg, model):
 
 
 def resume(cfg, past, trainee, progress, log):
-    """Bring trained values and optimizer back from the folder of `past`. Returns where the run stands. All ranks."""
+    """Bring trained values and optimizer back, and return where the run stands. All ranks.
+
+    Changed rows are no reason to refuse: who adds clips to a running project wants just that.
+    """
     if past.base != progress.base and not cfg.ignore_base:
         raise Invalid(f"{past.folder} was trained on another base (fingerprint {past.base}) than "
-                      f"{cfg.pretrained_path} (fingerprint {progress.base}). If you want that, say --ignore_base.")
+                      f"{cfg.pretrained_path} (fingerprint {progress.base}). "
+                      "If you want that, say --ignore_base.")
     restore(cfg, past.folder, trainee)
     log.say(f"going on from {past.folder}: {past.step} steps done")
     if past.data != progress.data:
-        log.say("the rows are not those that the run began with, so in this epoch some may come twice and others not "
-                "at all", "warning")
+        log.say("the rows are not those that the run began with, so in this epoch some may come twice "
+                "and others not at all", "warning")
     return progress.after(past)
 
 
@@ -359,6 +405,7 @@ def restore(cfg, folder, trainee):
     model, masters, optimizer = trainee
     path = folder / "optimizer.pth"
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    # Values beside the optimizer are there because the files of the model hold something less exact.
     if saved["values"]:
         if list(saved["values"]) != list(masters.named):
             raise Invalid(f"{path} holds other trained parameters than this run has")
@@ -370,6 +417,17 @@ def restore(cfg, folder, trainee):
     optimizer.load_state_dict(saved["optimizer"])
 
 
+def begin_folder(cfg, log):
+    """Make room, with --overwrite, and write config.yaml. Rank 0 only.
+
+    The file, given as it is, goes on with this run; so it must not say --overwrite again.
+    """
+    if cfg.overwrite:
+        run.set_aside(cfg.save_path, log.say)
+    again = dataclasses.replace(cfg, overwrite=False, resume_from="")
+    configs.dump(again, Path(cfg.save_path) / "config.yaml")
+
+
 def save(cfg, trainee, progress, log, held=None):
     """Write step_N with weights or adapter, optimizer, schedule and the index of them all. Rank 0 only.
 
@@ -378,12 +436,14 @@ def save(cfg, trainee, progress, log, held=None):
     started = time.perf_counter()
     write = partial(write_files, cfg, trainee, progress)
     folder = checkpoint.write_step(cfg.save_path, progress.step, write, progress.index())
-    log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {seconds:.1f} s")
     stay = [held, progress.best.step] if cfg.keep_best else [held]
     checkpoint.prune(cfg.save_path, cfg.keep_last, cfg.keep_every, stay, log.say)
 
 
 def write_files(cfg, trainee, progress, folder):
+    """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
     model, masters, optimizer = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
@@ -392,32 +452,42 @@ def write_files(cfg, trainee, progress, folder):
         lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers)
     if whole:
         model.save(folder, merged=bool(cfg.lora))
-    # Training goes on from exactly what it had. A file that rounds, merges or rescales is not that; then the values
-    # stand beside the optimizer's. PEFT's files hold a bias over the scale.
-    exact = not masters.copies and (adapter or not cfg.lora) and not (cfg.lora and cfg.lora.bias)
+    # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (an
+    # adapter's bias is stored divided by the scale, as PEFT has it); then the values stand beside the
+    # optimizer's.
+    exact = not masters.copies
+    if cfg.lora:
+        exact = exact and adapter and not cfg.lora.bias
     values = {}
     if not exact:
         values = {n: p.detach().cpu() for n, p in zip(masters.named, masters.parameters)}
     torch.save({"optimizer": optimizer.state_dict(), "values": values}, folder / "optimizer.pth")
-    torch.save({"last_step": progress.step}, folder / "scheduler.pth")  # for tools that look for it; the index counts
+    # For tools that look for this file. The rate is a function of the step, which stands in the index.
+    torch.save({"last_step": progress.step}, folder / "scheduler.pth")
 
 
 # ------------------------------------------------------------------------------------------------ data
 
 
 class Data(NamedTuple):
+    """Clips that fit, and the cache in which their examples lie."""
+
     train: list[run.Clip]
     val: list[run.Clip]
     cache: ClipCache
 
 
 def load_clips(cfg, model, speakers, place, log):
-    """The rows of the manifests, encoded if need be, as clips that fit. `speakers` grows by the names in the rows."""
+    """The rows of the manifests as clips, encoded if need be. `speakers` grows by the names in the rows.
+
+    One process encodes by itself. Several would each encode everything, or wait for one; so that is refused,
+    with the command that does it.
+    """
     rows = read_manifest(cfg.train_manifest, speakers)
     val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
     model.speakers = speakers
-    # Single clips that are longer are dropped, conversations are cut as they are encoded: for them, and only for
-    # them, the limit is part of what the cache holds.
+    # Single clips that are longer are dropped, conversations are cut as they are encoded: for them, and only
+    # for them, the limit is part of what the cache holds.
     longest = model.max_length
     limit = min(cfg.max_length or longest, longest)
     if any("turns" in row for row in rows + val_rows):
@@ -430,20 +500,21 @@ def load_clips(cfg, model, speakers, place, log):
     missing = [wanted[i] for i in cache.missing(wanted)]
     if missing and place.world > 1:
         usual = cache.folder.name == "cache" and not cfg.backbone and model.max_length == longest
-        raise Usage(f"{len(missing)} of {len(wanted)} clips are not in the cache {cache.folder}. Encode them once, in "
-                    f"one process:\n    {command_to_encode(cfg, cache.folder.parent, usual)}")
+        command = command_to_encode(cfg, cache.folder.parent, usual)
+        raise Usage(f"{len(missing)} of {len(wanted)} clips are not in the cache {cache.folder}. "
+                    f"Encode them once, in one process:\n    {command}")
     if missing:
         model.codec.to(place.device)
         cache.add(missing, log.say)
         model.codec.to("cpu")  # not needed again but to speak
     # From here on no recording is needed.
-    train = run.measured(train, model, cache, limit)
+    train = run.drop_long(run.measured(train, model, cache, limit), limits_of(cfg, limit), log.say)
     val = run.measured(val, model, cache, limit)
     fits = [clip for clip in val if 0 < clip.length <= limit]
     if len(fits) < len(val):
-        log.say(f"validation: {len(val) - len(fits)} of {len(val)} rows are left out: longer than {limit} positions, "
-                "or nothing is trained in them", "warning")
-    return Data(run.drop_long(train, limits_of(cfg, limit), log.say), fits, cache)
+        log.say(f"validation: {len(val) - len(fits)} of {len(val)} rows are left out: "
+                f"longer than {limit} positions, or nothing is trained in them", "warning")
+    return Data(train, fits, cache)
 
 
 def limits_of(cfg, limit):
@@ -458,29 +529,35 @@ def limits_of(cfg, limit):
 
 
 def command_to_encode(cfg, folder, usual):
-    """What to run before torchrun. `usual`: the cache lies where, and holds what, prepare_data.py would make of it."""
+    """What to run before torchrun; `usual`: the cache lies and is made as prepare_data.py would do it."""
     if not usual:
         return "this command without torchrun encodes before it trains"
-    flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder), "--ckpt_dir", cfg.pretrained_path]
+    flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder)]
+    flags += ["--ckpt_dir", cfg.pretrained_path]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
 
 
 def warn_of_speakers(model, log):
-    """Several voices that a model cannot tell apart come out mixed, and nothing in the losses would show it."""
+    """Voices that a model cannot tell apart come out mixed, and no loss would show it."""
     names = list(model.speakers)
     if len(names) > 1 and not model.speaker_input:
-        log.say(f"the rows name {len(names)} speakers ({', '.join(names[:5])}) and this backbone is not told who "
-                "speaks: each sentence would get one of them by chance. Train one adapter per speaker, or give rows "
+        some = ", ".join(names[:5])
+        log.say(f"the rows name {len(names)} speakers ({some}) and this backbone is not told who speaks: "
+                "each sentence would get one of them by chance. Train one adapter per speaker, or give rows "
                 "a ref_audio where the checkpoint takes one.", "warning")
 
 
-# Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many batches,
-# or with batch_tokens of so many clips: large enough to find like lengths, small enough that the order stays random.
+# Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many
+# batches, or with batch_tokens of so many clips: large enough to find like lengths, small enough to keep the
+# order random.
 GROUP_BATCHES, GROUP_CLIPS = 50, 512
 
 
 def micro_batches(lengths, cfg, epoch) -> list[list[int]]:
-    """The clips of one pass, by number, cut into micro-batches: a function of lengths, settings and epoch only."""
+    """The clips of one pass, by number, cut into micro-batches.
+
+    A function of lengths, settings and epoch only, so that a restart, or any rank, finds the same.
+    """
     draw = random.Random(seed_from(cfg.seed, "order", epoch))
     order = list(range(len(lengths)))
     draw.shuffle(order)
@@ -537,6 +614,11 @@ def seed_of(cfg, epoch, row):
     return seed_from(cfg.seed, "draw", epoch, row["id"])
 
 
+def numbers_of(slots) -> list[int]:
+    """The clips of several micro-batches."""
+    return [i for slot in slots for i in slot.clips]
+
+
 class MicroBatch(NamedTuple):
     """What one forward takes, and how many of each thing its losses are sums over."""
 
@@ -560,7 +642,8 @@ class Loader:
     """Collates micro-batches in threads: those of the next step while the device computes this one."""
 
     def __init__(self, cfg, model, data, place, order):
-        self.cfg, self.model, self.data, self.place, self.order = cfg, model, data, place, order
+        self.cfg, self.model, self.place = cfg, model, place
+        self.data, self.order = data, order
         self.pool = ThreadPoolExecutor(cfg.num_workers) if cfg.num_workers else None
 
     def steps(self, n, per_step):
@@ -575,8 +658,10 @@ class Loader:
 
     def begin(self, per_step):
         """A step whose micro-batches are on the way, and the calls that bring them."""
-        order, slots, calls = self.order, self.order.take(per_step), []
-        # Ranks take turns, so with any number of them a micro-batch has the same number, and that is its seed.
+        order, calls = self.order, []
+        slots = order.take(per_step)
+        # The ranks share the numbers in turn. With any number of ranks a micro-batch has the same number, and
+        # from that comes the seed of its dropout.
         for number in range(self.place.rank, per_step, self.place.world):
             call = partial(self.collate, number, slots[number])
             calls.append(self.pool.submit(call).result if self.pool else call)
@@ -591,6 +676,7 @@ class Loader:
 
 
 def to_device(batch, device):
+    """A batch where the model is; what is no tensor stays."""
     pin = device.type == "cuda"  # a copy from pinned memory runs beside the computation
     moved = dict(batch)
     for name, value in batch.items():
@@ -606,8 +692,8 @@ def to_device(batch, device):
 class Masters:
     """What the optimizer steps on: the trained parameters, or float32 copies of those that are kept in bf16.
 
-    A step of 1e-4 is lost in bf16, which has three digits. Gradients of a bf16 parameter are added up in its copy as
-    backward makes them, so that accumulation is float32 too.
+    bf16 has three digits, so most steps would be rounded away. Gradients of a bf16 parameter are added up in
+    its copy as backward makes them, so that accumulation is float32 too.
     """
 
     def __init__(self, named):
@@ -621,6 +707,7 @@ class Masters:
 
     @staticmethod
     def _move(copy, p):
+        """After each backward: nothing may pile up in bf16."""
         copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
         p.grad = None
 
@@ -635,12 +722,16 @@ BUCKET = 64 * 2**20  # values that are sent at once, 256 MB: enough to hide late
 
 
 def reduce_gradients(parameters, bucket=BUCKET):
-    """Sum gradients over ranks, in flat float32 buckets; a missing gradient counts as zeros. All ranks."""
+    """Sum gradients over ranks, in flat float32 buckets; a missing gradient counts as zeros. All ranks.
+
+    Once per step, after all micro-batches. They are sums and not means: the counts were those of all ranks.
+    """
     if not dist.is_initialized():
         return
     waiting, size = [], 0
     for p in parameters:
-        # A loss of weight zero, or a part that no clip of this rank needs, leaves no gradient on one rank only.
+        # A loss of weight zero, or a part that no clip of this rank needs, leaves no gradient on one rank
+        # only.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         if waiting and size + p.numel() > bucket:
@@ -652,6 +743,7 @@ def reduce_gradients(parameters, bucket=BUCKET):
 
 
 def reduce_together(parameters):
+    """One message for many tensors: most adapters are so small that latency would be all."""
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in parameters])
@@ -664,18 +756,24 @@ def gradients(parameters):
 
 
 def gradient_norm(parameters):
+    """The length of all gradients as one vector; not finite if any value is not."""
     norms = torch._foreach_norm(gradients(parameters))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def suspects(data, sums, device) -> list[Slot]:
-    """The micro-batches whose losses are not finite; all of the step where only a gradient is not. All ranks."""
+    """The micro-batches whose losses are not finite; all of the step where only a gradient is not. All ranks.
+
+    `sums` has one value per micro-batch of this rank, for each loss.
+    """
     bad = dict.fromkeys(range(len(data.slots)), 0)
-    finite = torch.stack(list(sums.values()), 1).isfinite().all(1).tolist()
+    losses = torch.stack(list(sums.values()), 1)  # (micro-batches, losses)
+    finite = losses.isfinite().all(1).tolist()
     for micro, fine in zip(data.micro, finite):
         bad[micro.number] = not fine
     bad = all_sum(bad, device)
-    return [slot for number, slot in enumerate(data.slots) if bad[number]] or data.slots
+    found = [slot for number, slot in enumerate(data.slots) if bad[number]]
+    return found or data.slots
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -683,9 +781,13 @@ def suspects(data, sums, device) -> list[Slot]:
 
 @torch.no_grad()
 def evaluate(cfg, model, examples, lambdas, place):
-    """Means over the whole validation set, with fixed draws and nothing dropped; total weighs them. All ranks."""
+    """Means over the whole validation set; loss/total weighs them. All ranks.
+
+    Draws are fixed and nothing is dropped, so that two validations differ by the weights alone.
+    """
     model.eval()
-    order = sorted(range(len(examples)), key=lambda i: model.length(examples[i]))
+    lengths = [model.length(example) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
     # With few clips a rank may get no batch, and still takes part in the sums: names come from one example.
     names = model.counts(model.collate([examples[0]])[0])
@@ -705,31 +807,33 @@ def evaluate(cfg, model, examples, lambdas, place):
 
 
 def announce(cfg, trainee, place, schedule, log):
-    """What is going to happen, before it does: where, how much is trained, for how long."""
+    """What is going to happen, before it does: where, what is trained, for how long."""
     model, masters, _ = trainee
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in masters.parameters)
     dtype = str(models.pick_dtype(cfg.dtype, place.device)).removeprefix("torch.")
     ranks = f"{place.world} rank{'s' * (place.world > 1)}"
-    log.say(f"{model.backbone} on {place.device} in {dtype}, {ranks}: {trained:,} of {total:,} parameters trained "
-            f"({100 * trained / total:.2f} %)")
+    log.say(f"{model.backbone} on {place.device} in {dtype}, {ranks}: {trained:,} of {total:,} parameters "
+            f"trained ({100 * trained / total:.2f} %)")
     if cfg.lora:
         stacks = {}  # base_lm.layers -> how many of its layers have an adapter
         layers = list(lora.lora_modules(model))
         for name in layers:
             stack = re.split(r"\.\d+\.", name)[0]
             stacks[stack] = stacks.get(stack, 0) + 1
-        log.say(f"LoRA: r {cfg.lora.r}, alpha {cfg.lora.alpha:g}, scale {cfg.lora.scale:g}, {len(layers)} modules: "
-                + ", ".join(f"{n} in {stack}" for stack, n in stacks.items()))
+        counted = ", ".join(f"{n} in {stack}" for stack, n in stacks.items())
+        log.say(f"LoRA: r {cfg.lora.r}, alpha {cfg.lora.alpha:g}, scale {cfg.lora.scale:g}, "
+                f"{len(layers)} modules: {counted}")
     steps, span, warmup, per_step, per_epoch = schedule
-    log.say(f"{steps} steps of {per_step} micro-batches ({per_step // place.world} per rank), {per_epoch} micro-batches "
-            f"and {per_epoch / per_step:.1f} steps per epoch, {steps * per_step / per_epoch:.1f} epochs in all")
+    log.say(f"{steps} steps of {per_step} micro-batches ({per_step // place.world} per rank), {per_epoch} "
+            f"micro-batches and {per_epoch / per_step:.1f} steps per epoch, "
+            f"{steps * per_step / per_epoch:.1f} epochs in all")
     if cfg.epochs:
-        log.say(f"epochs {cfg.epochs:g} means {steps} steps, {warmup} of them warm-up; the learning rate reaches zero "
-                "at the last")
+        log.say(f"epochs {cfg.epochs:g} means {steps} steps, {warmup} of them warm-up; "
+                "the learning rate reaches zero at the last")
     if span != steps:
-        log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} (num_iters)",
-                "warning")
+        log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} "
+                "(num_iters)", "warning")
     log.say("trained: " + ", ".join(masters.named), "debug")
 
 
@@ -740,12 +844,19 @@ def parts_of(means):
 
 def out_of_memory(data, clips, step, error):
     """Which clips were too much at once, and which settings make them fewer."""
-    numbers = [i for micro in data.micro for i in micro.clips]
-    longest = clips[max(numbers, key=lambda i: clips[i].length)]
+    number = max(numbers_of(data.micro), key=lambda i: clips[i].length)
+    longest = clips[number]
     sizes = [len(micro.clips) for micro in data.micro]
-    return (f"out of memory at step {step}: micro-batches of {sizes} clips, the longest {longest.row['id']} with "
-            f"{longest.length} positions. Set a smaller batch_size or batch_tokens (and a larger grad_accum_steps), "
-            f"--checkpointing, or a smaller max_length. Checkpoints are untouched. ({str(error).splitlines()[0]})")
+    cause = str(error).splitlines()[0]
+    name, length = longest.row["id"], longest.length
+    return (f"out of memory at step {step}: micro-batches of {sizes} clips, the longest {name} with "
+            f"{length} positions. Set a smaller batch_size or batch_tokens (and a larger grad_accum_steps), "
+            f"--checkpointing, or a smaller max_length. Checkpoints are untouched. ({cause})")
+
+
+def no_good_step(step):
+    return (f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last "
+            "good weights saved. Look at the rows named above, lower learning_rate, or set max_grad_norm.")
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -754,12 +865,11 @@ def out_of_memory(data, clips, step, error):
 def main():
     cfg = configs.parse(Train)
     check_settings(cfg)
-    # At once, until there is a step to finish.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, leave)  # until there is a step to finish
 
     # -------------------------------------------------------------------------------------------- distributed
-    # torchrun sets RANK; without it the same lines run with one rank. A restart after a death must not move aside
-    # what the first attempt has saved.
+    # torchrun sets RANK; without it the same lines run with one rank. What a first attempt has saved must not
+    # be moved aside by the second.
     place = device, rank, world = join_ranks(cfg.device)
     cfg.overwrite = cfg.overwrite and attempt() == "0"
     log = run.Log("debug" if cfg.debug else cfg.log_level, rank)
@@ -770,8 +880,8 @@ def main():
         raise Usage(wrong)
     wait_for_all()
 
-    # -------------------------------------------------------------------------------------------- checkpoint and LoRA
-    # What goes on must be the same run. Settings are compared as they act, so with all defaults filled in.
+    # ------------------------------------------------------------------------------------ checkpoint and LoRA
+    # What goes on must be the same run: settings are compared as they act, with all defaults filled in.
     backbone = models.find(cfg.pretrained_path)
     options, lambdas = resolve(cfg, backbone)
     settings = binding(cfg, options, lambdas)
@@ -800,13 +910,13 @@ def main():
 
     # -------------------------------------------------------------------------------------------- optimizer
     # PyTorch's own betas and eps, written out so that no later default changes a run that goes on.
-    more = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
-    more |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
-    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, **more)
+    rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
+    rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=device.type == "cuda", **rates)
     trainee = Trainee(model, masters, optimizer)
 
     # -------------------------------------------------------------------------------------------- resume
-    # What each checkpoint will say of the run; where it goes on, the counters are those of the last one.
+    # What each checkpoint will say of the run. Where it goes on, the counters are those of the last one.
     progress = run.Progress(
         micro_per_step=cfg.grad_accum_steps * world,
         settings=settings,
@@ -824,18 +934,15 @@ def main():
     schedule = schedule_of(cfg, progress.micro_per_step, len(micro_batches(lengths, cfg, 0)))
     steps, span, warmup, per_step, _ = schedule
 
-    # Nothing is wrong with the new run: only now may an earlier one be moved aside. config.yaml, given as it is, goes
-    # on with the run.
+    # Nothing is wrong with the new run: now, and not before, an earlier one may be moved aside.
     if rank == 0:
-        if cfg.overwrite:
-            run.set_aside(cfg.save_path, log.say)
-        configs.dump(dataclasses.replace(cfg, overwrite=False, resume_from=""), Path(cfg.save_path) / "config.yaml")
+        begin_folder(cfg, log)
     log.open(cfg.save_path, cfg.tensorboard, progress.step)
     announce(cfg, trainee, place, schedule, log)
 
     # -------------------------------------------------------------------------------------------- loop
     def save_now():
-        # A full run copies codec and tokenizer from the folder it came from, so that folder stays until the end.
+        # A full run copies codec and tokenizer from the folder it came from: that one stays until the end.
         held = past.step if past and not cfg.lora and progress.step < steps else None
         if rank == 0:
             save(cfg, trainee, progress, log, held)
@@ -864,8 +971,8 @@ def main():
         ready = next(loader)
         waited = time.perf_counter() - asked
 
-        # Losses are sums. Divided by the counts of the whole step, over all micro-batches and ranks, their gradient
-        # does not depend on how the clips were cut into batches.
+        # Losses are sums. Divided by the counts of the whole step, over all micro-batches and ranks, they
+        # have a gradient that does not depend on how the clips were cut into batches.
         counts = {k: sum(micro.counts[k] for micro in ready.micro) for k in ready.micro[0].counts}
         counts = all_sum(counts, device)
         weight = {k: lambdas[k] / max(counts[k], 1) for k in lambdas}
@@ -875,15 +982,14 @@ def main():
                 # Dropout is all that still draws; everything else is in the batch.
                 torch.manual_seed(seed_from(cfg.seed, "dropout", progress.step, micro.number))
                 out = model(to_device(micro.batch, device))
-                loss = sum(weight[k] * out[k] for k in weight)
-                loss.backward()
+                sum(weight[k] * out[k] for k in weight).backward()
                 outs.append({k: v.detach().float() for k, v in out.items()})
         except torch.OutOfMemoryError as e:
             raise Invalid(out_of_memory(ready, clips, progress.step + 1, e)) from None
         reduce_gradients(masters.parameters)
         norm = gradient_norm(masters.parameters).item()
 
-        # The true means of this step, over all ranks. A signal to one rank counts for all, or they would part.
+        # The true means of this step, over all ranks. A signal to one counts for all, or they would part.
         sums = {k: torch.stack([out[k] for out in outs]) for k in outs[0]}
         totals = {k: v.sum().item() for k, v in sums.items()}
         totals = all_sum({**totals, "signals": len(signals)}, device)
@@ -892,7 +998,7 @@ def main():
         loss = sum(lambdas[k] * means[k] for k in lambdas)
         rate = learning_rate(cfg, progress.step, span, warmup)
 
-        # One bad clip must not spoil the weights. Norm and loss are the same on all ranks, so all decide alike.
+        # One bad clip must not spoil the weights. Norm and loss are those of all ranks, so all decide alike.
         if math.isfinite(norm) and math.isfinite(loss):
             if cfg.max_grad_norm and norm > cfg.max_grad_norm:
                 torch._foreach_mul_(gradients(masters.parameters), cfg.max_grad_norm / (norm + 1e-6))
@@ -904,13 +1010,14 @@ def main():
         else:
             bad += 1
             progress.skipped += 1
-            ids = [clips[i].row["id"] for slot in suspects(ready, sums, device) for i in slot.clips]
-            log.say(f"step {progress.step + 1}: loss {loss}, gradient norm {norm}: update skipped; "
-                    f"rows {', '.join(ids)}", "error")
+            names = ", ".join(clips[i].row["id"] for i in numbers_of(suspects(ready, sums, device)))
+            why = f"loss {loss}, gradient norm {norm}"
+            log.say(f"step {progress.step + 1}: {why}: update skipped; rows {names}", "error")
         optimizer.zero_grad(set_to_none=True)
 
-        # `order` is ahead by what the threads already load; the step itself knows where the rows stand after it.
-        progress.step, progress.epoch, progress.position = progress.step + 1, ready.epoch, ready.position
+        # `order` is ahead by what the threads already load; the step knows where the rows stand after it.
+        progress.step += 1
+        progress.epoch, progress.position = ready.epoch, ready.position
         step, before, passed = progress.step, passed, ready.progress
 
         # metrics.jsonl has every step, the log one in so many.
@@ -918,14 +1025,14 @@ def main():
         values = {"loss/total": loss, **means, "lr": rate, "grad_norm": norm, "epoch": passed}
         log.say(f"step {step}: loss {loss:.6f}, {rows}, {waited:.3f} s for the data", "debug")
         log.numbers("train", step, values, rows=sum(rows, []))
-        clock.count(sum(clips[i].seconds for slot in ready.slots for i in slot.clips), waited)
+        clock.count(sum(clips[i].seconds for i in numbers_of(ready.slots)), waited)
         if due(cfg.log_interval, step) or step == steps:
             parts = parts_of({k: v for k, v in means.items() if k in lambdas})
             log.say(f"step {step}/{steps} | loss {loss:.4f} ({parts}) | lr {rate:.2e} | grad {norm:.3f} | "
                     f"epoch {passed:.2f} | {clock.line(steps - step)}")
 
-        # All that decides on validating, saving and stopping. In a hurry the checkpoint comes first: who asked to
-        # stop may not wait for a validation. Best is only what was saved.
+        # All that decides on validating, saving and stopping. In a hurry the checkpoint comes first: who
+        # asked to stop may not have the time for a validation. Best is only what was saved.
         broken, last = bad == BAD_STEPS, step == steps
         hurry = bool(stop) or broken
         saving = hurry or last or due(cfg.save_interval, step) or epochs_due(cfg.save_epochs, before, passed)
@@ -940,8 +1047,7 @@ def main():
             if better or saving and not hurry:
                 save_now()
         if broken:
-            raise Invalid(f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last "
-                          "good weights saved. Look at the rows named above, lower learning_rate, or set max_grad_norm.")
+            raise Invalid(no_good_step(step))
         if stop:
             same = "the same command without --overwrite" if cfg.overwrite else "the same command"
             log.say(f"asked to stop: saved step {step}; {same} goes on from here", "warning")

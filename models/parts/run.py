@@ -63,7 +63,8 @@ def claim(root) -> str | None:
         probe.write_text("")
         probe.unlink()
         taken = lock(root)
-        # A save that was killed leaves its temporary folder. Only now: before the lock it may be another run's.
+        # A save that was killed leaves its temporary folder. Only now: before the lock it may be another
+        # run's.
         for torn in [] if taken else root.glob("step_*.tmp"):
             checkpoint.remove(torn)
         return taken
@@ -90,7 +91,7 @@ class Best(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a run has come and what it is, as the index of each step folder has it; `folder` is that folder."""
+    """How far a run has come and what it is, as the index of a step folder has it."""
 
     step: int = 0  # updates done, skipped ones included
     epoch: int = 0
@@ -103,7 +104,7 @@ class Progress:
     resumed_from: str = ""
     data: int = 0  # seed_from ids and lengths of the rows
     base: str | None = None  # fingerprint of the base of an adapter
-    folder: Path | None = None
+    folder: Path | None = None  # the step folder that says so
 
     @classmethod
     def read(cls, folder):
@@ -117,13 +118,17 @@ class Progress:
         return values
 
     def after(self, past):
-        """This run with the counters of `past`, from which it goes on; settings, rows and base are those of now."""
+        """This run with the counters of `past`, from which it goes on.
+
+        Settings are equal, but the speakers may have become more, and rows and base may be others, if that
+        was asked for.
+        """
         names = ("step", "epoch", "position", "best", "skipped", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
 
 
 def find(root, resume_from, say) -> Progress | None:
-    """Where to go on from: the step `resume_from`, else the newest complete one in `root`; None for a new run.
+    """Where to go on from: the step `resume_from`, else the newest complete one in `root`. None: a new run.
 
     Every rank looks for itself and comes to the same answer; nothing is changed on disk.
     """
@@ -178,7 +183,8 @@ def clear_the_way(past, root, say) -> None:
     for path in checkpoint.steps(root):
         # Damaged, or about to be made again: left in place it would pass for the newest.
         if int(path.name[5:]) > past.step:
-            say(f"moved {path}, which lies after step {past.step}, to {checkpoint.put_aside(path)}", "warning")
+            place = checkpoint.put_aside(path)
+            say(f"moved {path}, which lies after step {past.step}, to {place}", "warning")
     stale = folder.parent == root.resolve() and (root / "latest").resolve() != folder
     if stale:  # the run was killed before it could name it, or what it named was moved
         checkpoint.point(root, folder.name)
@@ -225,7 +231,7 @@ def outlines(rows, rate) -> list[Clip]:
 
 
 def measured(clips, model, cache, limit) -> list[Clip]:
-    """The same clips with key and true length. What is too long by its audio alone was not encoded and stays."""
+    """The same clips with key and true length. What is too long by its audio was not encoded and stays."""
     done = []
     for clip in clips:
         if clip.length <= limit:
@@ -240,7 +246,7 @@ def hours(clips):
 
 
 def drop_long(clips, limits, say) -> list[Clip]:
-    """The clips that fit all limits, {reason: positions}, and hold something to train. Says what is dropped, and why."""
+    """The clips that hold something to train and fit all limits, {reason: positions}. The rest is said."""
     kept, dropped = [], {}
     for clip in clips:
         reasons = [reason for reason, most in limits.items() if clip.length > most]
@@ -257,8 +263,8 @@ def drop_long(clips, limits, say) -> list[Clip]:
         say(f"  {len(part)} {reason}: {names}{' ...' if part[5:] else ''}", "warning")
     if not kept:
         reasons = "; ".join(f"{len(part)} {reason}" for reason, part in dropped.items())
-        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. Raise max_batch_tokens, batch_tokens "
-                      "or max_length, or train more of the rows.")
+        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. Raise max_batch_tokens, "
+                      "batch_tokens or max_length, or train more of the rows.")
     return kept
 
 
@@ -274,7 +280,7 @@ def step_of(line) -> int:
 
 
 def cut_metrics(path, step) -> None:
-    """Take out of metrics.jsonl what will be made again: with no step done all, the validation at step 0 too."""
+    """Take out of metrics.jsonl what will be made again; with no step done that is all, step 0 included."""
     lines = path.read_text(errors="replace").splitlines()
     kept = [line for line in lines if step and 0 <= step_of(line) <= step]
     temporary = path.with_suffix(".tmp")
@@ -283,7 +289,7 @@ def cut_metrics(path, step) -> None:
 
 
 class Log:
-    """Lines to stderr and train.log, numbers to metrics.jsonl and TensorBoard. Does nothing on other ranks than 0."""
+    """Lines to stderr and train.log, numbers to metrics.jsonl and TensorBoard. Silent but on rank 0."""
 
     def __init__(self, level, rank):
         self.rank, self.level = rank, LEVELS[level]
@@ -293,7 +299,7 @@ class Log:
         self.full = False  # the disk
 
     def open(self, root, tensorboard, step):
-        """From here on there are files. What they hold of steps after `step` will be made again and is taken out."""
+        """From here on there are files. What they say of steps after `step` will be made again and goes."""
         if self.rank:
             return
         self.root = root = Path(root)
@@ -335,7 +341,7 @@ class Log:
             self.early.append(line)
 
     def numbers(self, split, step, values, **more):
-        """One line of metrics.jsonl, and a curve in TensorBoard for each value; `more` goes into the line only."""
+        """One line of metrics.jsonl, and a curve in TensorBoard of each value; `more` is for the line."""
         if self.rank:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
@@ -373,7 +379,7 @@ class Clock:
 
 
 def peak_memory(device) -> float:
-    """Bytes: of the device, or of this process where the device is the CPU; 0 where the system does not tell."""
+    """Bytes, of the GPU or else of this process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
@@ -427,7 +433,7 @@ def try_to_speak(model, rows, seed, step, log):
 
 
 def catch_signals() -> list[int]:
-    """From now on SIGINT, SIGTERM and SIGHUP are only added to the list that this returns; the loop looks at it.
+    """From now on SIGINT, SIGTERM and SIGHUP only go into the list that this returns; the loop looks at it.
 
     Who sends SIGINT a second time does not want to wait for the end of the step.
     """
