@@ -124,7 +124,7 @@ AT_LEAST_ZERO = {
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 STEPS = 2000  # where no setting says how long: as long as most YAMLs in configs/ train
-BAD_STEPS = 3  # without a finite loss, in a row: one may be a bad row, three are a run that has gone wrong
+BAD_STEPS = 3  # one step without a finite loss may be a bad clip, three on end are a run that has gone wrong
 SCRATCH = "scratch"  # the word by which models.load draws the weights instead of reading a file
 
 
@@ -165,8 +165,7 @@ def within(path, folder):
 def resolve(cfg, backbone):
     """The backbone's options and the weights of its losses, with defaults for what the settings leave out.
 
-    A loss that nobody has is refused, or a slip of the pen would train with the default weight and not say
-    so.
+    A loss that the backbone does not have is refused: a slip of the pen would train with the usual weights.
     """
     options = dataclasses.asdict(configs.build(backbone.Training, cfg.backbone, "backbone"))
     unknown = ", ".join(sorted(set(cfg.lambdas) - set(backbone.LAMBDAS)))
@@ -184,8 +183,7 @@ def resolve(cfg, backbone):
 def binding(cfg, options, lambdas):
     """The settings that must agree for a run to go on, as JSON will give them back.
 
-    They are resolved: writing out a default is no other setting, but a default that a later version changes
-    is.
+    They are resolved: to write out a default makes no other run, but a changed default does.
     """
     values = {**dataclasses.asdict(cfg), "backbone": options, "lambdas": lambdas}
     values = {k: v for k, v in values.items() if k not in FREE}
@@ -235,8 +233,7 @@ def learning_rate(cfg, s, span, warmup):
 def seed_from(*numbers) -> int:
     """A seed from numbers and texts, the same on every machine.
 
-    Every draw is made from one, so no state of a generator is ever saved. Python's own hash() differs by
-    process.
+    Every draw starts from one, so no state of a generator is ever saved. Python's hash() differs by process.
     """
     return zlib.crc32(repr(numbers).encode()) & 0x7FFFFFFF
 
@@ -452,9 +449,8 @@ def write_files(cfg, trainee, progress, folder):
         lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers)
     if whole:
         model.save(folder, merged=bool(cfg.lora))
-    # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (an
-    # adapter's bias is stored divided by the scale, as PEFT has it); then the values stand beside the
-    # optimizer's.
+    # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (a bias
+    # is stored divided by the scale, as PEFT has it); then the values stand beside the optimizer's state.
     exact = not masters.copies
     if cfg.lora:
         exact = exact and adapter and not cfg.lora.bias
@@ -548,8 +544,7 @@ def warn_of_speakers(model, log):
 
 
 # Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many
-# batches, or with batch_tokens of so many clips: large enough to find like lengths, small enough to keep the
-# order random.
+# batches, or with batch_tokens of so many clips: enough to find like lengths, few enough for a random order.
 GROUP_BATCHES, GROUP_CLIPS = 50, 512
 
 
@@ -660,14 +655,14 @@ class Loader:
         """A step whose micro-batches are on the way, and the calls that bring them."""
         order, calls = self.order, []
         slots = order.take(per_step)
-        # The ranks share the numbers in turn. With any number of ranks a micro-batch has the same number, and
-        # from that comes the seed of its dropout.
+        # The ranks take turns, so a micro-batch has the same number, and the same dropout, whoever takes it.
         for number in range(self.place.rank, per_step, self.place.world):
             call = partial(self.collate, number, slots[number])
             calls.append(self.pool.submit(call).result if self.pool else call)
         return StepData(slots, [], order.epoch, order.position, order.progress()), calls
 
     def collate(self, number, slot):
+        """In a thread: it reads the cache and draws from seeds, and changes nothing that others use."""
         clips = [self.data.train[i] for i in slot.clips]
         examples = [self.data.cache.load(clip.key) for clip in clips]
         seeds = [seed_of(self.cfg, slot.epoch, clip.row) for clip in clips]
@@ -730,8 +725,7 @@ def reduce_gradients(parameters, bucket=BUCKET):
         return
     waiting, size = [], 0
     for p in parameters:
-        # A loss of weight zero, or a part that no clip of this rank needs, leaves no gradient on one rank
-        # only.
+        # A part of the model that no clip of this rank needs has a gradient on other ranks only.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         if waiting and size + p.numel() > bucket:
@@ -752,6 +746,7 @@ def reduce_together(parameters):
 
 
 def gradients(parameters):
+    """Those there are: a frozen loss weight or an unused part leaves some parameters without."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
@@ -855,6 +850,7 @@ def out_of_memory(data, clips, step, error):
 
 
 def no_good_step(step):
+    """Why a run ends although nothing failed."""
     return (f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last "
             "good weights saved. Look at the rows named above, lower learning_rate, or set max_grad_norm.")
 
@@ -868,8 +864,8 @@ def main():
     signal.signal(signal.SIGTERM, leave)  # until there is a step to finish
 
     # -------------------------------------------------------------------------------------------- distributed
-    # torchrun sets RANK; without it the same lines run with one rank. What a first attempt has saved must not
-    # be moved aside by the second.
+    # torchrun sets RANK; without it the same lines run with one rank. What the first attempt has saved must
+    # not be moved aside by the second.
     place = device, rank, world = join_ranks(cfg.device)
     cfg.overwrite = cfg.overwrite and attempt() == "0"
     log = run.Log("debug" if cfg.debug else cfg.log_level, rank)
@@ -949,6 +945,7 @@ def main():
         wait_for_all()
 
     def validate():
+        """The weighted loss on rows that are not trained, some of which are spoken. All ranks."""
         means = evaluate(cfg, model, val_examples, lambdas, place)
         total = means["loss/total"]
         log.numbers("val", progress.step, means, epoch=passed)

@@ -1007,6 +1007,7 @@ def test_a_run_whose_settings_were_recorded_as_they_were_written_goes_on(home, h
     assert not differing(step(run, 20), step(straight("lora"), 20)) and numbers(run) == numbers(straight("lora"))
     assert bookkeeping.differences({"b": {"s": "anna"}}, {"b": {"s": ["anna"]}}, {}) == []
     assert bookkeeping.differences({"b": {"s": "anna"}}, {"b": {"s": ["ben"]}}, {}) == ["b.s: 'anna' there, ['ben'] here"]
+    assert bookkeeping.differences({}, {"b": {"s": 2}}, {"b": {"s": 1}}) == ["b.s: 1 there, 2 here"]  # a whole section is newer
 
 
 def test_a_default_that_a_later_version_changes_is_a_difference(halfway):

@@ -63,8 +63,7 @@ def claim(root) -> str | None:
         probe.write_text("")
         probe.unlink()
         taken = lock(root)
-        # A save that was killed leaves its temporary folder. Only now: before the lock it may be another
-        # run's.
+        # A save that was killed leaves its temporary folder. Before the lock it may be one of another run.
         for torn in [] if taken else root.glob("step_*.tmp"):
             checkpoint.remove(torn)
         return taken
@@ -120,8 +119,7 @@ class Progress:
     def after(self, past):
         """This run with the counters of `past`, from which it goes on.
 
-        Settings are equal, but the speakers may have become more, and rows and base may be others, if that
-        was asked for.
+        Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
         names = ("step", "epoch", "position", "best", "skipped", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
@@ -164,15 +162,16 @@ def differences(there, here, defaults) -> list[str]:
 
     A key that the earlier run does not have is newer than the run, which therefore had the default.
     """
-    there, here, defaults = flat(there), flat(here), flat(defaults)
+    usual = flat(defaults)
+    there, here = {**usual, **flat(there)}, {**usual, **flat(here)}
     lines = []
     for key in sorted(there | here):
+        # Where one of the two has no such section, the section's own name says so, once.
         section = key.partition(".")[0]
         if key != section and there.get(section) != here.get(section):
-            continue  # one of the two has no such section, which the section's own name says once
-        default = defaults.get(key)
-        old, new = there.get(key, default), here.get(key, default)
-        if old != new and [old] != new:  # a list of one may stand in an old index as its only value
+            continue
+        old, new = there.get(key), here.get(key)
+        if old != new and [old] != new:  # an old index may have its only value for a list of one
             lines.append(f"{key}: {old!r} there, {new!r} here")
     return lines
 
