@@ -48,6 +48,7 @@ from models.parts.manifests import holders, read_manifest
 class Train:
     """Fine-tune a text-to-speech checkpoint: adapters with a lora section in the YAML, else every weight."""
 
+    # What is read and written
     config: str = opt("", "YAML file of settings; flags win over it", config=True)
     pretrained_path: str = opt("", "folder of the published checkpoint, or org/name in the local hub cache")
     train_manifest: list[str] = opt([], "JSONL of rows to train on; a list of files is one data set")
@@ -58,6 +59,7 @@ class Train:
     sample_rate: int = opt(0, "rate the codec reads; 0 takes the checkpoint's, anything else must equal it")
     out_sample_rate: int = opt(0, "rate the codec writes; 0 takes the checkpoint's, anything else must equal it")
 
+    # How many clips at once: the memory of the device decides the first, the learning rate the last
     batch_size: int = opt(1, "clips per micro-batch and rank")
     batch_tokens: int = opt(0, "positions per micro-batch, padding included, instead of batch_size clips; 0 is off")
     max_batch_tokens: int = opt(0, "drop clips longer than this divided by batch_size positions; 0 keeps all")
@@ -65,6 +67,7 @@ class Train:
     grad_accum_steps: int = opt(1, "micro-batches per step and rank")
     num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line")
 
+    # How long, and what happens on the way
     num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else 2000")
     max_steps: int = opt(0, "steps over which the learning rate falls to zero; 0 means num_iters")
     epochs: float = opt(0.0, "length in passes over the data instead of num_iters; 0 is off")
@@ -78,6 +81,7 @@ class Train:
     save_mode: str = opt("lora", "what a LoRA run saves: the adapter, the merged model, or both",
                          choices=("lora", "full", "both"))
 
+    # The update
     learning_rate: float = opt(1e-4, "peak, reached after warmup_steps")
     weight_decay: float = opt(0.01, "on every trained tensor")
     warmup_steps: int = opt(100, "steps over which the learning rate rises from zero")
@@ -87,6 +91,7 @@ class Train:
     lambdas: dict[str, float] = opt({}, "weight of each loss; one that is not listed keeps the backbone's")
     seed: int = opt(42, "of the order of rows and of every draw")
 
+    # The machine, and what to do with an earlier run or an unusual checkpoint
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of the weights: auto is bfloat16 on CUDA and float32 elsewhere",
                      choices=("auto", "float32", "bfloat16"))
@@ -104,6 +109,7 @@ class Train:
     log_level: str = opt("info", "debug, info, warning, error or critical", choices=tuple(run.LEVELS))
     debug: bool = opt(False, "the same as log_level debug")
 
+    # What is trained, and how it sees the data
     backbone: dict = opt({}, "options of the backbone's own, see Training in its file")
     lora: LoRAConfig | None = opt(None, "adapters, see lora.py; without this section every weight is trained")
 
@@ -604,6 +610,15 @@ class Order:
         return self.epoch + self.position / len(self.batches)
 
 
+def order_from(progress, lengths, cfg):
+    """The order of rows, from where the run stands."""
+    order = Order(lengths, cfg, progress.epoch, progress.position)
+    if order.position > len(order.batches):  # only where rows were taken out since
+        raise Usage(f"{progress.folder} stands at micro-batch {order.position} of its epoch, the data now "
+                    f"has {len(order.batches)}; the data set changed")
+    return order
+
+
 def seed_of(cfg, epoch, row):
     """The seed of all that collate draws for a row: another one in each epoch, wherever the row comes."""
     return seed_from(cfg.seed, "draw", epoch, row["id"])
@@ -884,7 +899,7 @@ def main():
     defaults = binding(Train(lora=LoRAConfig()), dataclasses.asdict(backbone.Training()), backbone.LAMBDAS)
     past = find_run(cfg, settings, defaults, place, log)
 
-    # To this script LoRA is a model with fewer trained parameters: nothing below asks which of the two it is.
+    # To this script LoRA is a model with fewer trained parameters. Below here only files differ.
     model = load_model(cfg, past, options, device, models.pick_dtype(cfg.dtype, device))
     if cfg.lora:
         add_adapters(cfg, model)
@@ -905,7 +920,8 @@ def main():
     val_sentences = run.sentences(clip.row for clip in data.val)[: cfg.val_samples]
 
     # -------------------------------------------------------------------------------------------- optimizer
-    # PyTorch's own betas and eps, written out so that no later default changes a run that goes on.
+    # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
+    # those that PyTorch has by default, written out so that no other default changes a run that goes on.
     rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
     rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
     optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=device.type == "cuda", **rates)
@@ -923,10 +939,7 @@ def main():
     )
     if past:
         progress = resume(cfg, past, trainee, progress, log)
-    order = Order(lengths, cfg, progress.epoch, progress.position)
-    if order.position > len(order.batches):
-        raise Usage(f"{past.folder} stands at micro-batch {order.position} of its epoch, the data now has "
-                    f"{len(order.batches)}; the data set changed")
+    order = order_from(progress, lengths, cfg)
     schedule = schedule_of(cfg, progress.micro_per_step, len(micro_batches(lengths, cfg, 0)))
     steps, span, warmup, per_step, _ = schedule
 
@@ -955,7 +968,7 @@ def main():
             run.try_to_speak(model, val_sentences, cfg.seed, progress.step, log)
         return total
 
-    # From here on a signal lets the step finish. The validation at step 0 is what the run has to improve on.
+    # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
     signals = run.catch_signals()
     model.train()
     passed = order.progress()  # epochs done
@@ -983,6 +996,8 @@ def main():
                 outs.append({k: v.detach().float() for k, v in out.items()})
         except torch.OutOfMemoryError as e:
             raise Invalid(out_of_memory(ready, clips, progress.step + 1, e)) from None
+
+        # Sums of all ranks from here on: the same update everywhere, so the weights stay the same everywhere.
         reduce_gradients(masters.parameters)
         norm = gradient_norm(masters.parameters).item()
 
