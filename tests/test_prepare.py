@@ -3,8 +3,8 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 import configs
 import prepare_data
-from models.parts import Invalid, audio, cache as cache_part, clips as cutting
+from models.parts import Invalid, audio, cache as cache_part, clips as cutting, manifests
 from prepare_data import ClipCache, read_manifest
 from tests import running
 from tests.conftest import ROOT
@@ -383,10 +383,11 @@ def test_slice_cuts_untranscribed_recordings_into_clips(tmp_path):
 
 
 def test_pieces_begin_and_end_where_they_should(tmp_path):
-    pauses = [(1, 1.5), (6, 6.5), (12, 13)]
-    assert cutting.pieces(0, 20, pauses, 4, 15, 0.3, 0.5) == [(0, 6.25), (6.25, 12.5), (12.5, 20)]
+    how = cutting.Cutting(shortest=4, longest=15, pause=0.3, keep=0.5)
+    pauses = [cutting.Span(1, 1.5), cutting.Span(6, 6.5), cutting.Span(12, 13)]
+    assert cutting.pieces(cutting.Speech(0, 20, pauses), how) == [(0, 6.25), (6.25, 12.5), (12.5, 20)]
     path = speech(tmp_path / "long.wav", 40, 1, 24, rate=2000)  # longer than what is read at a time
-    begin, end, found = cutting.silences(path, 65, -40, 0.01, 0.3, 0.5)
+    begin, end, found = cutting.find_speech(path, -40, 0.01, how)
     assert (begin, end) == (0, 65) and found == [(pytest.approx(40, abs=0.02), pytest.approx(41, abs=0.02))]
 
 
@@ -578,6 +579,59 @@ def test_turns_messages_and_dictionaries_of_codes(tmp_path):
     assert cache.model.heard == 3  # one of them has the bytes of another
 
 
+EARLIER_KEYS = {  # of examples, as the first caches have them: a change would throw every cache away
+    "54d1ce9fccacec3e1715a444a7632a12": {"audio": "a.wav", "text": "hello"},
+    "538564433e407f1cbe8583ec0ab02c97": {"audio": "a.wav", "text": "hello", "start": 0.5, "end": 1.25, "gain_db": -3.5},
+    "18c16731e39435ed56b75271018af01b": {"audio": "a.wav", "text": "hello", "speaker": "ann"},
+    "3ac37ef27991c66ac64427aa4bcbdb27": {"audio": "a.wav", "text": "hello", "speaker": "ann", "speaker_id": 4},
+    "7ef6a9fa734d9621940f98a7c502ff3f": {"audio": "a.wav", "text": "hello", "ref_audio": "b.wav", "ref_text": "said before"},
+    "4d8925022b217d9baec48967f8fdb161": {"audio": "a.wav", "text": "hello", "emotion": "b.wav"},
+    "a3c3ccd0d220cbf706cef1588679a6a5": {"audio": "a.wav", "text": "hello", "emotion": [0, 0, 1, 0, 0, 0, 0, 0.5]},
+    "20511023e5cd8dc16af611dd886033fd": {"turns": [
+        {"text": "hello", "audio": "a.wav", "speaker": "ann", "speaker_id": 1, "role": "user", "start": 0.1, "end": 0.9,
+         "gain_db": 2, "id": "t", "duration": 1.0, "ref_audio": "b.wav", "emotion": "b.wav", "style": "no key of a row"},
+        {"text": "only text", "speaker": 0},
+        {"text": "good day", "audio": "b.wav", "spk": "bob", "train": False}]},
+    "277cac58125aa1aa12407746fb20d041": {"start": 0.25, "end": 2, "messages": [
+        {"role": "system", "content": "Speak."},
+        {"role": "user", "content": [{"type": "text", "text": "before"}, {"type": "audio", "audio_url": "b.wav"},
+                                     {"type": "text", "text": "say it"}]},
+        {"role": "assistant", "train": True, "content": [{"type": "text", "text": "it"}, {"type": "audio", "audio": "a.wav"}]}]},
+}
+EARLIER_SOUND_KEYS = ["2e802699d0e04520d42bedea22ae48f5", "ad85d287fe1d90c861c2302dd5546ccb"]  # of the first two rows
+
+
+def test_keys_of_earlier_caches_are_found(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.wav").write_bytes(b"the bytes of " + name.encode())
+    labels = {"id": "x", "duration": 2.0, "sample_rate": 16000, "dataset_id": 3}  # they are no part of a key
+    put(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in EARLIER_KEYS.values())
+        + json.dumps({"audio_path": "a.wav", "transcription": "hello", **labels}))
+    cache, rows = ClipCache(tmp_path / "c", Model()), read_manifest(tmp_path / "m.jsonl")
+    plans = [cache._plan(row) for row in rows]
+    assert [plan.key for plan in plans] == [*EARLIER_KEYS, next(iter(EARLIER_KEYS))]
+    assert [list(plan.sounds) for plan in plans[:2]] == [[key] for key in EARLIER_SOUND_KEYS]
+
+
+def test_a_key_that_is_added_to_the_list_reaches_encode(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(manifests.KEYS, "style", ("style", "mood"))
+    rows = []
+    monkeypatch.setattr(model, "encode", lambda row: rows.append(row) or {"text": torch.zeros(1), "latents": torch.zeros(1)})
+    tone(tmp_path / "a.wav"), tone(tmp_path / "b.wav", 2)
+    put(tmp_path / "m.jsonl", json.dumps({"audio": "a.wav", "text": "one", "mood": "glad"}) + "\n" + json.dumps({"style": "of all", "turns": [
+        {"text": "two", "audio": "a.wav", "mood": "sad"}, {"text": "three", "audio": "b.wav"}]}) + "\n")
+    written, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
+    for single, talk in (written, rows):
+        assert single["style"] == "glad" and talk["style"] == "of all"
+        assert [turn.get("style") for turn in talk["turns"]] == ["sad", None]
+    cache = ClipCache(tmp_path / "out/cache", model)
+    assert cache.missing(written) == []
+    written[0]["style"] = written[1]["turns"][1]["style"] = "angry"
+    assert cache.missing(written) == [0, 1]
+    prepare("--input", tmp_path / "m.jsonl", "--output_dir", tmp_path / "check", "--ckpt_dir", "any", "--check")
+    assert rows[-1].get("style") in ("glad", "of all")  # the row by which --check estimates
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "header", "empty", "lost"])
 def test_a_damaged_shard_is_noticed_and_encoded_again(tmp_path, clips, harm):
     model, rows = Model(), read_manifest(clips)
@@ -637,14 +691,15 @@ def test_rows_that_fail_are_named_and_the_others_are_kept(tmp_path, clips):
     assert cache.missing(rows) == [7]
 
 
-def encode_slowly(folder, clips):
-    class Slow(Model):
+def encode_and_tell(folder, clips, pipe):
+    """Each record is a shard of its own, and each clip that is encoded a byte in the pipe."""
+    class Telling(Model):
         def encode_audio(self, *source):
-            time.sleep(0.01)
+            os.write(pipe, b".")
             return super().encode_audio(*source)
 
-    cache_part.SHARD_SECONDS = 0.02
-    ClipCache(folder, Slow()).add(read_manifest(clips), lambda *_: None)
+    cache_part.SHARD_SECONDS = -1
+    ClipCache(folder, Telling()).add(read_manifest(clips), lambda *_: None)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -652,11 +707,15 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     kills = int(os.environ.get("KILLS", 4))
     rows, random, counts = read_manifest(clips), np.random.default_rng(0), []
     for _ in range(kills):
+        heard, told = os.pipe()
         child = os.fork()
         if not child:
-            encode_slowly(tmp_path / "c", clips)
+            encode_and_tell(tmp_path / "c", clips, told)
             os._exit(0)
-        time.sleep(random.uniform(0, 0.15))
+        os.close(told)
+        for _ in range(random.integers(0, 4)):
+            os.read(heard, 1)  # nothing more comes when the child has ended
+        os.close(heard)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         cache = ClipCache(tmp_path / "c", Model())
@@ -670,15 +729,19 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.heard == 12 - counts[-1]
 
 
-def slow_model():
-    """A hook: the model of the script takes its time, and shards are small."""
-    class Slow(Model):
+def telling_model():
+    """A hook: the model of the script says what it does, and each record is a shard of its own."""
+    class Telling(Model):
         def encode_audio(self, *source):
-            time.sleep(0.02)
+            print("encoding a clip", file=sys.stderr, flush=True)
             return super().encode_audio(*source)
 
-    cache_part.SHARD_SECONDS = 0.03
-    prepare_data.models.load = lambda path, device: Slow()
+        def encode(self, row):
+            print("encoding a row", file=sys.stderr, flush=True)
+            return super().encode(row)
+
+    cache_part.SHARD_SECONDS = -1
+    prepare_data.models.load = lambda path, device: Telling()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -688,13 +751,13 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
     def wanted(out):
         return {p.name: p.read_bytes() for p in Path(out).iterdir() if p.suffix == ".jsonl"}
 
-    running.start("prepare_data", ["--help"], tmp_path).wait()  # the server is up: what is timed next is the script alone
-    began = time.monotonic()
-    assert running.start("prepare_data", [*command, "whole"], tmp_path, hook=slow_model).wait() == 0
-    took, met, number, least = time.monotonic() - began, [], 0, 0
+    whole = running.start("prepare_data", [*command, "whole"], tmp_path, hook=telling_model)
+    assert whole.wait() == 0, whole.said
+    met, number, least = [], 0, 0
     for _ in range(int(os.environ.get("KILLS", 4))):
-        run = running.start("prepare_data", [*command, f"out{number}"], tmp_path, hook=slow_model)
-        run.until(lambda run: False, random.uniform(0, took))
+        run = running.start("prepare_data", [*command, f"out{number}"], tmp_path, hook=telling_model)
+        moment = random.uniform(0, len(whole.said))  # what a script has said tells how far it is
+        run.until(lambda run: len(run.said) >= moment)
         if run.process.exitcode is None:
             os.kill(run.pid, signal.SIGKILL)
         assert run.wait() in (0, -9), run.said
@@ -709,7 +772,7 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
         number, least = (number + 1, 0) if len(cache.records) == 24 else (number, len(cache.records))
     print(f"folder, manifests and records of the cache after each kill: {met}")
     for out in {f"out{n}" for n, *_ in met}:
-        last = running.start("prepare_data", [*command, out], tmp_path, hook=slow_model)
+        last = running.start("prepare_data", [*command, out], tmp_path, hook=telling_model)
         assert last.wait() == 0, last.said
         rows = read_manifest([tmp_path / out / "train.jsonl", tmp_path / out / "val.jsonl"])
         cache = ClipCache(tmp_path / out / "cache", Model())
