@@ -49,8 +49,8 @@ from models.parts.manifests import (
 
 @dataclass
 class Prepare:
-    """Turn recordings and transcripts into train.jsonl, val.jsonl, the cached codes that training reads, and
-    a report."""
+    """Turn recordings and transcripts into train.jsonl, val.jsonl, cached codes for training, and a
+    report."""
 
     input: list[str] = opt([], "manifests, folders of recordings, or recordings; several are one data set", repeat=True)
     output_dir: str = opt("", "folder for train.jsonl, val.jsonl, report.html, report.json and cache/")
@@ -141,7 +141,7 @@ def say(*words):
 # ------------------------------------------------------------------------------------------------ measure
 
 PROCESS_CLIPS = 100  # starting a process takes as long as measuring so many clips
-CHUNK_CLIPS = 16  # given to a process at a time: passing one alone takes as long as measuring it
+CHUNK_CLIPS = 16  # given to a process at a time, so that passing them on costs nothing beside measuring them
 MEMO_SECONDS = 30  # between two times that the measurements are written down; a kill loses no more
 
 
@@ -161,11 +161,11 @@ def clips_in(rows):
     return found
 
 
-def measure_all(wanted, cfg, file):
+def measure_all(every_clip, cfg, file):
     """{Clip: facts}, by several processes; what was measured before and has not changed is in the memo."""
     memo = read_memo(file)
-    facts = {clip: from_memo(memo, clip, cfg) for clip in wanted}
-    left = [clip for clip, known in facts.items() if known is None]
+    facts = {clip: from_memo(memo, clip, cfg) for clip in every_clip}
+    left = [clip for clip, fact in facts.items() if fact is None]
     limits = {"longest": cfg.max_seconds, "silence_db": cfg.silence_db}
     measure = functools.partial(clips.measure, **limits)
     pool = processes(cfg.workers, len(left))
@@ -220,10 +220,10 @@ def leave_signals_to_the_parent():
 
 
 def measure_line(progress):
-    rate = progress.done / progress.past
+    rate = progress.done / progress.elapsed
     left = (progress.count - progress.done) / rate
     return (f"checked {progress.done}/{progress.count} | {progress.seconds / 3600:.2f} h | "
-            f"{progress.seconds / progress.past:.0f} s audio/s | {rate:.0f} clips/s | {clock(left)} left")
+            f"{progress.seconds / progress.elapsed:.0f} s audio/s | {rate:.0f} clips/s | {clock(left)} left")
 
 
 # ------------------------------------------------------------------------------------------------ cut
@@ -507,8 +507,7 @@ def level(holder, sound, work):
 
 
 def compare(rows):
-    """Notices that need all rows: the same audio, the same text of one speaker, a pace far from the
-    others'."""
+    """Notices that need all rows: the same audio, the same text of one speaker, an odd pace."""
     notices, first = [], {}
     for row in rows:
         for key in twin_keys(row):
@@ -632,10 +631,9 @@ def add_references(work):
 
 
 def reference_from(pool, row, cfg):
-    """One of two rows that are drawn for this one: the first that is not the row itself, where another is
-    asked for."""
+    """A row of the pool, drawn for this one, or None; with --ref other never the row itself."""
     draw = random.Random(f"{cfg.seed} {row['id']}")
-    two = draw.sample(pool, min(2, len(pool)))
+    two = draw.sample(pool, min(2, len(pool)))  # one of them is another row
     others = [other for other in two if other is not row or cfg.ref == "same"]
     if others and others[0]["facts"]["whole"] <= cfg.max_seconds:
         return others[0]
@@ -644,17 +642,15 @@ def reference_from(pool, row, cfg):
 
 # ------------------------------------------------------------------------------------------------ report
 
-# Two characters for private use: a tokenizer that knows neither and cannot spell them in bytes gives both one
-# id.
+# Two characters for private use: a tokenizer that has neither and cannot spell bytes gives both one id.
 PRIVATE = "\ue123\uf8a7"
-WORST = 20  # clips to listen to: ten minutes of work
-PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each: the whole page stays at a few MB and can be mailed
-PLAYER_TEXT = 300  # characters, about as many as are spoken in that time twice over
+WORST = 20  # clips to listen to: three minutes
+PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 7 MB and can be mailed
+PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
 def for_checkpoint(model, cache, rows, cfg):
-    """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours that
-    training keeps.
+    """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours to train on.
 
     Without a cache (--check) the audio positions of all rows are estimated from one clip. -> (facts, notices)
     """
@@ -776,8 +772,7 @@ def write_report(work):
 
 
 def in_order(work):
-    """The same, its faults and notices in the order of the inputs: those of other folders and texts come
-    first."""
+    """The same, with its faults and notices in the order of the inputs."""
     file_rank = {about["input"]: i for i, about in enumerate(work.inputs)}
     row_rank = {row["id"]: i for i, row in enumerate(work.rows)}
 
@@ -1026,12 +1021,10 @@ def refuse_foreign(work):
 def gather(work):
     """The rows of all inputs, with unique ids, data set numbers and speakers."""
     cfg, ids = work.cfg, set()
-    how = Reading(cfg.format, cfg.transcripts, cfg.alignment_dir, need_text=not cfg.slice)
-    inputs = cfg.input
-    table = is_file(cfg.transcripts)
-    if table:  # it names the recordings, and the inputs say where they lie
-        inputs, how.transcripts = [cfg.transcripts], ""
-        how.roots = tuple(cfg.input)
+    inputs, texts, roots = cfg.input, cfg.transcripts, ()
+    if is_file(texts):  # a table names the recordings, and the inputs say where they lie
+        inputs, texts, roots = [texts], "", tuple(cfg.input)
+    how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots)
     for k, path in enumerate(inputs):
         try:
             rows, bad, shape = read_rows(path, how)
@@ -1055,7 +1048,7 @@ def gather(work):
         work.rows += rows
 
 
-def encode(folder, work, own):
+def encode(folder, work, as_is):
     """Fill the cache for a checkpoint, and report what it makes of the rows."""
     model = models.load(folder, device=work.device)
     model.codec.to(work.device)
@@ -1063,7 +1056,7 @@ def encode(folder, work, own):
         cache, rows = None, work.rows
     else:
         cache = ClipCache(work.out / "cache", model)
-        rows = fill(cache, folder, work, own)
+        rows = fill(cache, folder, work, as_is)
         say(f"{work.out / 'cache'}: {len(rows)} rows ready for {folder}")
     about, notices = for_checkpoint(model, cache, rows, work.cfg)
     work.notices += notices
@@ -1071,11 +1064,10 @@ def encode(folder, work, own):
     write_report(work)
 
 
-def fill(cache, folder, work, own):
-    """Encode what the manifests hold, exactly as train.py will read it. -> its rows, with what was
-    measured"""
+def fill(cache, folder, work, as_is):
+    """Encode what the manifests hold, as train.py will read it. -> the rows, with what was measured"""
     outputs = [work.out / name for name in MANIFESTS]
-    rows = read_manifest(own or [path for path in outputs if is_file(path)])
+    rows = read_manifest(as_is or [path for path in outputs if is_file(path)])
     by_id = {row["id"]: row for row in work.rows}
     for row in work.rows:
         if "facts" in row:  # its bytes have just been read: they are not read again for the key
@@ -1124,15 +1116,15 @@ def main(argv=None):
 
     # ---- what was split once is not split again, and what is not ours is not replaced
     outputs = [os.path.realpath(work.out / name) for name in MANIFESTS]
-    own = [path for path in cfg.input if cfg.encode_only or os.path.realpath(path) in outputs]
+    as_is = [path for path in cfg.input if cfg.encode_only or os.path.realpath(path) in outputs]
     changes_sound = cfg.slice or cfg.loudness or cfg.trim >= 0
     changes_rows = cfg.normalizer or cfg.skip_bad or cfg.ref != "none"
-    if own and (own != cfg.input or changes_sound or changes_rows):
-        raise configs.Usage(f"{own[0]} is encoded as it is; "
+    if as_is and (as_is != cfg.input or changes_sound or changes_rows):
+        raise configs.Usage(f"{as_is[0]} is encoded as it is; "
                             "to change its rows, prepare it into another --output_dir")
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
-    if not (own or cfg.check or cfg.overwrite):
+    if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
     write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
     (work.out / ".writable").unlink()
@@ -1142,7 +1134,7 @@ def main(argv=None):
     cut_long(work)
     facts = measure_all(clips_in(work.rows), cfg, work.out / "cache" / "facts.json")
     judge_all(work, facts)
-    if own:
+    if as_is:
         for row in work.rows:
             if Path(row["at"].file).name == "val.jsonl":
                 work.val_ids.add(row["id"])
@@ -1162,7 +1154,7 @@ def main(argv=None):
     # ---- report, manifests
     bad, rows, report = work.bad, work.rows, work.out / "report.html"
     refused = bad and not cfg.skip_bad
-    if own or cfg.check or not rows or refused:
+    if as_is or cfg.check or not rows or refused:
         write_report(work)
     if refused:
         raise Invalid(f"{listing(bad)}\n{len(bad)} bad rows, all in {report}. Nothing else was written. "
@@ -1173,12 +1165,12 @@ def main(argv=None):
         raise Invalid(f"no rows left of {', '.join(cfg.input)}; {report} says why")
     if bad:
         say(f"{listing(bad, 10)}\n{len(bad)} bad rows left out")
-    if not own and not cfg.check:
+    if not as_is and not cfg.check:
         write_manifests(work)
 
     # ---- encode
     for folder in cfg.ckpt_dir:
-        encode(folder, work, own)
+        encode(folder, work, as_is)
     seconds = sum(row["duration"] for row in work.rows)
     say(f"{len(work.rows)} rows, {seconds / 3600:.2f} hours, {len(work.bad)} left out, "
         f"{len(work.notices)} worth a look")

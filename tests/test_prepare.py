@@ -52,21 +52,21 @@ def prepared(tmp_path, *flags):
 
 
 class Model:
-    """A stand-in with the calls that prepare_data uses: it frames the audio and knows the characters of `known`."""
+    """A stand-in with the calls that prepare_data uses: it frames the audio and knows the characters of `alphabet`."""
 
-    backbone, sample_rate, codec_key, encode_key, known = "stand-in", 16000, "codec 1", "rest 1", None
+    backbone, sample_rate, codec_key, encode_key, alphabet = "stand-in", 16000, "codec 1", "rest 1", None
     codec = torch.nn.Identity()
 
     def __init__(self):
-        self.encoded, self.heard = 0, 0
+        self.encode_calls, self.codec_calls = 0, 0
 
     def encode_audio(self, source, start=None, end=None):
-        self.heard += 1
+        self.codec_calls += 1
         wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
         return wave[: len(wave) // 640 * 640].view(-1, 640)[:, ::80].contiguous()
 
     def encode(self, row):
-        self.encoded += 1
+        self.encode_calls += 1
         codes = row["audio"] if torch.is_tensor(row["audio"]) else self.encode_audio(row["audio"], row.get("start"), row.get("end"))
         out = {"text": torch.tensor(self.encode_text(row["text"])), "latents": codes.view(-1, 2, 4), "on": torch.tensor(True)}
         if "ref_audio" in row:
@@ -74,7 +74,7 @@ class Model:
         return out
 
     def encode_text(self, text, speaker=None):
-        return [ord(c) + 1 if not self.known or c in self.known else 0 for c in text]
+        return [ord(c) + 1 if not self.alphabet or c in self.alphabet else 0 for c in text]
 
     def length(self, example):
         return len(example["text"]) + len(example["latents"])
@@ -297,8 +297,8 @@ def test_two_names_with_one_number_become_two_speakers(tmp_path):
     put(tmp_path / "m.jsonl", "".join(json.dumps({"audio": "a.wav", "text": "x", "speaker": s, "speaker_id": 0}) + "\n" for s in ("ann", "bob", "ann")))
     speakers = {}
     assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", speakers)] == [0, 1, 0] and speakers == {"ann": 0, "bob": 1}
-    known = {"bob": 5}
-    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", known)] == [0, 5, 0] and known == {"bob": 5, "ann": 0}
+    stored = {"bob": 5}
+    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", stored)] == [0, 5, 0] and stored == {"bob": 5, "ann": 0}
 
 
 def test_several_manifests_in_one_run(tmp_path):
@@ -474,12 +474,12 @@ def test_the_cache_returns_what_encode_makes(tmp_path, clips):
     with pytest.raises(Invalid, match="prepare_data"):
         cache.get(rows[0])
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded, cache.missing(rows)) == (12, 12, [])
+    assert (model.codec_calls, model.encode_calls, cache.missing(rows)) == (12, 12, [])
     again = ClipCache(tmp_path / "c", model)
     for row in rows:
         assert same(again.get(row), model.encode(row))
     again.add(rows)
-    assert model.heard == 24 and model.encoded == 24  # only by the comparison above
+    assert model.codec_calls == 24 and model.encode_calls == 24  # only by the comparison above
 
 
 @pytest.mark.parametrize("at", [5, 14])  # 12 clips have a tensor each, then 12 rows three
@@ -529,17 +529,17 @@ def test_only_what_changed_is_encoded_again(tmp_path, clips):
     for change in ({"text": "mended"}, {"text": "mended", "start": 0.1}, {"text": "mended", "start": 0.1, "gain_db": -3.0},
                    {"text": "mended", "start": 0.1, "gain_db": -3.0, "duration": 9.0, "id": "other"},
                    {"text": "mended", "speaker": 3}, {"text": "mended", "ref_audio": rows[5]["audio"]}):
-        before = model.heard, model.encoded
+        before = model.codec_calls, model.encode_calls
         cache = ClipCache(tmp_path / "c", model)
         cache.add([{**rows[3], **change}, *rows], say=lambda *_: None)
-        counts.append((model.heard - before[0], model.encoded - before[1]))
+        counts.append((model.codec_calls - before[0], model.encode_calls - before[1]))
     assert counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (1, 1)] or counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (0, 1)]
     tone(rows[3]["audio"], 0.9, 999)  # other bytes under the same name
-    before = model.heard, model.encoded
+    before = model.codec_calls, model.encode_calls
     cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == [3]
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard - before[0], model.encoded - before[1]) == (1, 1)
+    assert (model.codec_calls - before[0], model.encode_calls - before[1]) == (1, 1)
     os.utime(rows[4]["audio"], (1, 1))  # touched, not changed
     assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
@@ -550,10 +550,10 @@ def test_another_codec_or_tokenizer_asks_for_its_own_examples(tmp_path, clips):
     model.encode_key = "rest 2"
     cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (12, 24)
+    assert (model.codec_calls, model.encode_calls) == (12, 24)
     model.codec_key = "codec 2"
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (24, 36)
+    assert (model.codec_calls, model.encode_calls) == (24, 36)
     model.codec_key, model.encode_key = "codec 1", "rest 1"
     assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
@@ -576,7 +576,7 @@ def test_turns_messages_and_dictionaries_of_codes(tmp_path):
     cache.add(rows, say=lambda *_: None)
     assert cache.get(rows[0])["n"].tolist() == [25, 50]
     assert cache.get(rows[1])["n"].tolist() == [75, 25, 75]  # the row's own, the reference and the answer
-    assert cache.model.heard == 3  # one of them has the bytes of another
+    assert cache.model.codec_calls == 3  # one of them has the bytes of another
 
 
 EARLIER_KEYS = {  # of examples, as the first caches have them: a change would throw every cache away
@@ -619,11 +619,14 @@ def test_a_key_that_is_added_to_the_list_reaches_encode(tmp_path, model, monkeyp
     monkeypatch.setattr(model, "encode", lambda row: rows.append(row) or {"text": torch.zeros(1), "latents": torch.zeros(1)})
     tone(tmp_path / "a.wav"), tone(tmp_path / "b.wav", 2)
     put(tmp_path / "m.jsonl", json.dumps({"audio": "a.wav", "text": "one", "mood": "glad"}) + "\n" + json.dumps({"style": "of all", "turns": [
-        {"text": "two", "audio": "a.wav", "mood": "sad"}, {"text": "three", "audio": "b.wav"}]}) + "\n")
+        {"text": "two", "audio": "a.wav", "mood": "sad"}, {"text": "three", "audio": "b.wav"}]}) + "\n"
+        + json.dumps({"style": "of all", "messages": [
+            {"role": "0", "mood": "sad", "content": [{"type": "text", "text": "hi"}, {"type": "audio", "audio": "a.wav"}]},
+            {"role": "1", "content": [{"type": "text", "text": "ho"}, {"type": "audio", "audio": "b.wav"}]}]}) + "\n")
     written, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
-    for single, talk in (written, rows):
-        assert single["style"] == "glad" and talk["style"] == "of all"
-        assert [turn.get("style") for turn in talk["turns"]] == ["sad", None]
+    for single, *talks in (written, rows):
+        assert single["style"] == "glad" and [talk["style"] for talk in talks] == ["of all"] * 2
+        assert [[turn.get("style") for turn in talk["turns"]] for talk in talks] == [["sad", None]] * 2
     cache = ClipCache(tmp_path / "out/cache", model)
     assert cache.missing(written) == []
     written[0]["style"] = written[1]["turns"][1]["style"] = "angry"
@@ -707,15 +710,15 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     kills = int(os.environ.get("KILLS", 4))
     rows, random, counts = read_manifest(clips), np.random.default_rng(0), []
     for _ in range(kills):
-        heard, told = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            encode_and_tell(tmp_path / "c", clips, told)
+            encode_and_tell(tmp_path / "c", clips, writer)
             os._exit(0)
-        os.close(told)
+        os.close(writer)
         for _ in range(random.integers(0, 4)):
-            os.read(heard, 1)  # nothing more comes when the child has ended
-        os.close(heard)
+            os.read(reader, 1)  # nothing more comes when the child has ended
+        os.close(reader)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         cache = ClipCache(tmp_path / "c", Model())
@@ -726,7 +729,7 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     model = Model()
     cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
-    assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.heard == 12 - counts[-1]
+    assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.codec_calls == 12 - counts[-1]
 
 
 def telling_model():
@@ -824,11 +827,11 @@ def test_one_changed_row_of_a_thousand_is_one_encode_call(tmp_path):
     rows = [{"id": str(n), "audio": str(tmp_path / "a.wav"), "text": f"row {n}"} for n in range(1000)]
     model = Model()
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (1, 1000)
+    assert (model.codec_calls, model.encode_calls) == (1, 1000)
     rows[500]["text"] = "mended"
     shards = len(list((tmp_path / "c").glob("*.safetensors")))
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (1, 1001)
+    assert (model.codec_calls, model.encode_calls) == (1, 1001)
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == shards + 1
 
 
@@ -845,15 +848,15 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 1.5
     assert about["clips with a lower sample rate"] == 0 and report["sample rates"] == {"22050": 24}
     assert "22 rows" in capsys.readouterr().err
-    heard = model.heard
+    before = model.codec_calls
     prepare("--input", LJ, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert model.heard == heard
+    assert model.codec_calls == before
     rows = read_manifest([tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"])
     assert ClipCache(tmp_path / "out/cache", model).missing(rows) == []
 
 
 def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
-    model.known = set("abcdefghijklmnopqrstuvwxyz ")
+    model.alphabet = set("abcdefghijklmnopqrstuvwxyz ")
     for n, text in enumerate(["abc def", "abc ü def ü", "xyz"]):
         put(tone(tmp_path / f"in/{n}.wav", 1 + n, 300 + 50 * n).with_suffix(".txt"), text)
     flags = ("--input", tmp_path / "in", "--ckpt_dir", "any", "--batch_size", 2, "--max_batch_tokens", 70)
@@ -875,7 +878,7 @@ def test_its_own_manifests_are_encoded_as_they_are(tmp_path, model):
     manifests = [tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"]
     before = [m.read_bytes() for m in manifests]
     prepare("--input", *manifests, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert [m.read_bytes() for m in manifests] == before and model.encoded == 5
+    assert [m.read_bytes() for m in manifests] == before and model.encode_calls == 5
     assert ClipCache(tmp_path / "out/cache", model).missing(read_manifest(manifests)) == []
     with pytest.raises(configs.Usage):
         prepare("--input", manifests[0], "--output_dir", tmp_path / "out", "--trim", 0)
@@ -896,7 +899,7 @@ def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
     assert [(r["speaker"], r["speaker_id"]) for r in rows] == [("anna", 0), ("bo", 1)]
     put(tone(tmp_path / "in/aa/1.wav", hertz=700).with_suffix(".txt"), "I am the first in the list")
     rows, report = prepared(tmp_path, *flags)
-    assert {name: s["number"] for name, s in report["speakers"].items()} == {"anna": 0, "bo": 1, "aa": 2} and model.encoded == 3
+    assert {name: s["number"] for name, s in report["speakers"].items()} == {"anna": 0, "bo": 1, "aa": 2} and model.encode_calls == 3
     speakers = {}
     assert [r["speaker"] for r in read_manifest(tmp_path / "out/train.jsonl", speakers)] == [2, 0, 1]
     assert speakers == {"aa": 2, "anna": 0, "bo": 1}
@@ -916,7 +919,7 @@ def test_one_command_prepares_for_several_checkpoints(tmp_path, monkeypatch):
     for n in range(3):
         put(tone(tmp_path / f"in/{n}.wav", hertz=300 + 50 * n).with_suffix(".txt"), f"text number {n}")
     rows, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "one", "two")
-    assert [(m.heard, m.encoded) for m in loaded] == [(3, 3), (0, 3)]  # one codec, two tokenizers
+    assert [(m.codec_calls, m.encode_calls) for m in loaded] == [(3, 3), (0, 3)]  # one codec, two tokenizers
     assert [c["checkpoint"] for c in report["checkpoints"]] == ["one", "two"]
     assert all(ClipCache(tmp_path / "out/cache", m).missing(rows) == [] for m in loaded)
 
@@ -926,7 +929,7 @@ def test_emotion_is_carried_and_part_of_the_key(tmp_path, model):
     put(tmp_path / "m.jsonl", "".join(json.dumps({"audio": "a.wav", "text": "x y z", "emotion": e}) + "\n" for e in (
         "sad.wav", [0, 0, 1, 0, 0, 0, 0, 0.5])))
     rows, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
-    assert rows[0]["emotion"] == str(tmp_path / "sad.wav") and rows[1]["emotion"][2] == 1 and model.encoded == 2
+    assert rows[0]["emotion"] == str(tmp_path / "sad.wav") and rows[1]["emotion"][2] == 1 and model.encode_calls == 2
     tone(tmp_path / "sad.wav", 1, 250)
     assert ClipCache(tmp_path / "out/cache", model).missing(rows) == [0]
 
@@ -945,5 +948,5 @@ def test_a_mended_transcript_is_taken_in_by_the_same_command(tmp_path, model):
         prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
     put(tmp_path / "in/2.txt", "mended text")
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert (model.heard, model.encoded) == (5, 6)
+    assert (model.codec_calls, model.encode_calls) == (5, 6)
     assert "mended text" in {r["text"] for r in rows_of(tmp_path / "out/train.jsonl") + rows_of(tmp_path / "out/val.jsonl")}

@@ -220,8 +220,8 @@ def test_a_rate_is_never_reinterpreted(tmp_path, model):  # noqa: F811
     rows = read_manifest(tmp_path / "m.jsonl")
     cache = ClipCache(tmp_path / "c", Listens())
     cache.add(rows, lambda *_: None)
-    heard = cache.get(rows[0])["wave"].numpy()
-    assert np.argmax(np.abs(np.fft.rfft(heard))) / (len(heard) / 24000) == pytest.approx(440, abs=1)
+    wave = cache.get(rows[0])["wave"].numpy()
+    assert np.argmax(np.abs(np.fft.rfft(wave))) / (len(wave) / 24000) == pytest.approx(440, abs=1)
 
 
 def test_broken_json_lists_and_tables_are_named(tmp_path):
@@ -379,12 +379,12 @@ def test_the_command_line_from_another_folder(tmp_path):
 
 def encode_three_clips_and_wait(flags, pipe):
     """The fourth clip takes until a signal stops the work; a byte in the pipe says that three are done and none is written."""
-    begun, stopped = [], threading.Event()
+    calls, stopped = [], threading.Event()
 
     class Waiting(Model):
         def encode_audio(self, *source):
-            begun.append(source)
-            if len(begun) > 3:
+            calls.append(source)
+            if len(calls) > 3:
                 stopped.wait(60)
             return super().encode_audio(*source)
 

@@ -43,8 +43,7 @@ class Info:
 
 
 def info(path) -> Info:
-    """What the header of a sound file says; nothing is decoded. A WAV shorter than its header says is
-    refused."""
+    """What the header of a sound file says; nothing is decoded. A WAV shorter than that is refused."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -106,8 +105,7 @@ def read(path, rate=None, start=None, end=None, max_seconds=None):
 
 
 def _missing_bytes(path, size):
-    """How many bytes the data chunk of a RIFF/RF64 file claims beyond the end of the file; 0 for other
-    formats."""
+    """How many bytes the data chunk of a RIFF/RF64 file claims beyond its end; 0 for every other format."""
     with open(path, "rb") as f:
         head = f.read(12)
         if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
@@ -221,11 +219,11 @@ def _sinc_kernels(o, n, dtype):
 
 
 # ------------------------------------------------------------------------------------------------ spectra
+# F = n_fft // 2 + 1 frequencies.
 
 
 def stft(x, n_fft, hop, win=None):
-    """Short-time Fourier transform, periodic Hann window, not centred. (..., n) -> complex (..., n_fft//2+1,
-    T)"""
+    """Short-time Fourier transform, periodic Hann window, not centred. (..., n) -> complex (..., F, T)"""
     win = win or n_fft
     left = (n_fft - win) // 2
     window = F.pad(torch.hann_window(win, dtype=x.dtype, device=x.device), (left, n_fft - win - left))
@@ -271,8 +269,7 @@ def mel_spectrogram(wave, rate=22050, **settings):
 
 @functools.lru_cache(maxsize=16)
 def _slaney_mel(rate, n_fft, n_mels, fmin, fmax):
-    """Triangles of equal area on Slaney's scale: linear below 1 kHz, logarithmic above. (n_mels,
-    n_fft//2+1)"""
+    """Triangles of equal area on Slaney's scale: linear below 1 kHz, logarithmic above. (n_mels, F)"""
     step = 200 / 3  # Hz per mel below 1 kHz
     ratio = math.log(6.4) / 27  # above it, 27 mels are a factor of 6.4
 
@@ -324,8 +321,7 @@ def kaldi_fbank(wave, rate=16000, n_mels=80):
 
 @functools.lru_cache(maxsize=4)
 def _kaldi_mel(rate, n_fft, n_mels):
-    """Triangles of height one on the mel scale 1127 ln(1 + f/700), from 20 Hz to Nyquist. (n_mels,
-    n_fft//2+1)"""
+    """Triangles of height one on the mel scale 1127 ln(1 + f/700), from 20 Hz to Nyquist. (n_mels, F)"""
     def mel(f):
         return 1127 * torch.log1p(torch.as_tensor(f, dtype=torch.float64) / 700)
 
@@ -350,8 +346,7 @@ def w2vbert_features(wave):
 
 
 def w2vbert_valid(samples):
-    """How many rows of w2vbert_features attention may look at; one less than T after an odd number of
-    frames."""
+    """How many rows of w2vbert_features attention may look at: T, one less where the frames are odd."""
     return (1 + (samples - 400) // 160) // 2
 
 

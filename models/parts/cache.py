@@ -25,20 +25,18 @@ from models.parts import Invalid, audio
 from models.parts.clips import hash_file
 from models.parts.manifests import CUT, Fault, Place, for_encode, holders, listing, voices
 
-# A shard is written when it has one of these. What a kill can lose stays small, and so does the number of
-# files.
+# A shard is written when it has one of these: little is lost by a kill, and the files stay few.
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 20  # since the last one
 SHARD_RECORDS = 4096
 # Audio in one pass of the codec, padding included. On a CPU several clips at once take longer than one after
 # the other, since their layers do not fit into its caches; there, each thread takes a clip of its own.
 BATCH_SECONDS = {"cpu": 0, "cuda": 120}
-# Audio in the passes of all threads. A second takes 6 MB in each layer (24 kHz, 64 channels), and a few
-# layers live.
+# Audio in the passes of all threads: a second takes some 6 MB in each layer (24 kHz, 64 channels).
 MEMORY_SECONDS = 240
 STALE_SECONDS = 600  # no write takes that long: what is older was left by a process that was killed
 SAY_SECONDS = 5  # between two lines of progress
-MOST_GAIN = 1e3  # dB: beyond it the factor itself is no number, and an infinite wave is refused below
+MOST_GAIN = 1e3  # dB: makes any wave infinite, which is refused, and is no power that Python cannot compute
 HASH_DIGITS = 32  # of 64: 128 bits never meet by accident
 SHARD_DIGITS = 12  # of those, in the name of a shard: enough to show damage
 
@@ -100,7 +98,8 @@ class Progress:
     """When a line is due: every few seconds, and at the end."""
 
     def __init__(self, count):
-        self.count, self.done, self.seconds = count, 0, 0.0  # seconds of audio
+        self.count, self.done = count, 0
+        self.seconds = 0.0  # of audio
         self.begin = self.last = time.time()
 
     def due(self, seconds):
@@ -114,7 +113,7 @@ class Progress:
         return True
 
     @property
-    def past(self):
+    def elapsed(self):
         return max(self.last - self.begin, 1e-9)
 
 
@@ -142,11 +141,11 @@ class Shard:
     """Records and tensors on their way into one file."""
 
     def __init__(self):
-        self.records, self.tensors, self.bytes, self.begin = {}, {}, 0, time.time()
+        self.records, self.tensors = {}, {}
+        self.bytes, self.begin = 0, time.time()
 
     def put(self, key, output, stored):
-        """Take the tensors of one record; those whose hashes are in `stored` or here already are not taken
-        again."""
+        """Take one record, and those of its tensors whose hashes are neither in `stored` nor here."""
         record = {}
         for name, tensor in output.items():
             flat = tensor.detach().to("cpu").reshape(-1)
@@ -164,8 +163,7 @@ class Shard:
 
 
 class ClipCache:
-    """What `encode` made of each row, in safetensors shards in one folder, for any number of checkpoints and
-    manifests.
+    """What `encode` made of each row, in safetensors shards in one folder, for any checkpoints and manifests.
 
     A tensor is stored flat under the hash of its bytes, so that equal tensors are stored once and damage
     shows. The header of a shard holds the records: key -> {name: [tensor, shape]}. There are two kinds of
@@ -273,8 +271,7 @@ class ClipCache:
         return self.load(self.key(row))
 
     def key(self, row) -> str:
-        """What `load` finds the example of a row by; from then on the row's files are not looked at any
-        more."""
+        """What `load` finds the example of a row by; with it, the row's files are not looked at any more."""
         key = self._plan(row).key
         if key not in self.records:
             raise Invalid(f"{name_of(row)} is not in {self.folder}; run prepare_data.py for this checkpoint")
@@ -306,8 +303,7 @@ class ClipCache:
     # ---- encoding
 
     def add(self, rows, say=print) -> None:
-        """Encode the rows that are missing, and only the audio that is new, with a line of progress every few
-        seconds."""
+        """Encode the rows that are missing, and only the audio that is new, saying how far it is."""
         self._sweep()
         if self.bad:
             names = ", ".join(shard.name for shard in self.bad[:3])
@@ -365,8 +361,7 @@ class ClipCache:
         return self._work("clips", groups, run, length, say)
 
     def _groups(self, longest_first, length):
-        """Clips that share a pass of the codec: neighbours in length, bounded by the seconds of the padded
-        whole."""
+        """Clips that share a pass of the codec: neighbours in length, bounded by their padded seconds."""
         device = next((p.device.type for p in self.model.codec.parameters()), "cpu")
         most = BATCH_SECONDS.get(device, 0) if hasattr(self.model, "encode_audio_batch") else 0
         groups = []
@@ -470,14 +465,14 @@ def paired(groups, outputs):
 
 def progress_line(what, progress, total):
     """total: seconds of audio that the work has, 0 where it has none and the number of rows counts."""
-    past, done, count = progress.past, progress.done, progress.count
+    elapsed, done, count = progress.elapsed, progress.done, progress.count
     if total:
         minutes = f"{progress.seconds / 60:.1f} of {total / 60:.1f} min"
-        speed = f" | {minutes} | {progress.seconds / past:.0f} s audio/s"
-        left = past * (total - progress.seconds) / max(progress.seconds, 1e-9)
+        speed = f" | {minutes} | {progress.seconds / elapsed:.0f} s audio/s"
+        left = elapsed * (total - progress.seconds) / max(progress.seconds, 1e-9)
     else:
-        speed, left = "", past * (count - done) / done
-    return f"encoded {done}/{count} {what}{speed} | {done / past:.1f} {what}/s | {clock(left)} left"
+        speed, left = "", elapsed * (count - done) / done
+    return f"encoded {done}/{count} {what}{speed} | {done / elapsed:.1f} {what}/s | {clock(left)} left"
 
 
 def name_of(row):

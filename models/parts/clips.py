@@ -115,8 +115,7 @@ def measure(clip, longest, silence_db):
 
 
 def find_speech(path, silence_db, hop, cutting):
-    """Where the sound of a whole recording begins and ends, and its pauses. Without any sound it ends where
-    it begins."""
+    """Where the sound of a whole recording begins and ends, and its pauses; both are 0 without any sound."""
     header = audio.info(path)
     levels = []
     last = header.seconds - 0.001  # a block of less than a millisecond could be an empty one

@@ -58,8 +58,10 @@ KEYS = {
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
 LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
-OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages")  # a turn has none of these
-# As turns are written, so that a manifest made again is the same byte for byte; other keys follow.
+# What belongs to a whole row: a turn has none of these.
+OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages")
+# The keys of a turn are written in this order, so that a manifest made again is the same; those added later
+# follow.
 TURN_ORDER = ("role", "train", *CUT, "speaker", "text", "audio")
 
 
@@ -96,7 +98,7 @@ class Word(NamedTuple):
         return (self.start + self.end) / 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
     """How an input is read, beside what it says itself."""
 
@@ -242,8 +244,7 @@ def read_tsv(path):
 
 
 def read_ljspeech(path):
-    """id|text[|normalised text] without a header, wavs/<id>.wav. A quote is a letter: some are never
-    closed."""
+    """id|text[|normalised text] without a header, wavs/<id>.wav. A quote is a letter: some never close."""
     home = Path(os.path.abspath(path)).parent
     folders = [home / name for name in ("wavs", "wav", "audio", "")]
     for n, line in lines(path):
@@ -274,8 +275,8 @@ def read_list(path):
     for n, line in lines(path):
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) not in columns:
-            wanted = "file|speaker|text or file|speaker|language|text"
-            yield n, Invalid(f"{len(cells)} columns, expected {wanted}")
+            layouts = "file|speaker|text or file|speaker|language|text"
+            yield n, Invalid(f"{len(cells)} columns, expected {layouts}")
             continue
         middle = columns[len(cells)]
         if len(cells) == 3 and cells[1].lower() in LANGUAGES:
@@ -318,8 +319,7 @@ def recognise(path, shape="auto"):
 
 
 def delimiter_of(header):
-    """What stands between the names of columns, or None where the line does not name those that a table
-    needs."""
+    """What stands between the names of columns, or None where the line names none for audio and text."""
     for delimiter in ("\t", "|", ";", ","):
         names = {cell.strip().strip('"').lower() for cell in header.split(delimiter)}
         if names & set(KEYS["audio"]) and names & set(KEYS["text"]):
@@ -444,8 +444,7 @@ def check_objects(value, key):
 
 
 def masked(turns, mask):
-    """Turns that say themselves whether they are trained, where the row says it of all of them in one
-    list."""
+    """Turns or messages that say themselves whether they are trained, where the row says it in one list."""
     if not isinstance(mask, list):
         return turns
     mask = mask + [None] * len(turns)
@@ -460,8 +459,12 @@ def turn(raw):
     sound = pick(raw, "audio")
     if sound is not None and pick(raw, "text") is None:
         raise Invalid(f"a turn has audio ({shown(sound)}) and no text")
-    keys = dict.fromkeys((*TURN_ORDER, *KEYS))
-    return with_number(raw, pick_all(raw, [key for key in keys if key not in OF_A_ROW]))
+    return with_number(raw, pick_all(raw, [*TURN_ORDER, *added_keys()]))
+
+
+def added_keys():
+    """Those of KEYS that a turn or a message has beyond what both have had from the first version on."""
+    return [key for key in KEYS if key not in (*TURN_ORDER, *OF_A_ROW)]
 
 
 def with_number(raw, voice):
@@ -528,15 +531,20 @@ def message(raw):
         content.append({"type": kind, kind: pick(part, kind)})
     train = raw.get("train", raw.get("training_mask"))
     trained = {} if train is None else {"train": bool(train)}
-    return {"role": raw["role"], **trained, "content": content}
+    return {"role": raw["role"], **trained, **pick_all(raw, added_keys()), "content": content}
 
 
-def as_turn(spoken):
+def as_turn(entry):
     """A message whose role is a speaker, as a turn."""
-    texts = [str(part["text"]) for part in spoken["content"] if part["type"] == "text"]
-    sounds = [part["audio"] for part in spoken["content"] if part["type"] == "audio"]
-    return {"speaker": spoken["role"], "train": spoken.get("train"), "text": " ".join(texts) or None,
-            "audio": sounds[0] if sounds else None}
+    texts = [str(part["text"]) for part in entry["content"] if part["type"] == "text"]
+    sounds = [part["audio"] for part in entry["content"] if part["type"] == "audio"]
+    return {
+        **pick_all(entry, added_keys()),
+        "speaker": entry["role"],
+        "train": entry.get("train"),
+        "text": " ".join(texts) or None,
+        "audio": sounds[0] if sounds else None,
+    }
 
 
 def from_messages(messages):
@@ -680,8 +688,7 @@ def find_text(row, how):
 
 
 def beside(sound, folder, endings, kind):
-    """What belongs to a recording: in `folder`, beside it, or in transcripts/ (`kind`) where it lies in
-    audio/."""
+    """What belongs to a recording: in `folder`, beside it, or in `kind`/ where the recording is in audio/."""
     sound = Path(sound)
     places = [Path(folder)] if folder else []
     places.append(sound.parent)
@@ -696,16 +703,15 @@ def beside(sound, folder, endings, kind):
 
 
 def words_in(path):
-    """The words of {"words": [{"word", "start", "end"}]}, of that list, or of {"alignments": [[word, [s,
-    e]]]}."""
+    """[Word] of {"words": [{"word", "start", "end"}]}, that list, or {"alignments": [[word, [s, e]]]}."""
     raw = parse(read_text(path))
     if isinstance(raw, dict):
         raw = raw.get("words", raw.get("alignments"))
     try:
         words = [read_word(item) for item in raw]
     except (TypeError, KeyError, IndexError, ValueError):
-        wanted = '{"words": [{"word", "start", "end"}]}'
-        raise Invalid(f"{path} holds no word times; expected {wanted}") from None
+        layout = '{"words": [{"word", "start", "end"}]}'
+        raise Invalid(f"{path} holds no word times; expected {layout}") from None
     backwards = any(not 0 <= word.start <= word.end for word in words)
     backwards |= any(word.start > following.start for word, following in zip(words, words[1:]))
     if not words or backwards:

@@ -40,8 +40,7 @@ audio { width: 260px; max-width: 100%; height: 32px }
 
 
 def escape(value):
-    """Text for HTML; what is no character (a lone surrogate) is shown as U+FFFD, since no file can hold
-    it."""
+    """Text for HTML; what no file can hold (a lone surrogate) is shown as U+FFFD."""
     return html.escape(str(value).encode("utf-8", "replace").decode().replace("\0", "\ufffd"))
 
 
@@ -77,7 +76,7 @@ class Piece(str):
 
 
 def table(headers, rows, empty="none"):
-    """Rows of cells; numbers stand on the right, a Piece goes in as it is. What is too much is counted, not
+    """Rows of cells; numbers stand on the right, a Piece goes in as it is. Too many are counted, not
     shown."""
     if not rows:
         return text(empty, quiet=True)
@@ -106,8 +105,7 @@ def number(value):
 
 
 def bins(values):
-    """Edges and counts of a histogram; the outermost 0.5 % on each side are put into the first and last
-    bin."""
+    """Edges and counts of a histogram; the outermost 0.5 % on each side count in the first and last bin."""
     values = sorted(value for value in values if math.isfinite(value))
     if not values:
         return [0.0, 1.0], [0]
