@@ -1,9 +1,8 @@
 """What other tools call our settings. `configs` reads it; tests/coming_from.yaml says whose they are."""
 
-# What other tools call it: script -> canonical key -> names accepted as well, in YAML and as flags. "-" is
-# "_"; an alias of a key in a section counts at the top level and in the section; one or two letters also take
-# a single dash. moshi-finetune's and sesame-finetune's weights are taken as weights of our means: same
-# purpose, not the same number.
+# Script -> canonical key -> names accepted as well, in YAML and as flags. "-" is "_". An alias of a key in a
+# section counts at the top level and in the section. One or two letters also take a single dash. moshi-finetune's
+# and sesame-finetune's weights of losses are taken as weights of our means: same purpose, another number.
 ALIASES = {
     "train": {
         "config": ("config_path",),
