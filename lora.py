@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, adapters, opt, targets
+from models.parts import Invalid, adapters, checkpoint, opt, targets
 
 
 @dataclass
@@ -63,8 +63,7 @@ class State:
     strength: float = 1.0
     acting: float = 1.0  # the strength that parameters and buffers have now: 0 when switched off
     base: dict = field(default_factory=dict)  # {name: base value} of what is trained in full beside LoRA
-    # {name: trained value} of the same, while the model holds another: at other strengths, or rounded to
-    # bf16.
+    # {name: trained value} of the same, while the model holds another: at other strengths, or rounded to bf16
     tuned: dict = field(default_factory=dict)
 
 
@@ -82,8 +81,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = self.lora_plain.forward(self, x)
-        # A before B: both products are thin. Their product B A would be as large as W, and so would its
-        # gradient.
+        # A first, then B: both steps are thin. The product B A would be as large as W, and its gradient, too.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         z = x if self.lora_after else self.drop(x)
         z = F.linear(z, A) * self.lora_scale.to(x.dtype)  # scaled while it is only r wide
@@ -129,8 +127,7 @@ def apply_lora_to_model(model, settings):
     if s.r < 1 or not 0 <= s.dropout < 1:
         raise Invalid(f"lora: r {s.r} must be at least 1 and dropout {s.dropout} in [0, 1)")
     names = targets.linears(model, s)
-    # A layer that is trained in full and wrapped would hold its change twice, and no file could tell which is
-    # which.
+    # A layer both trained in full and wrapped would hold its change twice, and no file says which is which.
     inside = tuple(module + "." for module in targets.in_full(model, s))
     for name in names:
         if (name + ".").startswith(inside):
@@ -146,10 +143,7 @@ def build(model, s, ranks, full):
     remove_lora(model)
     model.requires_grad_(False)
     for name, r in ranks.items():
-        module = model.get_submodule(name)
-        wrap(module, replace(s, r=r))
-        module.lora_name = name
-        module.lora_after = dropout_after(model, s)
+        wrap(model, name, replace(s, r=r))
     model.lora_state = State(s)
     for name in full:
         p = model.get_parameter(name)
@@ -161,14 +155,16 @@ def dropout_after(model, s):
     return model.lora_dropout_after if s.dropout_after is None else s.dropout_after
 
 
-def wrap(module, s):
+def wrap(model, name, s):
     """Turn an nn.Linear into a LoRALinear with a fresh adapter, which changes nothing yet.
 
     A and B are float32 whatever the base is: the steps of training are too small for bf16. Buffers that are
     not persistent stay out of the state dict, whose names are the published ones.
     """
+    module = model.get_submodule(name)
     module.lora_plain = type(module)  # may be a subclass that computes the same in another way
     module.__class__ = LoRALinear
+    module.lora_name = name  # for messages
     with torch.device(module.weight.device):
         A = torch.empty(s.r, module.in_features)
         B = torch.zeros(module.out_features, s.r)
@@ -181,6 +177,7 @@ def wrap(module, s):
     module.register_buffer("lora_strength", strength, persistent=False)
     module.lora_full_scale = s.scale  # lora_scale at strength 1
     module.lora_dropout = s.dropout
+    module.lora_after = dropout_after(model, s)
     draw(module)
 
 
@@ -196,15 +193,10 @@ def train_in_full(model, name):
     """
     p = model.get_parameter(name)
     p.published_dtype = p.dtype  # in which models/parts/checkpoint.py writes it
-    if isinstance(holder_of(model, name), nn.Embedding):
+    holder, _ = checkpoint.holder(model, name)
+    if isinstance(holder, nn.Embedding):
         p.data = p.data.float()
     p.requires_grad = True
-
-
-def holder_of(model, name):
-    """The module that a parameter belongs to."""
-    module, _, _ = name.rpartition(".")
-    return model.get_submodule(module)
 
 
 def remove_lora(model):

@@ -1,8 +1,9 @@
 """What other tools call our settings. `configs` reads it; tests/coming_from.yaml says whose they are."""
 
 # Script -> canonical key -> names accepted as well, in YAML and as flags. "-" is "_". An alias of a key in a
-# section counts at the top level and in the section. One or two letters also take a single dash. moshi-finetune's
-# and sesame-finetune's weights of losses are taken as weights of our means: same purpose, another number.
+# section counts at the top level and in the section. One or two letters also take a single dash.
+# The losses' weights of moshi-finetune and sesame-finetune become weights of our means: the same purpose, but
+# another number.
 ALIASES = {
     "train": {
         "config": ("config_path",),

@@ -103,5 +103,5 @@ MUTANTS = [
     ("a PEFT bias unscaled", "models/parts/adapters.py", "        value = value / draft.scale  # PEFT", "        pass  # PEFT", some("pefts_own_form")),
     ("a PEFT bias read unscaled", "models/parts/adapters.py", 'bias * scale if self.kind == "peft" else bias', "bias", some("pefts_own_form")),
     ("one of two tied tables", "models/parts/adapters.py", "if present and absent:", "if False:", some("apart_from_its_twin")),
-    ("float32 among bf16", "lora.py", "if isinstance(holder_of(model, name), nn.Embedding):", "if True:", some("in_full_work_in_bfloat16")),
+    ("float32 among bf16", "lora.py", "if isinstance(holder, nn.Embedding):", "if True:", some("in_full_work_in_bfloat16")),
 ]
