@@ -236,23 +236,27 @@ class Given:
                 self.put(f"{name}.{entry}", inner, f"{place}{name}.{entry}")
             return
         try:
-            self.values.append((name, self.meaning(value, setting)))
+            value = meaning(value, setting)
+            check_choices(value, setting.meta.get("choices"))
+            self.values.append((name, value))
         except ValueError as error:
             text = repr(str(value)) if isinstance(value, str) else repr(value)
             text = text if len(text) < 80 else text[:76] + " ..."
             self.errors.append(f"{where}: {text} is not {error}")
 
-    def meaning(self, value, setting):
-        """The value of the canonical key, or ValueError."""
-        if section(setting.kind):  # `lora:` alone means its defaults, `lora: null` none
-            return {} if value == "" or convert(value, bool | None) else None
-        value = convert(value, setting.kind)
-        if setting.compute:
-            value = setting.compute(value)
-        choices = setting.meta.get("choices", ())
-        if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
-            raise ValueError("one of " + ", ".join(map(str, choices)))
-        return value
+
+def meaning(value, setting):
+    """The value of the canonical key, or ValueError."""
+    if section(setting.kind):  # `lora:` alone means its defaults, `lora: null` none
+        return {} if value == "" or convert(value, bool | None) else None
+    value = convert(value, setting.kind)
+    return setting.compute(value) if setting.compute else value
+
+
+def check_choices(value, choices):
+    values = value if isinstance(value, list) else [value]
+    if choices and not set(values) <= set(choices):
+        raise ValueError("one of " + ", ".join(map(str, choices)))
 
 
 def make(cls, values):

@@ -469,7 +469,9 @@ def check_file(path) -> str | None:
         entry = json.loads((path.parent / INDEX).read_text())["files"][path.name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if checksum(path) == entry["crc32"] else f"{path} does not have the checksum it was written with"
+    if checksum(path) == entry["crc32"]:
+        return None
+    return f"{path} does not have the checksum it was written with"
 
 
 def steps(root) -> list[Path]:
