@@ -1,15 +1,16 @@
 """CSM beside transformers' CsmForConditionalGeneration with peft's LoRA, in turns, on random weights of one shape.
 
-    python -m tests.peers.csm --size mid --lengths 2,3,5,8,12 --threads 2              # codes given to both, one frame in 16
-    python -m tests.peers.csm --size mid --lengths 2,3,5,8,12 --threads 2 --options.amortize 1       # all frames, in both
-    python -m tests.peers.csm --size mid --lengths 2,3,5,8,12 --threads 2 --as_used    # Mimi in the peer's step, all its frames
-    python -m tests.peers.csm --size mid --task generate --batch 1 --seconds 3 --threads 2
+    python -m tests.peers.csm --size mid --lengths 2,3,5,8,12 --threads 2
 
-To install: transformers and peft, which requirements-dev.txt names; --venv DIR makes an environment with the versions of
-requirements_csm.txt. The last line says how long each takes and the ratio. Speaking ends at the codes in the peer and at
-audio here, which is to the peer's favour.
+Without more, codes are given to both and the depth decoders learn from one frame in 16; --options.amortize 1 shows them
+all frames. --as_used has Mimi in the peer's step and all frames in its depth decoder, as recipes for it do. Speaking is
+--task generate --batch 1 --seconds 3; the peer ends at the codes, which is to its favour, and bench.py at audio.
+
+To install: transformers and peft, which requirements-dev.txt names. --venv DIR makes an environment with the versions of
+requirements_csm.txt instead. The last line that is printed says how long each takes and the ratio.
 """
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +22,32 @@ LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 FRAME_RATE, FRAME = 12.5, 1920  # Mimi's frames per second and samples of one, at 24 kHz
 IGNORE = -100  # a label that no loss looks at
 BACKBONE_ONLY = -101  # transformers' label of a frame that the depth decoder does not learn from
+SPECIAL = 4  # ids at the end of the text table that model_of gives a meaning
+
+
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def tower(config):
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in TOWER}
+
+
+def mimi(codec, codebooks):
+    """Mimi's settings under transformers' names."""
+    return {
+        "model_type": "mimi",
+        "hidden_size": codec.hidden,
+        "intermediate_size": codec.ffn,
+        "num_hidden_layers": codec.layers,
+        "num_attention_heads": codec.num_attention_heads,
+        "num_key_value_heads": codec.num_attention_heads,
+        "head_dim": codec.head_dim,
+        "num_filters": codec.channels[0],
+        "codebook_dim": codec.codebook_dim,
+        "vector_quantization_hidden_dimension": codec.codebook_dim,
+        "upsample_groups": codec.upsample_groups,
+        "num_quantizers": codebooks,
+    }
 
 
 def model_of(cfg, device, dtype):
@@ -33,70 +55,94 @@ def model_of(cfg, device, dtype):
     import transformers  # only where the peer runs: the process that compares need not have it
 
     config, codec = csm.shape(cfg.size)
-    mimi = {"hidden_size": codec.hidden, "num_filters": codec.channels[0], "intermediate_size": codec.ffn,
-            "num_hidden_layers": codec.layers, "num_attention_heads": codec.num_attention_heads,
-            "num_key_value_heads": codec.num_attention_heads, "head_dim": codec.head_dim,
-            "codebook_dim": codec.codebook_dim, "vector_quantization_hidden_dimension": codec.codebook_dim,
-            "upsample_groups": codec.upsample_groups, "num_quantizers": config.num_codebooks}
-    depth = {**tower(config.depth_decoder_config), "backbone_hidden_size": config.backbone.hidden_size,
-             "num_codebooks": config.num_codebooks, "vocab_size": config.vocab_size}
+    codes = {"num_codebooks": config.num_codebooks, "vocab_size": config.vocab_size}
+    depth = {**tower(config.depth_decoder_config), **codes, "backbone_hidden_size": config.backbone.hidden_size}
     last = config.text_vocab_size - 1
+    special = {"audio_token_id": last, "audio_eos_token_id": last - 1, "pad_token_id": last - 2, "bos_token_id": last - 3}
     settings = transformers.CsmConfig(
-        **tower(config.backbone), num_codebooks=config.num_codebooks, vocab_size=config.vocab_size,
-        text_vocab_size=config.text_vocab_size, audio_token_id=last, audio_eos_token_id=last - 1, pad_token_id=last - 2,
-        bos_token_id=last - 3, depth_decoder_config=depth, codec_config={"model_type": "mimi", **mimi})
+        **tower(config.backbone), **codes, **special, text_vocab_size=config.text_vocab_size,
+        depth_decoder_config=depth, codec_config=mimi(codec, config.num_codebooks))
     settings._attn_implementation = "sdpa"
     return transformers.CsmForConditionalGeneration(settings).to(device, dtype)
 
 
-def train(cfg, device, dtype):
-    """A step on a batch that is padded on the left, as their processor pads it."""
-    import peft
+class Rows(NamedTuple):
+    """A batch in text ids, padded on the left as their processor pads it: text, one id per frame, one for the end."""
 
-    model = model_of(cfg, device, dtype)
+    ids: torch.Tensor  # (B, L)
+    attention: torch.Tensor  # (B, L), 0 in the padding
+    labels: torch.Tensor  # (B, L)
+    frames: list  # of each row
+
+
+def rows_of(cfg, c):
+    frames = [round(seconds * FRAME_RATE) for seconds, _ in turns.clips(cfg)]
+    texts = [text for _, text in turns.clips(cfg)]
+    width = max(text + n for text, n in zip(texts, frames)) + 1
+    ids = torch.full((cfg.batch, width), c.pad_token_id)
+    attention = torch.zeros_like(ids)
+    for row, (text, n) in enumerate(zip(texts, frames)):
+        first = width - 1 - n
+        ids[row, first - text : first] = torch.randint(3, c.text_vocab_size - SPECIAL, (text,))
+        ids[row, first:-1] = c.audio_token_id
+        attention[row, first - text :] = 1
+    ids[:, -1] = c.audio_eos_token_id
+    spoken = ids == c.audio_token_id
+    labels = torch.full_like(ids, IGNORE)
+    labels[spoken] = c.audio_token_id
+    labels[:, -1] = c.audio_eos_token_id
+    amortize = 1 if cfg.as_used else cfg.options.get("amortize", csm.Training.amortize)
+    labels[spoken & (torch.rand(ids.shape) >= 1 / amortize)] = BACKBONE_ONLY
+    return Rows(ids, attention, labels, frames)
+
+
+def loss_of_audio(model, rows, device, dtype):
+    """The loss of waveforms, which the model encodes each time."""
+    samples = [n * FRAME for n in rows.frames]
+    waves = 0.1 * torch.randn(len(samples), 1, max(samples), device=device, dtype=dtype)
+    cutoffs = torch.tensor(samples, device=device)[:, None]
+    ids, attention, labels = (t.to(device) for t in rows[:3])
+
+    def loss():
+        return model(ids, waves, attention, cutoffs, labels=labels).loss
+
+    return loss
+
+
+def loss_of_codes(model, inner, rows, device):
+    """The loss of codes that were made earlier: embedded here, since the model's own way in is from waveforms."""
+    c = inner.config
+    ids, attention, labels = (t.to(device) for t in rows[:3])
+    spoken = ids == c.audio_token_id
+    codes = torch.randint(1, 2048, (int(spoken.sum()), c.num_codebooks), device=device)
+    targets = labels[..., None].repeat(1, 1, c.num_codebooks)
+    targets[spoken] = codes
+    targets[:, -1] = 0
+    backbone_only = labels == BACKBONE_ONLY
+    targets[..., 1:][backbone_only] = IGNORE
+
+    def loss():
+        embedded = inner.embed_text_tokens(ids).clone()
+        embedded[spoken] = inner.backbone_model.embed_tokens(codes[None])[0]
+        return model(inputs_embeds=embedded, labels=targets, attention_mask=attention).loss
+
+    return loss
+
+
+def train(cfg, device, dtype):
+    """A step of training, LoRA on all linear layers of both towers unless --full."""
+    import peft  # see above
+
+    model = inner = model_of(cfg, device, dtype)
     if not cfg.full:
-        settings = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=rf"(backbone_model|depth_decoder)\..*\.({LINEARS})")
-        model = peft.get_peft_model(model, settings)
-    inner = model if cfg.full else model.base_model.model
+        targets = rf"(backbone_model|depth_decoder)\..*\.({LINEARS})"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=targets))
     inner.codec_model.requires_grad_(False)
     model.train()
     inner.codec_model.eval()
-    c = inner.config
-    frames = [(round(seconds * FRAME_RATE), text) for seconds, text in turns.clips(cfg)]
-    width = max(n + text + 1 for n, text in frames)
-    ids = torch.full((cfg.batch, width), c.pad_token_id)
-    attention = torch.zeros(cfg.batch, width, dtype=torch.long)
-    for row, (n, text) in enumerate(frames):
-        ids[row, -n - 1 - text : -n - 1] = torch.randint(3, c.text_vocab_size - 8, (text,))
-        ids[row, -n - 1 : -1] = c.audio_token_id
-        ids[row, -1] = c.audio_eos_token_id
-        attention[row, -n - 1 - text :] = 1
-    spoken = ids == c.audio_token_id
-    labels = torch.full_like(ids, IGNORE)
-    labels[spoken], labels[:, -1] = c.audio_token_id, c.audio_eos_token_id
-    amortize = 1 if cfg.as_used else cfg.options.get("amortize", csm.Training.amortize)
-    labels[spoken & (torch.rand(ids.shape) >= 1 / amortize)] = BACKBONE_ONLY
-    if cfg.as_used:
-        samples = [n * FRAME for n, _ in frames]
-        batch = {"input_ids": ids, "input_values": 0.1 * torch.randn(cfg.batch, 1, max(samples)), "labels": labels,
-                 "input_values_cutoffs": torch.tensor(samples)[:, None]}
-        batch = {name: value.to(device) for name, value in batch.items()}
-        batch["input_values"] = batch["input_values"].to(dtype)
-
-        def loss():
-            return model(**batch, attention_mask=attention.to(device)).loss
-    else:
-        codes = torch.randint(1, 2048, (int(spoken.sum()), c.num_codebooks), device=device)
-        targets = labels[..., None].repeat(1, 1, c.num_codebooks).to(device)
-        learned, spoken, ids, attention = (labels != BACKBONE_ONLY).to(device), spoken.to(device), ids.to(device), attention.to(device)
-        targets[spoken], targets[:, -1] = codes, 0
-        targets[~learned, 1:] = IGNORE
-
-        def loss():
-            embedded = inner.embed_text_tokens(ids).clone()
-            embedded[spoken] = inner.backbone_model.embed_tokens(codes[None])[0]
-            return model(inputs_embeds=embedded, labels=targets, attention_mask=attention).loss
-    return turns.training(cfg, (p for p in model.parameters() if p.requires_grad), loss, device)
+    rows = rows_of(cfg, inner.config)
+    loss = loss_of_audio(model, rows, device, dtype) if cfg.as_used else loss_of_codes(model, inner, rows, device)
+    return turns.training((p for p in model.parameters() if p.requires_grad), loss, device)
 
 
 def generate(cfg, device, dtype):
@@ -105,13 +151,14 @@ def generate(cfg, device, dtype):
     model.depth_decoder.generation_config.do_sample = True
     _, text = turns.clips(cfg)[0]
     frames = max(4, round(cfg.seconds * FRAME_RATE))
-    ids = torch.randint(3, model.config.text_vocab_size - 8, (cfg.batch, text), device=device)
+    ids = torch.randint(3, model.config.text_vocab_size - SPECIAL, (cfg.batch, text), device=device)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": frames, "do_sample": True, "output_audio": False}
 
     def step():
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=frames, do_sample=True, output_audio=False)
-        if out.shape[1] != frames:
-            sys.exit(f"the peer made {out.shape[1]} frames, expected {frames}; run it again with another --seed")
+            codes = model.generate(ids, **how)
+        if codes.shape[1] != frames:
+            sys.exit(f"the peer made {codes.shape[1]} frames, expected {frames}; run it again with another --seed")
 
     return step
 
@@ -122,5 +169,7 @@ def build(cfg, device, dtype):
     return train(cfg, device, dtype) if cfg.task == "train" else generate(cfg, device, dtype)
 
 
+PEER = turns.Peer("csm", "tests.peers.csm", build, "requirements_csm.txt")
+
 if __name__ == "__main__":
-    sys.exit(configs.run(lambda: turns.compare("csm", "tests.peers.csm", build, "requirements_csm.txt")))
+    sys.exit(configs.run(lambda: turns.compare(PEER)))

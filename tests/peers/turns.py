@@ -10,8 +10,10 @@ import statistics
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +36,16 @@ class Turns(bench.Bench):
     as_used: bool = opt(False, "training as the peer's own recipes have it, with the codec inside of the step")
     venv: str = opt("", "folder of the peer's environment, made and filled where it is missing; empty takes this Python")
     alone: bool = opt(False, "measure the peer only, in this process; what the rounds start")
+
+
+class Peer(NamedTuple):
+    """What a peer's script hands to `compare`."""
+
+    backbone: str
+    script: str  # its name as a module
+    build: Callable  # (cfg, device, dtype) -> the step to measure
+    requirements: str  # the file that lists what it needs
+    bare: tuple = ()  # packages that go in behind those, without what they ask for
 
 
 def interpreter(folder, requirements, bare):
@@ -86,27 +98,31 @@ def ratio(peer, here):
     return out
 
 
-def compare(backbone, script, build, requirements, bare=()):
-    """The main of a peer's script. build(cfg, device, dtype) gives the step of the peer to measure."""
+def alone(cfg, peer):
+    """Measure the peer in this process and print it."""
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    device = models.pick_device(cfg.device)
+    step = peer.build(cfg, device, models.pick_dtype(cfg.dtype, device))
+    print(json.dumps({"peer": peer.script, "as_used": cfg.as_used, **bench.measure(cfg, step, device)}))
+
+
+def compare(peer):
+    """The main of a peer's script."""
     cfg = configs.parse(Turns, script="bench")
-    cfg.backbone = backbone
+    cfg.backbone = peer.backbone
     bench.check(cfg)
     if cfg.alone:
-        torch.set_num_threads(cfg.threads)
-        torch.manual_seed(cfg.seed)
-        device = models.pick_device(cfg.device)
-        dtype = models.pick_dtype(cfg.dtype, device)
-        measured = bench.measure(cfg, build(cfg, device, dtype), device)
-        print(json.dumps({"peer": script, "as_used": cfg.as_used, **measured}))
+        alone(cfg, peer)
         return
-    python = interpreter(cfg.venv, requirements, bare)
-    peer_command = [python, "-m", script, "--alone", f"--as_used={cfg.as_used}", *flags(cfg)]
-    here_command = [sys.executable, str(ROOT / "bench.py"), *flags(cfg)]
-    peer, here = [], []
+    python = interpreter(cfg.venv, peer.requirements, peer.bare)
+    command_there = [python, "-m", peer.script, "--alone", f"--as_used={cfg.as_used}", *flags(cfg)]
+    command_here = [sys.executable, str(ROOT / "bench.py"), *flags(cfg)]
+    there, here = [], []
     for _ in range(cfg.rounds):
-        peer.append(run(peer_command))
-        here.append(run(here_command))
-    print(json.dumps(ratio(peer, here)))
+        there.append(run(command_there))
+        here.append(run(command_here))
+    print(json.dumps(ratio(there, here)))
 
 
 def clips(cfg):
@@ -116,7 +132,7 @@ def clips(cfg):
     return [(s, cfg.text or max(4, int(3 * s))) for s in seconds]
 
 
-def training(cfg, parameters, loss, device):
+def training(parameters, loss, device):
     """A step like bench.py's: forward, backward, clipping, AdamW. loss() gives the loss of a batch that does not change."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.01, fused=device.type == "cuda")
