@@ -1,13 +1,16 @@
-"""CSM beside transformers' CsmForConditionalGeneration with peft's LoRA, in turns, on random weights of one shape.
+"""CSM beside transformers' CsmForConditionalGeneration with peft's LoRA, in turns, on random weights of one
+shape.
 
     python -m tests.peers.csm --size mid --lengths 2,3,5,8,12 --threads 2
 
-Without more, codes are given to both and the depth decoders learn from one frame in 16; --options.amortize 1 shows them
-all frames. --as_used has Mimi in the peer's step and all frames in its depth decoder, as recipes for it do. Speaking is
---task generate --batch 1 --seconds 3; the peer ends at the codes, which is to its favour, and bench.py at audio.
+Without more, codes are given to both and the depth decoders learn from one frame in 16; --options.amortize 1
+shows them all frames. --as_used has Mimi in the peer's step and all frames in its depth decoder, as recipes
+for it do. Speaking is --task generate --batch 1 --seconds 3; the peer ends at the codes, which is to its
+favour, and bench.py at audio.
 
-To install: transformers and peft, which requirements-dev.txt names. --venv DIR makes an environment with the versions of
-requirements_csm.txt instead. The last line that is printed says how long each takes and the ratio.
+To install: transformers and peft, which requirements-dev.txt names. --venv DIR makes an environment with the
+versions of requirements_csm.txt instead. The last line that is printed says how long each takes and the
+ratio.
 """
 import sys
 from typing import NamedTuple
@@ -25,7 +28,8 @@ BACKBONE_ONLY = -101  # transformers' label of a frame that the depth decoder do
 SPECIAL = 4  # ids at the end of the text table that model_of gives a meaning
 
 
-TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim")
 
 
 def tower(config):
@@ -56,9 +60,11 @@ def model_of(cfg, device, dtype):
 
     config, codec = csm.shape(cfg.size)
     codes = {"num_codebooks": config.num_codebooks, "vocab_size": config.vocab_size}
-    depth = {**tower(config.depth_decoder_config), **codes, "backbone_hidden_size": config.backbone.hidden_size}
+    width = config.backbone.hidden_size
+    depth = {**tower(config.depth_decoder_config), **codes, "backbone_hidden_size": width}
     last = config.text_vocab_size - 1
-    special = {"audio_token_id": last, "audio_eos_token_id": last - 1, "pad_token_id": last - 2, "bos_token_id": last - 3}
+    special = {"audio_token_id": last, "audio_eos_token_id": last - 1}
+    special |= {"pad_token_id": last - 2, "bos_token_id": last - 3}
     settings = transformers.CsmConfig(
         **tower(config.backbone), **codes, **special, text_vocab_size=config.text_vocab_size,
         depth_decoder_config=depth, codec_config=mimi(codec, config.num_codebooks))
@@ -67,7 +73,7 @@ def model_of(cfg, device, dtype):
 
 
 class Rows(NamedTuple):
-    """A batch in text ids, padded on the left as their processor pads it: text, one id per frame, one for the end."""
+    """Text, one id per frame, one for the end: padded on the left, as their processor pads it."""
 
     ids: torch.Tensor  # (B, L)
     attention: torch.Tensor  # (B, L), 0 in the padding
@@ -110,7 +116,7 @@ def loss_of_audio(model, rows, device, dtype):
 
 
 def loss_of_codes(model, inner, rows, device):
-    """The loss of codes that were made earlier: embedded here, since the model's own way in is from waveforms."""
+    """The loss of codes that were made earlier, embedded here: the model itself starts from waveforms."""
     c = inner.config
     ids, attention, labels = (t.to(device) for t in rows[:3])
     spoken = ids == c.audio_token_id
@@ -136,12 +142,16 @@ def train(cfg, device, dtype):
     model = inner = model_of(cfg, device, dtype)
     if not cfg.full:
         targets = rf"(backbone_model|depth_decoder)\..*\.({LINEARS})"
-        model = peft.get_peft_model(model, peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=targets))
+        settings = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.rank, target_modules=targets)
+        model = peft.get_peft_model(model, settings)
     inner.codec_model.requires_grad_(False)
     model.train()
     inner.codec_model.eval()
     rows = rows_of(cfg, inner.config)
-    loss = loss_of_audio(model, rows, device, dtype) if cfg.as_used else loss_of_codes(model, inner, rows, device)
+    if cfg.as_used:
+        loss = loss_of_audio(model, rows, device, dtype)
+    else:
+        loss = loss_of_codes(model, inner, rows, device)
     return turns.training((p for p in model.parameters() if p.requires_grad), loss, device)
 
 
@@ -152,13 +162,13 @@ def generate(cfg, device, dtype):
     _, text = turns.clips(cfg)[0]
     frames = max(4, round(cfg.seconds * FRAME_RATE))
     ids = torch.randint(3, model.config.text_vocab_size - SPECIAL, (cfg.batch, text), device=device)
-    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": frames, "do_sample": True, "output_audio": False}
+    how = {"max_new_tokens": frames, "do_sample": True, "output_audio": False}
 
     def step():
         with torch.no_grad():
-            codes = model.generate(ids, **how)
+            codes = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
         if codes.shape[1] != frames:
-            sys.exit(f"the peer made {codes.shape[1]} frames, expected {frames}; run it again with another --seed")
+            sys.exit(f"the peer made {codes.shape[1]} frames, expected {frames}; try another --seed")
 
     return step
 

@@ -1,7 +1,9 @@
-"""A peer and bench.py in turns on one machine, and the ratio of the two: what the scripts beside this file share.
+"""A peer and bench.py in turns on one machine, and the ratio of the two: what the scripts beside this file
+share.
 
-The flags are those of bench.py and mean the same. Each run is a process of its own, so that neither the memory nor the
-caches of one reach the other, and the two alternate, so that a machine that slows down slows both.
+The flags are those of bench.py and mean the same. Each run is a process of its own, so that neither the
+memory nor the caches of one reach the other, and the two alternate, so that a machine that slows down slows
+both.
 """
 import dataclasses
 import json
@@ -29,7 +31,7 @@ COLUMNS = ("step_ms_median", "step_cpu_ms_median", "peak_mem_mib")
 
 @dataclass
 class Turns(bench.Bench):
-    """Measure a peer and bench.py in turns: a JSON line of each run, and at the end medians and their ratio."""
+    """Measure a peer and bench.py in turns: a JSON line of each run, at the end medians and their ratio."""
 
     batch: int = opt(8, "clips or requests at once")
     rounds: int = opt(3, "how often each of the two runs; the medians of these runs are compared")
@@ -49,7 +51,7 @@ class Peer(NamedTuple):
 
 
 def interpreter(folder, requirements, bare):
-    """The Python of an environment. A new one gets what a requirements file lists, then `bare` without what that asks for."""
+    """The Python of an environment, which is made if need be from a requirements file, and `bare` behind it."""
     if not folder:
         return sys.executable
     python = Path(folder) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -87,8 +89,8 @@ def run(command):
 
 
 def ratio(peer, here):
-    """Medians over the rounds of both, and how many times as long the peer takes: by the clock, and in time of the CPU,
-    which is the steadier figure where other programs run (with --threads 1)."""
+    """Medians over the rounds of both, and how many times as long the peer takes: by the clock, and in time of
+    the CPU, which is the steadier figure where other programs run (with --threads 1)."""
     out = {}
     for name, runs in (("peer", peer), ("here", here)):
         for column in COLUMNS:
@@ -133,7 +135,7 @@ def clips(cfg):
 
 
 def training(parameters, loss, device):
-    """A step like bench.py's: forward, backward, clipping, AdamW. loss() gives the loss of a batch that does not change."""
+    """A step like bench.py's: forward, backward, clipping, AdamW. loss() is that of one batch, always the same."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.01, fused=device.type == "cuda")
 

@@ -2,12 +2,13 @@
 
     python -m tests.peers.voxcpm --venv .venv-voxcpm --size mid --lengths 2,3,5,8,12 --threads 2
 
-Without more, latents are given to both; --as_used has the package encode the audio in its step, as its trainer does.
-Speaking is --task generate --batch 1 --seconds 3. --version 0.5, 1.5 or 2.
+Without more, latents are given to both; --as_used has the package encode the audio in its step, as its
+trainer does. Speaking is --task generate --batch 1 --seconds 3. --version 0.5, 1.5 or 2.
 
-To install: nothing by hand. --venv makes the environment that it names, with the versions of requirements_voxcpm.txt and
-voxcpm 2.0.3; a second run finds it there. The last line that is printed says how long each takes and the ratio. As in its
-own trainer the package keeps float32 weights, under bfloat16 autocast on a GPU; on a GPU its generate() is compiled.
+To install: nothing by hand. --venv makes the environment that it names, with the versions of
+requirements_voxcpm.txt and voxcpm 2.0.3; a second run finds it there. The last line that is printed says how
+long each takes and the ratio. As in its own trainer the package keeps float32 weights, under bfloat16
+autocast on a GPU; on a GPU its generate() is compiled.
 """
 import contextlib
 import importlib.machinery
@@ -26,7 +27,7 @@ FILES_ONLY = ("torchaudio", "librosa")  # the package imports these at the start
 
 
 def package():
-    """The package's modules for versions 1 (0.5B, 1.5) and 2, with its messages kept from stdout and stderr."""
+    """The package's modules for versions 1 (0.5B, 1.5) and 2, and its codec."""
     for name in FILES_ONLY:
         try:
             __import__(name)
@@ -62,11 +63,12 @@ class Letters:
         return [7] * len(pieces)
 
 
-LM = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-      "rms_norm_eps", "rope_theta", "max_position_embeddings", "use_mup")
+LM = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+      "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "use_mup")
 LOCAL = ("hidden_dim", "ffn_dim", "num_heads", "num_layers")
 WHOLE = ("patch_size", "feat_dim", "residual_lm_num_layers", "scalar_quantization_latent_dim", "max_length")
-ASIDE = {"bos_token_id": 1, "eos_token_id": 2, "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}  # asked for, not used
+# Asked for by the package, and without effect where use_mup is off.
+ASIDE = {"bos_token_id": 1, "eos_token_id": 2, "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
 FLOW = {"sigma_min": 1e-6, "solver": "euler", "t_scheduler": "log-norm", "inference_cfg_rate": 2.0}
 
 
@@ -87,7 +89,7 @@ def settings_of(config, device, dtype):
 
 
 def model_of(cfg, device, dtype, lora):
-    """The package's model in the shape that bench.py builds for the same --size and --version, and that shape."""
+    """The package's model in the shape that bench.py builds for the same flags, and that shape."""
     first, second, audiovae = package()
     config, codec = voxcpm.shape(cfg.size, cfg.version)
     module = second if config.fused else first
@@ -100,7 +102,9 @@ def model_of(cfg, device, dtype, lora):
 
 
 def codec_of(audiovae, arguments, two):
-    settings, make = (audiovae.AudioVAEConfigV2, audiovae.AudioVAEV2) if two else (audiovae.AudioVAEConfig, audiovae.AudioVAE)
+    settings, make = audiovae.AudioVAEConfig, audiovae.AudioVAE
+    if two:
+        settings, make = audiovae.AudioVAEConfigV2, audiovae.AudioVAEV2
     known = {name: value for name, value in arguments.items() if name in settings.model_fields}
     return make(config=settings(**known))
 
@@ -139,7 +143,8 @@ def train(cfg, device, dtype):
         p.requires_grad_(cfg.full or "lora_" in name)
     model.to(device).train()
     patch = config.patch_size * codec.hop_length  # samples
-    sizes = [(max(1, round(seconds * codec.sample_rate / patch)), text + 1) for seconds, text in turns.clips(cfg)]
+    rate = codec.sample_rate / patch
+    sizes = [(max(1, round(seconds * rate)), text + 1) for seconds, text in turns.clips(cfg)]
     rows = Rows(*(t.to(device) for t in rows_of(sizes, config)))
     encoded = sizes if cfg.as_used else []
     waves = [0.1 * torch.randn(1, 1, patches * patch, device=device) for patches, _ in encoded]
@@ -158,7 +163,7 @@ def train(cfg, device, dtype):
 def generate(cfg, device, dtype):
     """The package's generate(), as many patches as bench.py speaks; one request, for it takes no more."""
     if cfg.batch != 1:
-        raise configs.Usage(f"--batch {cfg.batch}: the package speaks one text at a time; compare with --batch 1")
+        raise configs.Usage(f"--batch {cfg.batch}: the package speaks one text at a time; say --batch 1")
     model, config = model_of(cfg, device, dtype, lora=False)
     rate = model.audio_vae.sample_rate / model.audio_vae.hop_length / config.patch_size
     patches = max(4, round(cfg.seconds * rate))
