@@ -270,7 +270,7 @@ def write_step(root, step, write, state) -> Path:
     try:
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
-        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": _crc(p)} for p in files}
+        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": checksum(p)} for p in files}
         text = json.dumps({**state, "files": index, "checksum": NO_SUM}, indent=1)
         (tmp / INDEX).write_text(text.replace(NO_SUM, f"{zlib.crc32(text.encode()):08x}"))
         for path in files + [tmp / INDEX, tmp]:
@@ -314,7 +314,7 @@ def put_aside(path) -> Path:
     return path.rename(next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.before-{n}")).exists()))
 
 
-def _crc(path):
+def checksum(path):
     crc = 0
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
@@ -351,7 +351,7 @@ def check_step(folder) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-        if _crc(path) != entry["crc32"]:
+        if checksum(path) != entry["crc32"]:
             return f"{path} does not have the checksum it was written with"
     return None
 
@@ -363,7 +363,7 @@ def check_file(path) -> str | None:
         entry = json.loads((path.parent / INDEX).read_text())["files"][path.name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if _crc(path) == entry["crc32"] else f"{path} does not have the checksum it was written with"
+    return None if checksum(path) == entry["crc32"] else f"{path} does not have the checksum it was written with"
 
 
 def steps(root) -> list[Path]:

@@ -9,8 +9,11 @@ import base64
 import html
 import io
 import math
+import struct
+import zlib
 
 import soundfile
+import torch
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #2b6cb0; --soft: #8882 }
@@ -149,3 +152,23 @@ def player(wave, rate):
     soundfile.write(data, samples, int(rate), format="WAV", subtype="PCM_16")
     coded = base64.b64encode(data.getvalue()).decode()
     return Piece(f'<audio controls preload="none" src="data:audio/wav;base64,{coded}"></audio>')
+
+
+def sound(data, kind):
+    """The bytes of a sound file as a player that holds them. kind: audio/flac, audio/wav."""
+    coded = base64.b64encode(data).decode()
+    return Piece(f'<audio controls preload="none" src="data:{kind};base64,{coded}"></audio>')
+
+
+def picture(pixels):
+    """(H, W) values in [0, 1], 0 black, as a grey picture that is in the page (PNG)."""
+    height, width = pixels.shape
+    rows = torch.nn.functional.pad((pixels * 255).round().to(torch.uint8), (1, 0))  # each row begins with its filter, none
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.numpy().tobytes())), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, content) for name, content in parts)
+    return Piece(f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
+
+
+def _png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
