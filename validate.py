@@ -117,7 +117,7 @@ def check_settings(cfg):
     if cfg.rank_by and cfg.rank_by not in NUMBERS and not cfg.rank_by.startswith(("loss/", "metric/")):
         orderable = [name for name, (_, order) in NUMBERS.items() if order]
         wrong.append(f"rank_by is {cfg.rank_by!r}; known are loss/total and the other losses, {', '.join(orderable)}")
-    elif cfg.rank_by and NUMBERS.get(cfg.rank_by, ("", LOW))[1] is None:
+    elif cfg.rank_by and better(cfg.rank_by) is None:
         wrong.append(f"rank_by: {cfg.rank_by} is neither better high nor low")
     if wrong:
         raise Usage("\n".join(wrong))
@@ -416,10 +416,16 @@ def verdict(column):
     return "sound"
 
 
+def better(name):
+    """Which end of a number comes first; losses and errors low, accuracies high, None where it orders nothing."""
+    if name in NUMBERS:
+        return NUMBERS[name][1]
+    return HIGH if "accuracy" in name else LOW
+
+
 def order_of(columns, name):
     """The columns that have a number, best first; ties by the earlier step."""
-    order = NUMBERS.get(name, ("", LOW))[1]
-    score = {LOW: lambda v: v, HIGH: lambda v: -v, NEAR_ONE: lambda v: abs(math.log(max(v, 1e-9)))}[order]
+    score = {LOW: lambda v: v, HIGH: lambda v: -v, NEAR_ONE: lambda v: abs(math.log(max(v, 1e-9)))}[better(name)]
     having = [column for column in columns if name in column.numbers]
     return sorted(having, key=lambda column: (score(column.numbers[name]), column.step))
 
@@ -431,23 +437,32 @@ def number_names(columns):
     return [*rest, *(name for name in NUMBERS if name in names)]
 
 
+def named(column):
+    """A column's name, which the blind mode hides."""
+    return page.Piece(f'<span class="column">{page.escape(column.name)}</span>')
+
+
+def first_of(columns, name):
+    """The column that is first by a number, None where the number orders nothing or does not tell columns apart."""
+    if better(name) is None:
+        return None
+    ranked = order_of(columns, name)
+    values = {column.numbers[name] for column in ranked}
+    return ranked[0] if len(values) > 1 else None
+
+
 def numbers_table(columns):
-    """A row per column; the best of each number that has a best is marked."""
-    names = number_names(columns)
-    best = {}
-    for name in names:
-        if NUMBERS.get(name, ("", LOW))[1] is not None:
-            ranked = [column for column in order_of(columns, name) if column.kind != "base" or name != "difference"]
-            best[name] = ranked[0].name if len(ranked) > 1 else None
+    """A row for each number, a cell for each column; the first of a row is marked."""
     rows = []
-    for column in columns:
-        cells = [page.Piece(f'<span class="column">{page.escape(column.name)}</span>')]
-        for name in names:
+    for name in number_names(columns):
+        first = first_of(columns, name)
+        cells = [NUMBERS.get(name, (name,))[0]]
+        for column in columns:
             value = column.numbers.get(name)
             shown = "" if value is None else page.escape(page.number(float(value)))
-            cells.append(page.Piece(f"<b>{shown} *</b>" if best.get(name) == column.name else shown))
+            cells.append(page.Piece(f"<b>{shown} *</b>" if column is first else shown))
         rows.append(cells)
-    return page.table(["column", *(NUMBERS.get(name, (name,))[0] for name in names)], rows)
+    return page.table(["number", *(named(column) for column in columns)], rows)
 
 
 def clip_of(cfg, cell):
@@ -480,8 +495,8 @@ def sentence_section(cfg, columns, number, sentence):
 
 def write_page(cfg, columns, plan):
     """report.html: verdicts, numbers, what the adapters changed, and every clip; one file, nothing outside of it."""
-    sound = [[page.Piece(f'<span class="column">{page.escape(c.name)}</span>'), c.kind, verdict(c), "; ".join(c.notes)] for c in columns]
-    groups = [[page.Piece(f'<span class="column">{page.escape(c.name)}</span>'), *group] for c in columns for group in c.groups]
+    sound = [[named(column), column.kind, verdict(column), "; ".join(column.notes)] for column in columns]
+    groups = [[named(column), *group] for column in columns for group in column.groups]
     pieces = [page.section("Sound?", page.table(["column", "kind", "verdict", "notes"], sound)),
               page.section("Which?", page.text("* is the first of its row by that number alone. None of them is a quality."),
                            numbers_table(columns)),
@@ -490,7 +505,7 @@ def write_page(cfg, columns, plan):
     if groups:
         headers = ["column", "modules", "count", "still zero", "|BA| / |W|"]
         pieces.append(page.section("What the adapters change", page.table(headers, groups)))
-    text = page.page("Checkpoints side by side", *pieces, SCRIPT)
+    text = page.page("Checkpoints side by side", *pieces, LOOKS, SCRIPT)
     write_whole(Path(cfg.output_dir) / PAGE, text)
 
 
@@ -527,9 +542,11 @@ BLIND = """<p>Hear two columns without knowing which is which. Keys: <b>1</b> an
 <p id="ask" hidden><button data-vote="1">first is better (a)</button> <button data-vote="0">no difference (0)</button>
 <button data-vote="2">second is better (b)</button> <button id="stop">Stop and show names</button></p>
 <div id="tally" class="wide"></div>"""
-SCRIPT = """<style>.clip img { width: 100%; height: 80px; image-rendering: auto; border-radius: 4px }
-body.blind .vote, body.blind .column { visibility: hidden } button { font: inherit; padding: 4px 10px; margin: 2px }</style>
-<script>
+LOOKS = """<style>
+.clip b { display: block } .clip img { width: 100%; height: 80px; border-radius: 4px } [hidden] { display: none !important }
+body.blind .vote, body.blind .column { visibility: hidden } button { font: inherit; padding: 4px 10px; margin: 2px }
+</style>"""
+SCRIPT = """<script>
 (() => {
   const $ = id => document.getElementById(id), votes = {};
   let pair = null, round = 0;

@@ -25,7 +25,8 @@ p { margin: .5em 0 } .quiet { opacity: .7 }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; margin-bottom: 12px }
 .facts div { background: var(--soft); border-radius: 6px; padding: 6px 10px } .facts b { display: block; font-size: 1.2em }
 .wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
-th, td { text-align: left; vertical-align: top; padding: 3px 8px; border-bottom: 1px solid var(--line); min-width: 4em }
+th, td { text-align: left; vertical-align: top; padding: 3px 8px; border-bottom: 1px solid var(--line); min-width: 4em;
+  overflow-wrap: break-word }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } figure { margin: 0 } figcaption { font-size: .9em }
 svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: currentColor }
 audio { width: 260px; max-width: 100%; height: 32px }
@@ -75,7 +76,7 @@ def table(headers, rows, empty="none", limit=500):
         return text(empty, quiet=True)
     right = [all(isinstance(r[i], (int, float)) for r in rows[:limit]) for i in range(len(headers))]
     css = ['class="n"' if r else "" for r in right]
-    head = "".join(f"<th {c}>{escape(h)}</th>" for c, h in zip(css, headers))
+    head = "".join(f"<th {c}>{h if isinstance(h, Piece) else escape(h)}</th>" for c, h in zip(css, headers))
     body = ""
     for row in rows[:limit]:
         cells = (f"<td {c}>{v if isinstance(v, Piece) else escape(number(v))}</td>" for c, v in zip(css, row))
