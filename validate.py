@@ -1,12 +1,12 @@
-"""Is this checkpoint sound, does this adapter do anything, and which of these is best? One page to look at and listen to.
+"""Is a checkpoint sound, does an adapter do anything, which of several is best? One page to look at and hear.
 
-    python validate.py --lora runs/voice/step_* --manifest data/val.jsonl --text "A new sentence." --output_dir report
+    python validate.py --lora runs/voice/step_* --manifest data/val.jsonl --text "Hello." --output_dir report
     python validate.py --ckpt_dir checkpoints/base runs/full/step_* --text "Hello." --output_dir report
 
-Every checkpoint becomes a column: its files are checked, its adapter is weighed against the base, its losses are
-taken with fixed draws, and it speaks the same sentences with the same seeds. The page report.html holds all of it,
-with a mode that hides which column is which and takes votes; report.json holds the numbers. No number here is a
-quality: the loss often points at another checkpoint than ears do, so listen before you choose.
+Every checkpoint becomes a column: its files are checked, its adapter is weighed against the base, its losses
+are taken with fixed draws, and it speaks the same sentences with the same seeds. The page report.html holds
+all of it, with a mode that hides which column is which and takes votes; report.json holds the numbers. No
+number here is a quality: the loss often points at another checkpoint than ears do, so listen and choose.
 
 Interrupted, the same command goes on: a column that is done is not made again.
 """
@@ -41,7 +41,7 @@ class Validate:
 
     lora: list[str] = opt([], "adapter folders to compare, a column each; their base is a column, too", repeat=True)
     ckpt_dir: list[str] = opt([], "with lora: the base; without: checkpoints to compare, the base first", repeat=True)
-    manifest: list[str] = opt([], "JSONL of rows that were not trained on: for losses and as recordings to compare with", repeat=True)
+    manifest: list[str] = opt([], "JSONL of rows that were not trained on, for losses and comparison", repeat=True)
     text: list[str] = opt([], "sentences to speak besides those of the manifest", repeat=True)
     rows: int = opt(5, "rows of the manifest that are spoken; the losses take all of them")
     reference_audio: str = opt("", "recording whose voice speaks the sentences of text, for backbones that take one")
@@ -77,7 +77,7 @@ NUMBERS = {
     "word_error_rate": ("word error rate", LOW),
     "character_error_rate": ("character error rate", LOW),
 }
-COMPARED_FRAMES = 50  # steps of the sentence by which the effect of an adapter is measured: four seconds, enough to differ
+COMPARED_FRAMES = 50  # steps of a sentence that show the effect of an adapter: four seconds, enough to differ
 REPORT, PAGE = "report.json", "report.html"
 
 
@@ -87,7 +87,8 @@ class Column:
 
     name: str
     path: str = ""
-    kind: str = "adapter"  # or base, or checkpoint
+    kind: str = "adapter"  # or checkpoint
+    is_base: bool = False  # what the others are compared with
     step: int = -1
     key: str = ""  # of the files and settings; a column with the same key need not be made again
     problems: list = field(default_factory=list)  # texts; empty means sound
@@ -110,13 +111,13 @@ def check_settings(cfg):
     if cfg.copy_best and not cfg.rank_by:
         wrong.append("copy_best needs rank_by: say by which number the best is told")
     if cfg.copy_best and Path(cfg.copy_best).exists():
-        wrong.append(f"copy_best: {cfg.copy_best} exists already; nothing is overwritten, give another folder")
+        wrong.append(f"copy_best: {cfg.copy_best} exists already; give another folder")
     for name, least in (("rows", 0), ("retries", 0), ("batch_size", 1)):
         if getattr(cfg, name) < least:
             wrong.append(f"{name} is {getattr(cfg, name)}, expected at least {least}")
     if cfg.rank_by and cfg.rank_by not in NUMBERS and not cfg.rank_by.startswith(("loss/", "metric/")):
         orderable = [name for name, (_, order) in NUMBERS.items() if order]
-        wrong.append(f"rank_by is {cfg.rank_by!r}; known are loss/total and the other losses, {', '.join(orderable)}")
+        wrong.append(f"rank_by is {cfg.rank_by!r}; known are loss/total and {', '.join(orderable)}")
     elif cfg.rank_by and better(cfg.rank_by) is None:
         wrong.append(f"rank_by: {cfg.rank_by} is neither better high nor low")
     if wrong:
@@ -154,12 +155,13 @@ def find_columns(cfg, base):
     if missing:
         raise Usage(f"nothing at {', '.join(missing)}")
     kind = "adapter" if cfg.lora else "checkpoint"
-    columns = [Column(short_name(path, paths), str(path), kind, step_of(path)) for path in paths]
-    if cfg.lora:
-        columns.sort(key=lambda column: column.step)
-        if cfg.compare_base:
-            columns.insert(0, Column("base", str(base), "base"))
-    return columns
+    columns = [Column(short_name(path, paths), str(path), kind, step=step_of(path)) for path in paths]
+    if not cfg.lora:
+        columns[0].is_base = True
+        return columns
+    columns.sort(key=lambda column: column.step)
+    first = [Column("base", str(base), "checkpoint", is_base=True)] if cfg.compare_base else []
+    return [*first, *columns]
 
 
 def short_name(path, paths):
@@ -172,7 +174,7 @@ def short_name(path, paths):
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------ sound, and at work
+# ------------------------------------------------------------------------------------------------ sound?
 
 
 def check_files(column):
@@ -236,7 +238,7 @@ def first_frames(model, request, sampling, seed):
 
 
 def difference(frames, base):
-    """How far two series of frames lie apart: share of codes that differ, or mean distance of latents over their size."""
+    """How far two series of frames lie apart: share of other codes, or distance of latents over their size."""
     n = min(len(frames), len(base))
     if not n:
         return float(len(frames) != len(base))
@@ -251,7 +253,7 @@ def difference(frames, base):
 
 @torch.no_grad()
 def losses(model, examples, batch_size):
-    """Means over all rows with fixed draws and nothing dropped; loss/total weighs them as training does by default."""
+    """Means over all rows with fixed draws and nothing dropped; loss/total weighs them as training does."""
     order = sorted(range(len(examples)), key=lambda i: model.length(examples[i]))
     sums, counts = {}, {}
     for start in range(0, len(order), batch_size):
@@ -262,7 +264,8 @@ def losses(model, examples, batch_size):
             counts[name] = counts.get(name, 0) + n[name]
     means = {name: value / max(counts[name], 1) for name, value in sums.items()}
     weights = models.backbones()[model.backbone].LAMBDAS
-    return {"loss/total": sum(weights[name] * means[name] for name in weights), **means}
+    means = {"loss/total": sum(weights[name] * means[name] for name in weights), **means}
+    return {name: value for name, value in means.items() if math.isfinite(value)}  # JSON has no NaN
 
 
 # ------------------------------------------------------------------------------------------------ speaking
@@ -275,7 +278,8 @@ def function_of(spec):
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise Usage(f"transcriber {spec!r}: {error}; expected module:function, from the path of a wav to its text") from None
+        expected = "module:function, from the path of a wav to its text"
+        raise Usage(f"transcriber {spec!r}: {error}; expected {expected}") from None
 
 
 @dataclass
@@ -288,7 +292,7 @@ class Sentence:
 
 
 def sentences(cfg, model, rows):
-    """The sentences of --text and of the first rows of the manifest; of a conversation the last spoken turn."""
+    """The sentences of --text and of the first rows; of a conversation the last spoken turn."""
     prompts = [(None, cfg.reference_audio, None)] if cfg.reference_audio else []
     own = dict(prompts=prompts, speaker=cfg.speaker or None)
     out = [Sentence(text, {"text": text, **own}) for text in cfg.text]
@@ -316,9 +320,10 @@ def measure(wave, rate, sentence):
     """Numbers of one clip; those that need a recording only where there is one."""
     median, spread = measures.pitch_facts(wave, rate)
     seconds = len(wave) / rate
-    out = {"seconds": seconds, "characters_per_second": len(sentence.text) / seconds if seconds else math.nan,
-           "silence_at_end": measures.silence_at_end(wave, rate), "level": measures.level(wave),
-           "pitch": median, "pitch_spread": spread}
+    out = {"seconds": seconds, "pitch": median, "pitch_spread": spread, "level": measures.level(wave),
+           "silence_at_end": measures.silence_at_end(wave, rate)}
+    if seconds:
+        out["characters_per_second"] = len(sentence.text) / seconds
     if sentence.recording and seconds > 0.1:  # a spectrogram needs a few frames
         recording, recorded_rate = sentence.recording
         out["length_ratio"] = seconds / (len(recording) / recorded_rate)
@@ -326,34 +331,34 @@ def measure(wave, rate, sentence):
     return {name: value for name, value in out.items() if math.isfinite(value)}  # silence has no pitch
 
 
-def codec_facts(model, waves):
-    """Where a voice lies in the codec's space: mean and spread of its latents, or how often each code comes."""
-    coded = [model.codec.encode(wave) for wave in waves]
-    if coded[0].is_floating_point():
-        together = torch.cat(coded).double()
-        return together.mean(0), together.std(0).clamp(min=1e-6)
-    together = torch.cat(coded, 1)  # (K, T)
-    size = int(together.max()) + 1
-    return torch.stack([torch.bincount(codes, minlength=size).double() / len(codes) for codes in together]), None
+def coded(model, waves):
+    """What the codec makes of several clips, one behind the other: latents (T, D), or codes (T, K)."""
+    frames = [model.codec.encode(wave) for wave in waves]
+    if frames[0].is_floating_point():
+        return torch.cat(frames).double()
+    return torch.cat(frames, 1).T
 
 
-def codec_distance(facts, voice):
-    """Root mean square of the difference of means in units of the voice's spread, or half the sum of the differences of
-    the shares of codes, averaged over codebooks: 0 for the same, 1 for nothing in common."""
-    (a, _), (b, spread) = facts, voice
-    if spread is not None:
-        return float(((a - b) / spread).square().mean().sqrt())
-    size = max(a.shape[1], b.shape[1])
-    a, b = (torch.nn.functional.pad(t, (0, size - t.shape[1])) for t in (a, b))
-    return float((a - b).abs().sum(1).mean() / 2)
+def codec_distance(spoken, voice):
+    """How far two voices lie apart in the codec's space.
 
-
-def resampled(wave, rate, new_rate):
-    return audio.resample(wave, rate, new_rate)
+    Of latents: the distance of their means in units of the voice's spread, root mean square. Of codes: half
+    the sum of the differences of their shares, mean over codebooks; 0 for the same, 1 for no code in common.
+    """
+    if voice.is_floating_point():
+        spread = voice.std(0).clamp(min=1e-6)
+        return float(((spoken.mean(0) - voice.mean(0)) / spread).square().mean().sqrt())
+    size = 1 + int(max(spoken.max(), voice.max()))
+    distances = []
+    for ours, theirs in zip(spoken.T, voice.T):
+        a = torch.bincount(ours, minlength=size).double() / len(ours)
+        b = torch.bincount(theirs, minlength=size).double() / len(theirs)
+        distances.append(float((a - b).abs().sum()) / 2)
+    return sum(distances) / len(distances)
 
 
 def speak(model, column, plan, cfg):
-    """Let a column speak every sentence: files and numbers of each into its cells, their means into its numbers."""
+    """Let a column speak every sentence: a cell with file and numbers for each, the means as its own."""
     folder = Path(cfg.output_dir) / "clips" / column.key
     folder.mkdir(parents=True, exist_ok=True)
     waves = []
@@ -364,18 +369,19 @@ def speak(model, column, plan, cfg):
         cell = {"file": str(file.relative_to(cfg.output_dir)), "takes": takes, "ended": float(ended)}
         cell |= measure(wave, model.out_sample_rate, sentence)
         if plan.transcriber:
-            heard = plan.transcriber(str(file))
-            cell |= {"transcript": heard, "word_error_rate": measures.word_error_rate(sentence.text, heard),
-                     "character_error_rate": measures.character_error_rate(sentence.text, heard)}
+            transcript = plan.transcriber(str(file))
+            cell["transcript"] = transcript
+            cell["word_error_rate"] = measures.word_error_rate(sentence.text, transcript)
+            cell["character_error_rate"] = measures.character_error_rate(sentence.text, transcript)
         column.cells.append(cell)
-        waves.append(resampled(wave, model.out_sample_rate, model.sample_rate))
+        waves.append(audio.resample(wave, model.out_sample_rate, model.sample_rate))
     for name in NUMBERS:
         values = [cell[name] for cell in column.cells if name in cell]
         if values:
             column.numbers[name] = sum(values) / len(values)
-    spoken = [wave for wave in waves if len(wave)]
-    if plan.voice and spoken:
-        column.numbers["codec_distance"] = codec_distance(codec_facts(model, spoken), plan.voice)
+    waves = [wave for wave in waves if len(wave)]
+    if plan.voice is not None and waves:
+        column.numbers["codec_distance"] = codec_distance(coded(model, waves), plan.voice)
 
 
 @dataclass
@@ -385,19 +391,16 @@ class Plan:
     sentences: list
     sampling: dict
     examples: list
-    voice: tuple | None  # codec_facts of the recordings
+    voice: torch.Tensor | None  # what the codec makes of the recordings
+    base_frames: torch.Tensor | None  # of the first sentence by the base
     transcriber: object
-    base_frames: torch.Tensor | None = None  # of the first sentence, without an adapter
 
 
 def examine(model, column, plan, cfg):
     """Everything about one column whose weights are in the model."""
-    if plan.sentences:
+    if plan.sentences and not column.is_base:
         frames = first_frames(model, plan.sentences[0].request, plan.sampling, cfg.seed)
-        if plan.base_frames is None:
-            plan.base_frames = frames
-        elif column.kind != "base":
-            column.numbers["difference"] = difference(frames, plan.base_frames)
+        column.numbers["difference"] = difference(frames, plan.base_frames)
     if plan.examples:
         column.numbers |= losses(model, plan.examples, cfg.batch_size)
     if plan.sentences:
@@ -417,7 +420,7 @@ def verdict(column):
 
 
 def better(name):
-    """Which end of a number comes first; losses and errors low, accuracies high, None where it orders nothing."""
+    """Which end of a number comes first: losses low, accuracies high, None where it orders nothing."""
     if name in NUMBERS:
         return NUMBERS[name][1]
     return HIGH if "accuracy" in name else LOW
@@ -425,9 +428,14 @@ def better(name):
 
 def order_of(columns, name):
     """The columns that have a number, best first; ties by the earlier step."""
-    score = {LOW: lambda v: v, HIGH: lambda v: -v, NEAR_ONE: lambda v: abs(math.log(max(v, 1e-9)))}[better(name)]
+    def score(column):
+        value = column.numbers[name]
+        if better(name) == NEAR_ONE:
+            return abs(math.log(max(value, 1e-9)))  # half as long is as far off as twice as long
+        return -value if better(name) == HIGH else value
+
     having = [column for column in columns if name in column.numbers]
-    return sorted(having, key=lambda column: (score(column.numbers[name]), column.step))
+    return sorted(having, key=lambda column: (score(column), column.step))
 
 
 def number_names(columns):
@@ -443,7 +451,7 @@ def named(column):
 
 
 def first_of(columns, name):
-    """The column that is first by a number, None where the number orders nothing or does not tell columns apart."""
+    """The column that is first by a number, None where it orders nothing or is the same for all."""
     if better(name) is None:
         return None
     ranked = order_of(columns, name)
@@ -481,25 +489,28 @@ def sentence_section(cfg, columns, number, sentence):
         picture = page.picture(audio.mel_picture(wave, rate)[0])
         boxes.append(f'<div class="clip"><b>recording</b>{page.player(wave, rate)}{picture}</div>')
     for column in columns:
-        if number >= len(column.cells):
-            continue
-        cell = column.cells[number]
-        said = [f"{NUMBERS[name][0]} {page.number(float(cell[name]))}" for name in NUMBERS if name in cell]
-        said += [f"heard: {cell['transcript']}"] if "transcript" in cell else []
-        details = f"<details><summary>numbers</summary>{page.text('; '.join(said), quiet=True)}</details>"
-        name = page.escape(column.name)
-        boxes.append(f'<div class="clip vote" data-column="{name}"><b class="column">{name}</b>'
-                     f"{clip_of(cfg, cell)}{details}</div>")
+        if number < len(column.cells):
+            boxes.append(cell_box(cfg, column, column.cells[number]))
     return page.section(f"{number + 1}. {sentence.text}", page.grid(*boxes))
 
 
+def cell_box(cfg, column, cell):
+    """A clip with its column's name, its picture and its numbers; the script finds it by `vote`."""
+    facts = [f"{NUMBERS[name][0]} {page.number(float(cell[name]))}" for name in NUMBERS if name in cell]
+    if "transcript" in cell:
+        facts.append(f"transcript: {cell['transcript']}")
+    name, numbers = page.escape(column.name), page.text("; ".join(facts), quiet=True)
+    return (f'<div class="clip vote" data-column="{name}"><b class="column">{name}</b>{clip_of(cfg, cell)}'
+            f"<details><summary>numbers</summary>{numbers}</details></div>")
+
+
 def write_page(cfg, columns, plan):
-    """report.html: verdicts, numbers, what the adapters changed, and every clip; one file, nothing outside of it."""
+    """report.html: verdicts, numbers, what the adapters changed, and every clip, all in one file."""
     sound = [[named(column), column.kind, verdict(column), "; ".join(column.notes)] for column in columns]
     groups = [[named(column), *group] for column in columns for group in column.groups]
+    note = page.text("* is the first of its row by that number alone. None of them is a quality.")
     pieces = [page.section("Sound?", page.table(["column", "kind", "verdict", "notes"], sound)),
-              page.section("Which?", page.text("* is the first of its row by that number alone. None of them is a quality."),
-                           numbers_table(columns)),
+              page.section("Which?", note, numbers_table(columns)),
               page.section("Blind", BLIND)]
     pieces += [sentence_section(cfg, columns, i, sentence) for i, sentence in enumerate(plan.sentences)]
     if groups:
@@ -511,18 +522,10 @@ def write_page(cfg, columns, plan):
 
 def write_report(cfg, columns, ranking=()):
     """report.json: all numbers, and the key of each column, by which the next run knows what is done."""
-    report = {"columns": [dataclasses.asdict(column) for column in columns], "ranked_by": cfg.rank_by or None, "ranking": list(ranking)}
-    text = json.dumps(finite(report), indent=1, ensure_ascii=False)
+    made = [dataclasses.asdict(column) for column in columns]
+    report = {"ranked_by": cfg.rank_by or None, "ranking": list(ranking), "columns": made}
+    text = json.dumps(report, indent=1, ensure_ascii=False)
     write_whole(Path(cfg.output_dir) / REPORT, text + "\n")
-
-
-def finite(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path, text):
@@ -532,26 +535,31 @@ def write_whole(path, text):
     temporary.replace(path)
 
 
-# A listener hears two columns of one sentence without their names and votes; the tally shows how sure it is: Wilson's
-# interval for the share of a column's votes that it won.
-BLIND = """<p>Hear two columns without knowing which is which. Keys: <b>1</b> and <b>2</b> play, <b>a</b> the first is better,
-<b>b</b> the second is better, <b>0</b> no difference.</p>
+# A listener hears two columns of one sentence without their names and votes. The tally shows how sure it is:
+# Wilson's interval for the share of a column's votes that it won.
+BLIND = """<p>Hear two columns without knowing which is which. Keys: <b>1</b> and <b>2</b> play, <b>a</b> the first is
+better, <b>b</b> the second is better, <b>0</b> no difference.</p>
 <p><button id="start">Start</button> <span id="round" class="quiet"></span></p>
 <div id="pair" class="grid" hidden><div class="clip"><b>first</b><audio controls id="one"></audio></div>
 <div class="clip"><b>second</b><audio controls id="two"></audio></div></div>
-<p id="ask" hidden><button data-vote="1">first is better (a)</button> <button data-vote="0">no difference (0)</button>
+<p id="ask" hidden><button data-vote="1">first is better (a)</button>
+<button data-vote="0">no difference (0)</button>
 <button data-vote="2">second is better (b)</button> <button id="stop">Stop and show names</button></p>
 <div id="tally" class="wide"></div>"""
 LOOKS = """<style>
-.clip b { display: block } .clip img { width: 100%; height: 80px; border-radius: 4px } [hidden] { display: none !important }
-body.blind .vote, body.blind .column { visibility: hidden } button { font: inherit; padding: 4px 10px; margin: 2px }
+.clip b { display: block } .clip img { width: 100%; height: 80px; border-radius: 4px }
+[hidden] { display: none !important } body.blind .vote, body.blind .column { visibility: hidden }
+button { font: inherit; padding: 4px 10px; margin: 2px }
 </style>"""
 SCRIPT = """<script>
 (() => {
   const $ = id => document.getElementById(id), votes = {};
   let pair = null, round = 0;
-  const rows = [...document.querySelectorAll("section")].map(s => [...s.querySelectorAll(".vote")]).filter(r => r.length > 1);
-  if (!rows.length) { $("start").disabled = true; $("round").textContent = "needs two columns that speak"; return; }
+  const sections = [...document.querySelectorAll("section")];
+  const rows = sections.map(s => [...s.querySelectorAll(".vote")]).filter(r => r.length > 1);
+  if (!rows.length) {
+    $("start").disabled = true; $("round").textContent = "needs two columns that speak"; return;
+  }
   const any = list => list[Math.floor(Math.random() * list.length)];
   function next() {
     const row = any(rows), first = any(row), second = any(row.filter(c => c !== first));
@@ -571,12 +579,12 @@ SCRIPT = """<script>
     const z = 1.96, line = ([name, [won, n]]) => {
       const p = won / n, middle = (p + z * z / (2 * n)) / (1 + z * z / n);
       const half = z / (1 + z * z / n) * Math.sqrt(p * (1 - p) / n + z * z / (4 * n * n));
-      return `<tr><td></td><td class="n">${won} of ${n}</td><td class="n">${(100 * (middle - half)).toFixed(0)} to ` +
-        `${(100 * (middle + half)).toFixed(0)} %</td></tr>`;
+      const [low, high] = [middle - half, middle + half].map(x => (100 * x).toFixed(0));
+      return `<tr><td></td><td class="n">${won} of ${n}</td><td class="n">${low} to ${high} %</td></tr>`;
     };
     const list = Object.entries(votes).sort((x, y) => y[1][0] / y[1][1] - x[1][0] / x[1][1]);
-    $("tally").innerHTML = list.length ? "<table><thead><tr><th>column</th><th>won</th><th>share, 95 % interval</th></tr>" +
-      "</thead><tbody>" + list.map(line).join("") + "</tbody></table>" : "";
+    const head = "<thead><tr><th>column</th><th>won</th><th>share, 95 % interval</th></tr></thead>";
+    $("tally").innerHTML = list.length ? `<table>${head}<tbody>${list.map(line).join("")}</tbody></table>` : "";
     $("tally").querySelectorAll("tbody tr").forEach((tr, i) => tr.firstChild.textContent = list[i][0]);
   }
   function show(blind) {
@@ -588,7 +596,8 @@ SCRIPT = """<script>
   document.querySelectorAll("[data-vote]").forEach(b => b.onclick = () => vote(Number(b.dataset.vote)));
   document.addEventListener("keydown", e => {
     if (!document.body.classList.contains("blind") || e.target.tagName === "AUDIO") return;
-    const act = { "1": () => $("one").play(), "2": () => $("two").play(), a: () => vote(1), b: () => vote(2), "0": () => vote(0) }[e.key];
+    const play = { "1": () => $("one").play(), "2": () => $("two").play() };
+    const act = { ...play, a: () => vote(1), b: () => vote(2), "0": () => vote(0) }[e.key];
     if (act) { e.preventDefault(); act(); }
   });
 })();
@@ -617,17 +626,19 @@ def make_plan(cfg, model, rows, sampling):
     examples = [model.encode(row) for row in rows]
     examples = [example for example in examples if model.length(example)]
     spoken = sentences(cfg, model, rows)
-    recordings = [resampled(*s.recording, model.sample_rate) for s in spoken if s.recording]
-    voice = codec_facts(model, recordings) if recordings else None
+    recordings = [audio.resample(*s.recording, model.sample_rate) for s in spoken if s.recording]
+    voice = coded(model, recordings) if recordings else None
+    frames = first_frames(model, spoken[0].request, sampling, cfg.seed) if spoken else None
     transcriber = function_of(cfg.transcriber) if cfg.transcriber else None
-    return Plan(spoken, sampling, examples, voice, transcriber)
+    return Plan(spoken, sampling, examples, voice, frames, transcriber)
 
 
 def key_of(cfg, column, sampling, base):
     """Names the files of a column and everything that its numbers depend on."""
     asked = [content_key(path) for path in cfg.manifest]
-    settings = (asked, cfg.text, cfg.rows, cfg.reference_audio, cfg.speaker, cfg.seed, cfg.retries, cfg.transcriber, cfg.dtype, sampling)
-    return f"{content_key(column.path)}-{zlib.crc32(repr((base, settings)).encode()):08x}"
+    names = ("text", "rows", "reference_audio", "speaker", "seed", "retries", "transcriber", "dtype")
+    settings = [getattr(cfg, name) for name in names]
+    return f"{content_key(column.path)}-{zlib.crc32(repr((base, asked, settings, sampling)).encode()):08x}"
 
 
 def main():
@@ -635,23 +646,20 @@ def main():
     check_settings(cfg)
     base = cfg.ckpt_dir[0] if cfg.ckpt_dir else base_of(cfg.lora[0])
     columns = find_columns(cfg, base)
-    sampling = configs.build(models.find(base).Sampling, extra, "--", [f.name for f in dataclasses.fields(Validate)])
-    sampling = dataclasses.asdict(sampling)
+    nearby = [f.name for f in dataclasses.fields(Validate)]
+    sampling = dataclasses.asdict(configs.build(models.find(base).Sampling, extra, "--", nearby))
     sampling.pop("retries", None)  # takes are counted here
     rows = read_manifest(cfg.manifest) if cfg.manifest else []
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     done = earlier_columns(cfg)
 
-    # The base is loaded once, and adapters are switched on it; full checkpoints are loaded one after the other.
+    # The base is loaded once, and adapters are switched on it; full checkpoints are loaded one by one.
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
     model = models.load(base, device, dtype)
     model.codec.to(device)
     plan = make_plan(cfg, model, rows, sampling)
-    if cfg.lora and plan.sentences:
-        plan.base_frames = first_frames(model, plan.sentences[0].request, sampling, cfg.seed)
-
-    started, finished, failed = time.perf_counter(), [], 0
+    started, finished = time.perf_counter(), []
     for number, column in enumerate(columns, 1):
         column.key = key_of(cfg, column, sampling, model.fingerprint if cfg.lora else base)
         if column.key in done:
@@ -661,21 +669,20 @@ def main():
         check_files(column)
         if column.kind == "adapter":
             able = not column.problems and put_on(model, column, cfg)
-        elif column.kind == "checkpoint":
-            model, able = other_checkpoint(model, column, device, dtype)
         else:
-            able = True
+            model, able = other_checkpoint(model, column, device, dtype)
         if able:
             examine(model, column, plan, cfg)
-        failed += bool(column.problems)
         finished.append(column)
         write_report(cfg, [*finished, *columns[number:]])
         seconds = sum(cell["seconds"] for cell in column.cells)
-        print(f"{column.name}: {verdict(column)} | {progress(number, len(columns), seconds, started)}", file=sys.stderr)
+        line = progress(number, len(columns), seconds, started)
+        print(f"{column.name}: {verdict(column)} | {line}", file=sys.stderr)
 
     ranking = [column.name for column in order_of(finished, cfg.rank_by)] if cfg.rank_by else []
     if cfg.rank_by and not ranking:
-        raise Invalid(f"rank_by: no column has {cfg.rank_by}; they have {', '.join(number_names(finished)) or 'no numbers'}")
+        names = ", ".join(number_names(finished)) or "no numbers"
+        raise Invalid(f"rank_by: no column has {cfg.rank_by}; they have {names}")
     write_report(cfg, finished, ranking)
     write_page(cfg, finished, plan)
     if ranking:
@@ -685,11 +692,11 @@ def main():
         shutil.copytree(Path(best.path).resolve(), cfg.copy_best)
         print(f"copied {best.path} to {cfg.copy_best}", file=sys.stderr)
     print(Path(cfg.output_dir) / PAGE)
-    return 1 if failed else 0
+    return 1 if any(column.problems for column in finished) else 0
 
 
 def other_checkpoint(model, column, device, dtype):
-    """(model, whether it can be used): the weights of another full checkpoint in place of those that were there."""
+    """(model, whether it can be used): another full checkpoint in place of the one that was there."""
     if model.path == column.path:
         column.problems += not_finite(dict(model.named_parameters()))
         return model, not column.problems
