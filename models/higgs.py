@@ -47,7 +47,7 @@ from models.parts.sampling import LeftPadded, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
-PARTS = {"codec": "bosonai/higgs-audio-v2-tokenizer"}  # what may lie elsewhere, by its id on the hub
+PARTS = {"codec": "bosonai/higgs-audio-v2-tokenizer", "tokenizer": ""}  # what may lie elsewhere: its id on the hub
 NONE = -100  # label of a position that is not trained
 
 # ------------------------------------------------------------------------------------------------ settings

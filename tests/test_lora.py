@@ -91,7 +91,7 @@ def test_target_layers_keep_their_number_in_every_stack_that_has_it(model):
 @pytest.mark.parametrize("settings, words", [
     ({"target_modules": ["q_projj"]}, "'q_projj' matches no Linear; this model has names such as"),
     ({"enable_lm": True, "target_modules_lm": ["attn"]}, "target_modules_lm: 'attn' matches no Linear.*q_proj"),
-    ({"target_modules": ["*bad"]}, "no module name and no regex"),
+    ({"target_modules": ["(bad"]}, "no module name and no regex"),
     ({"train_modules": ["nothing"]}, "train_modules: 'nothing' matches no module"),
     ({"target_modules": ["q_proj"], "train_modules": ["base_lm.layers.0.self_attn"]}, "both a LoRA target and trained in full"),
     ({"r": 0}, "r 0 must be at least 1"),
@@ -207,6 +207,15 @@ def test_the_dropout_of_an_adapter_comes_with_it(model, tmp_path):
     for name, dropout in (("b", 0.5), ("a", 0.0)):
         lora.load_lora_weights(model, tmp_path / name)
         assert {m.lora_dropout for m in lora.lora_modules(model).values()} == {dropout}
+
+
+def test_where_dropout_acts_comes_with_an_adapter_of_the_same_shape(model, tmp_path):
+    adapter(model, tmp_path / "own", 1, enable_lm=True)
+    lora.load_lora_weights(model, tmp_path / "own")
+    lora.save_lora_weights(model, tmp_path / "peft", format="peft")
+    for name, after in (("own", True), ("peft", False), ("own", True)):
+        lora.load_lora_weights(model, tmp_path / name)
+        assert {m.lora_after for m in lora.lora_modules(model).values()} == {after}
 
 
 @pytest.mark.parametrize("words, why", [({"init_lora_weights": "pissa"}, "moves the base weights"), ({"alora_invocation_tokens": [1]}, "aLoRA"),
