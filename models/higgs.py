@@ -1598,11 +1598,10 @@ def _load_codec(folder, given):
     """(codec, {role: path} of its files) from `given` (file or folder), or from inside the model's folder."""
     place = Path(given) if given is not None else _codec_inside(folder)
     if place is None:
-        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in "
-                      f"{folder / CODEC_FOLDER}, in "
-                      f"{folder.parent / CODEC_FOLDER}, or at the place that --extra.codec names; it is "
-                      "published as "
-                      f"{PARTS['codec']}")
+        beside = folder.parent / CODEC_FOLDER
+        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in {folder / CODEC_FOLDER}, in "
+                      f"{beside}, or as {PARTS['codec']} in the local hub cache. Run\n"
+                      f"    hf download {PARTS['codec']} --local-dir {beside}\nor say where it is with --extra.codec DIR")
     if not place.exists():
         raise Invalid(f"the codec: nothing at {place}")
     file = _codec_file(place)

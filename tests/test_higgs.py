@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import lora
 import models
 from models import higgs
-from models.parts import Invalid, audio, checkpoint
+from models.parts import Invalid, adapters, audio, checkpoint
 from tests import conftest, test_higgs_codec, tiny_higgs
+from tests.running import start
 from tests.tiny_higgs import ID
 
 LAYOUTS = Path(conftest.ROOT).parent / "shared/layouts"
@@ -990,3 +991,70 @@ def test_shapes_for_measuring_are_the_published_ones():
     assert m.length(clip) > 25 and len(list(m.frames("xxxx", seed=0, min_len=5, max_len=5))) == 5
     with pytest.raises(Invalid, match="only one Higgs Audio"):
         higgs.shape("tiny", "3")
+
+
+# ------------------------------------------------------------------------------------------------ parts that lie elsewhere
+
+
+def elsewhere(root):
+    """A base without its codec, and the codec under another name."""
+    base = tiny_higgs.write(root / "bases" / "one", codec="none")
+    return base, tiny_higgs.write_codec(root / "far")
+
+
+def row_file(root):
+    wave = 0.3 * torch.sin(torch.arange(24000) / 24000 * 1500) + 0.1 * noise(24000)
+    audio.write(root / "a.wav", wave, 24000)
+    (root / "rows.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "Hello there."}) + "\n")
+    return root / "rows.jsonl"
+
+
+def test_a_codec_elsewhere_is_given_recorded_and_found_again(tmp_path):
+    base, far = elsewhere(tmp_path)
+    rows, part = row_file(tmp_path), ("--extra.codec", far)
+
+    def ended(script, *argv):
+        process = start(script, argv, tmp_path)
+        return process.wait(), process.said
+
+    common = ("--pretrained_path", base, "--train_manifest", rows, "--num_iters", 1, "--warmup_steps", 0, "--max_batch_tokens", 0, "--val_samples", 0)
+    code, said = ended("prepare_data", "--input", rows, "--output_dir", "data", "--ckpt_dir", base, "--val_split", 0)
+    assert code == 1 and all(word in said for word in ("audio tokenizer", str(base / tiny_higgs.CODEC), str(base.parent / tiny_higgs.CODEC),
+                                                       "hub cache", "hf download bosonai/higgs-audio-v2-tokenizer", "--extra.codec"))
+    assert ended("prepare_data", "--input", rows, "--output_dir", "data", "--ckpt_dir", base, "--val_split", 0, *part)[0] == 0
+    code, said = ended("train", *common, "--save_path", "voice", "--lora.r", 2, *part)
+    assert code == 0, said
+    latest = tmp_path / "voice" / "latest"
+    assert adapters.read_record(latest)["extra"] == {"codec": str(far)}
+    assert f"codec: {far}" in (tmp_path / "voice" / "config.yaml").read_text()
+    speak = ("--text", "Hello.", "--max_len", 3, "--min_len", 2, "--output", "out.wav")
+    assert ended("infer", "--lora", latest, *speak)[0] == 0  # the record is enough
+    assert ended("infer", "--ckpt_dir", base, *speak)[0] == 1
+    assert ended("infer", "--ckpt_dir", base, *speak, *part)[0] == 0
+    code, said = ended("infer", "--ckpt_dir", base, *speak, "--extra.codec", "nowhere")
+    assert code == 1 and "extra.codec" in said
+    code, said = ended("infer", "--ckpt_dir", base, *speak, "--extra.bigvgan", far)
+    assert code == 1 and "extra.bigvgan: this backbone keeps no such part apart; it has codec, tokenizer" in said
+    assert ended("merge_lora", "--lora", latest, "--output_dir", "merged")[0] == 0
+    assert load(tmp_path / "merged").codec_key  # whole by itself
+    assert ended("merge_lora", "--lora", latest, "--output_dir", "again", "--to", "peft", "--naming", "transformers")[0] == 0
+    assert adapters.read_record(tmp_path / "again")["extra"] == {"codec": str(far)}
+    (tmp_path / "far").rename(base.parent / tiny_higgs.CODEC)  # the recorded place is gone; it is found by its published name
+    assert ended("infer", "--lora", latest, *speak)[0] == 0
+    code, said = ended("train", *common[:4], *common[6:], "--num_iters", 2, "--save_path", "voice", "--lora.r", 2, *part)
+    assert code == 0 and "going on from" in said
+
+
+def test_a_codec_is_found_in_the_hub_cache(tmp_path, monkeypatch):
+    base, far = elsewhere(tmp_path)
+    cache = tmp_path / "hub" / "models--bosonai--higgs-audio-v2-tokenizer"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    far.rename(cache / "snapshots" / "abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load(base).codec_key and models.parts_elsewhere(base, {}) == {"codec": str(cache / "snapshots" / "abc")}
+    beside = tiny_higgs.write_codec(base.parent / tiny_higgs.CODEC, "transformers")
+    assert models.parts_elsewhere(base, {}) == {"codec": str(beside)}  # nearer
+    inside = tiny_higgs.write_codec(base / tiny_higgs.CODEC)
+    assert models.find_parts(higgs, base, {})["codec"] == inside and models.parts_elsewhere(base, {}) == {}
