@@ -22,6 +22,7 @@ from pathlib import Path
 from models.parts import Invalid
 
 MOST_CHUNKS = 4096  # real files have a dozen; a hostile one could be all empty chunks, and take minutes
+UNKNOWN = 0xFFFFFFFF  # of a size in 32 bits: written into a pipe, or kept elsewhere in the file
 PIPE_SIZE = 0x7FFF0000  # who writes into a pipe cannot know the size and states about the most there is
 MOST_BYTES = 2**31  # a file that must be mended is read whole; what is larger is named instead
 
@@ -91,19 +92,20 @@ def _riff(file, size):
     stated = struct.unpack_from("<I", file.read(12).ljust(12, b"\0"), 4)[0]
     long = None  # RF64 keeps a size beyond 4 GB in a chunk of its own
     for name, begin, length in _chunks(file, size, "<4sI", pad=True):
+        # Of the size of the whole and that of the data, a pipe leaves both undone: one right size is a promise.
         if name == b"ds64":
             if length < 16:
                 return Sound("damaged: its ds64 chunk is shorter than the sizes that it should hold")
             long = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
         if name != b"data":
             continue
-        if length >= 0xFFFFFFFF and long is not None:
+        if length == UNKNOWN and long is not None:
             length = long
         if length == 0 and begin < size and stated + 8 != size:  # written into a pipe, and never corrected
             data = _whole(file, size, "its size is not stated")
             data[begin - 4 : begin] = struct.pack("<I", size - begin)
             return Sound(parts=(bytes(data),))
-        if length >= PIPE_SIZE and size < PIPE_SIZE:
+        if length == UNKNOWN or length >= PIPE_SIZE and size < PIPE_SIZE and stated + 8 != size:
             return Sound()
         return _cut(begin + length - size) if begin + length > size else Sound()
     return Sound("cut off within its header")
@@ -123,7 +125,7 @@ def _aiff(file, size):
 
 def _au(file, size):
     _, begin, length = struct.unpack(">4sII", file.read(12).ljust(12, b"\0"))
-    if length == 0xFFFFFFFF:  # allowed by the format: up to the end
+    if length == UNKNOWN:  # allowed by the format: up to the end
         return Sound()
     return _cut(begin + length - size) if begin + length > size else Sound()
 
