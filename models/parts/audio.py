@@ -4,8 +4,9 @@
     write("out.wav", wave, rate)                    # PCM 16
 
 wav, flac, ogg and mp3 go through soundfile. A file that is cut, empty or holds NaN is refused with its name,
-because libsndfile would read the first half of a cut WAV, or a NaN, without a word; see containers.py. Features are computed on
-the CPU in float64 and returned as float32: they are logarithms of small numbers, and are made once per clip.
+because libsndfile would read the first half of a cut WAV, or a NaN, without a word; see containers.py.
+Features are computed on the CPU in float64 and returned as float32: they are logarithms of small numbers, and
+are made once per clip.
 """
 import functools
 import io
