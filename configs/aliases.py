@@ -64,6 +64,14 @@ ALIASES = {
         "reference_audio": ("ref_audio", "ra", "spk_audio_prompt"),
         "speaker": ("speaker_id",),
     },
+    "validate": {
+        "ckpt_dir": ("model_path", "pretrained_path", "base_model", "base_ckpt"),
+        "lora": ("lora_path", "lora_ckpt", "adapter"),
+        "text": ("test_texts",),
+        "reference_audio": ("ref_audio",),
+        "manifest": ("val_manifest",),
+        "speaker": ("speaker_id",),
+    },
     "merge": {
         "ckpt_dir": ("model_path", "pretrained_path", "base_model", "base_ckpt"),
         "lora": ("lora_path", "lora_ckpt", "adapter"),
