@@ -367,8 +367,10 @@ def speak(model, requests, sampling):
     except Invalid as e:
         if len(requests) == 1:
             return [Take(requests[0].output, None, None, e)]
-        # One of them is at fault. Alone, the others still become sound.
-        return [take for request in requests for take in speak(model, [request], sampling)]
+        takes = []  # one of them is at fault; alone, the others still become sound
+        for request in requests:
+            takes += speak(model, [request], sampling)
+        return takes
     for warning in caught:  # the model counts its requests, the user knows them by their file
         text = re.sub(r"^request (\d+)", lambda m: requests[int(m[1])].output, str(warning.message))
         print(text, file=sys.stderr)
