@@ -46,10 +46,9 @@ def info(path) -> Info:
     """What the header of a sound file says; nothing is decoded. A WAV shorter than that is refused."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise Invalid(f"{path}: this is a folder, not a sound file")
         if not path.is_file():
-            raise Invalid(f"{path}: no such file")
+            what = "this is a folder, not a sound file" if path.is_dir() else "no such file"
+            raise Invalid(f"{path}: {what}")
         size = path.stat().st_size
         missing = _missing_bytes(path, size)
         found = soundfile.info(str(path))
