@@ -353,15 +353,15 @@ def is_control(character):
     return unicodedata.category(character) == "Cc" and not character.isspace()
 
 
-def hook(name):
-    """The function that --normalizer names, from the working directory or an installed package."""
+def hook(name, flag="normalizer", example="my_text:expand"):
+    """The function that a flag names, from the working directory or an installed package."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        what = "expected module:function, such as my_text:expand"
-        raise configs.Usage(f"--normalizer {name}: {e}; {what}") from None
+        what = f"expected module:function, such as {example}"
+        raise configs.Usage(f"--{flag} {name}: {e}; {what}") from None
     finally:
         sys.path.remove(os.getcwd())
 

@@ -4,13 +4,14 @@
     write("out.wav", wave, rate)                    # PCM 16
 
 wav, flac, ogg and mp3 go through soundfile. A file that is cut, empty or holds NaN is refused with its name,
-because libsndfile would read the first half of a cut WAV, or a NaN, without a word. Features are computed on
-the CPU in float64 and returned as float32: they are logarithms of small numbers, and are made once per clip.
+because libsndfile would read the first half of a cut WAV, or a NaN, without a word; see containers.py.
+Features are computed on the CPU in float64 and returned as float32: they are logarithms of small numbers, and
+are made once per clip.
 """
 import functools
+import io
 import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,10 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from models.parts import Invalid
+from models.parts import Invalid, containers
 
 # ------------------------------------------------------------------------------------------------ files
 
-UNKNOWN_SIZE = 0xFFFFFFFF  # what a program writes that streams a WAV into a pipe; also the mark of RF64
 END_SLACK = 0.1  # seconds that an end may lie behind the file: manifests round the length of a clip
 MP3_SHARE = 0.99  # of the samples that the header promises; without an index, mp3 lengths are estimates
 PCM_SCALE = 32768  # 2^15; +1.0 itself has no sample and becomes 32767
@@ -43,15 +43,17 @@ class Info:
 
 
 def info(path) -> Info:
-    """What the header of a sound file says; nothing is decoded. A WAV shorter than that is refused."""
+    """What a sound file says of itself; nothing is decoded. One that ends early is refused."""
     path = Path(path)
     try:
         if not path.is_file():
             what = "this is a folder, not a sound file" if path.is_dir() else "no such file"
             raise Invalid(f"{path}: {what}")
         size = path.stat().st_size
-        missing = _missing_bytes(path, size)
-        found = soundfile.info(str(path))
+        sound = containers.look(path)
+        if sound.problem:
+            raise Invalid(f"{path}: {sound.problem}. Copy or export it again.")
+        parts = [soundfile.info(source) for source in _sources(path, sound)]
     except Invalid:
         raise
     except (OSError, ValueError) as e:
@@ -59,13 +61,29 @@ def info(path) -> Info:
     except (soundfile.LibsndfileError, TypeError) as e:  # TypeError: soundfile asks for the layout of a .raw
         what = "is empty (0 bytes)" if size == 0 else f"is not a sound file that can be read ({e})"
         raise Invalid(f"{path}: {what}. wav, flac, ogg and mp3 are read; convert it first.") from None
-    rate, frames = found.samplerate, found.frames
-    if missing:
-        raise Invalid(f"{path}: cut off. The header promises {missing} bytes more than the file has "
-                      f"({frames} samples found, rate {rate}). Copy or export it again.")
+    found = parts[0]
+    rate, frames = found.samplerate, sum(part.frames for part in parts)
+    kinds = {(part.samplerate, part.channels) for part in parts}
+    if len(kinds) > 1:
+        said = " and ".join(f"{rate} Hz with {channels} channels" for rate, channels in sorted(kinds))
+        raise Invalid(f"{path}: recordings of {said} are joined in it; export them as one, or apart")
     if frames <= 0:
         raise Invalid(f"{path}: holds no samples (rate {rate}, {frames} samples found)")
     return Info(rate, frames, frames / rate, found.channels, found.format, found.subtype)
+
+
+def _sources(path, sound):
+    """What libsndfile should open for a file: the file, or the bytes that its container was mended to."""
+    return [io.BytesIO(part) for part in sound.parts] or [str(path)]
+
+
+def _decode(path, first, last):
+    """Samples first .. last of all channels, (n, channels) float32."""
+    sources = _sources(path, containers.look(path))
+    if len(sources) == 1:
+        return soundfile.read(sources[0], start=first, stop=last, dtype="float32", always_2d=True)[0]
+    parts = [soundfile.read(source, dtype="float32", always_2d=True)[0] for source in sources]
+    return np.concatenate(parts)[first:last]
 
 
 def read(path, rate=None, start=None, end=None, max_seconds=None):
@@ -87,7 +105,7 @@ def read(path, rate=None, start=None, end=None, max_seconds=None):
         raise Invalid(f"{path}: {count / header.rate:.1f} s are wanted, the limit is {max_seconds:g} s "
                       f"({header}). Cut it, or give start and end.")
     try:
-        data, _ = soundfile.read(str(path), start=first, stop=last, dtype="float32", always_2d=True)
+        data = _decode(path, first, last)
     except soundfile.LibsndfileError as e:
         raise Invalid(f"{path}: damaged or cut off ({e}; {header}). Copy or export it again.") from None
     if len(data) < count * (MP3_SHARE if header.format == "MP3" else 1):
@@ -101,27 +119,6 @@ def read(path, rate=None, start=None, end=None, max_seconds=None):
                       "A float file with NaN or infinity was exported wrongly; export it again.")
     wave = torch.from_numpy(data.mean(1, dtype=np.float32))
     return (wave, header.rate) if rate is None else (resample(wave, header.rate, rate), rate)
-
-
-def _missing_bytes(path, size):
-    """How many bytes the data chunk of a RIFF/RF64 file claims beyond its end; 0 for every other format."""
-    with open(path, "rb") as f:
-        head = f.read(12)
-        if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
-            return 0
-        long = None  # RF64 keeps sizes beyond 4 GB in a chunk of its own
-        while len(chunk := f.read(8)) == 8:
-            name, length = struct.unpack("<4sI", chunk)
-            if name == b"ds64":
-                long = struct.unpack("<QQ", f.read(16).ljust(16, b"\0"))[1]
-                f.seek(length - 16, os.SEEK_CUR)
-            elif name != b"data":
-                f.seek(length + length % 2, os.SEEK_CUR)  # chunks are padded to an even length
-            elif length != UNKNOWN_SIZE:
-                return max(0, f.tell() + length - size)
-            else:
-                return 0 if long is None else max(0, f.tell() + long - size)
-        return max(1, f.tell() - size)  # cut within the header
 
 
 def pcm16(wave):

@@ -10,8 +10,11 @@ import base64
 import html
 import io
 import math
+import struct
+import zlib
 
 import soundfile
+import torch
 
 TABLE_ROWS = 500  # more of them nobody reads, and a browser takes seconds to lay them out
 BINS = 24  # of a histogram: about as wide as a finger on a telephone
@@ -31,7 +34,7 @@ p { margin: .5em 0 } .quiet { opacity: .7 }
 .facts div { background: var(--soft); border-radius: 6px; padding: 6px 10px }
 .wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: 3px 8px; min-width: 4em }
-th, td { border-bottom: 1px solid var(--line) } figure { margin: 0 } figcaption { font-size: .9em }
+th, td { border-bottom: 1px solid var(--line); overflow-wrap: break-word } figure { margin: 0 } figcaption { font-size: .9em }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor }
@@ -85,7 +88,7 @@ def table(headers, rows, empty="none"):
     for column in zip(*shown):
         numbers = all(isinstance(value, (int, float)) for value in column)
         css.append('class="n"' if numbers else "")
-    head = "".join(f"<th {c}>{escape(title)}</th>" for c, title in zip(css, headers))
+    head = "".join(f"<th {c}>{cell(title)}</th>" for c, title in zip(css, headers))
     body = ""
     for row in shown:
         cells = (f"<td {c}>{cell(value)}</td>" for c, value in zip(css, row))
@@ -148,3 +151,23 @@ def player(wave, rate):
     soundfile.write(data, samples, int(rate), format="WAV", subtype="PCM_16")
     coded = base64.b64encode(data.getvalue()).decode()
     return Piece(f'<audio controls preload="none" src="data:audio/wav;base64,{coded}"></audio>')
+
+
+def sound(data, kind):
+    """The bytes of a sound file as a player that holds them. kind: audio/flac, audio/wav."""
+    coded = base64.b64encode(data).decode()
+    return Piece(f'<audio controls preload="none" src="data:{kind};base64,{coded}"></audio>')
+
+
+def picture(pixels):
+    """(H, W) values in [0, 1], 0 black, as a grey picture that is in the page (PNG)."""
+    height, width = pixels.shape
+    rows = torch.nn.functional.pad((pixels * 255).round().to(torch.uint8), (1, 0))  # each row begins with its filter, none
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.numpy().tobytes())), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, content) for name, content in parts)
+    return Piece(f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
+
+
+def _png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
