@@ -46,10 +46,9 @@ def info(path) -> Info:
     """What a sound file says of itself; nothing is decoded. One that ends early is refused."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise Invalid(f"{path}: this is a folder, not a sound file")
         if not path.is_file():
-            raise Invalid(f"{path}: no such file")
+            what = "this is a folder, not a sound file" if path.is_dir() else "no such file"
+            raise Invalid(f"{path}: {what}")
         size = path.stat().st_size
         sound = containers.look(path)
         if sound.problem:
