@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, adapters, checkpoint, opt, targets
+from models.parts import Invalid, adapters, checkpoint, opt, quant, targets
 
 
 @dataclass
@@ -405,6 +405,9 @@ def merge_lora_weights(model):
 
 def check_mergeable(model):
     """A new bias needs a place in the published layout; said before anything is changed."""
+    if quant.is_quantised(model):
+        raise Invalid("an adapter is merged into the base as it was published, never into rounded weights; "
+                      "load it with 16 bits")
     stuck = []
     for name, module in lora_modules(model).items():
         if module.lora_bias is not None and module.bias is None:

@@ -328,6 +328,9 @@ def weights(model, merged=False) -> dict[str, torch.Tensor]:
     """
     out = {}
     for name, p, module, leaf in published(model):
+        if hasattr(module, "code_scale"):
+            raise Invalid(f"{name} was rounded to a few bits when the model was loaded, and rounded weights "
+                          "are never saved. Load the base with base_bits 16; merge_lora.py does.")
         value = module.merged(leaf) if merged and hasattr(module, "added") else p.detach()
         out[name] = value.to(getattr(p, "published_dtype", value.dtype))
     return out
