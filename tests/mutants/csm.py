@@ -72,7 +72,7 @@ MUTANTS = [
     ("prompts see ahead", SAMPLING, "before = column[None] <= column[:, None]", "before = column[None] <= column[:, None] + 1", GREEDY),
     ("prompts at the left edge", SAMPLING, "out[b, self.width - len(row):] = row", "out[b, : len(row)] = row", BATCH),
     ("rows that went stay", SAMPLING, "        self.used = self.used[rows]", "        self.used = self.used[: len(rows)]", BATCH),
-    ("one frame over the cap", SAMPLING, "elif n + 1 < self.caps[request]:", "elif n < self.caps[request]:", some("end_frame_ends")),
+    ("one frame over the cap", SAMPLING, "elif n + 1 < self.caps[request]:", "elif n < self.caps[request]:", "tests/test_backbones.py -k meets_the_cap"),
     ("rows of a batch joined", FILE, "mask=Packing(place, B, L)", "mask=Packing(place, 1, B * L)", some("sum_of_its_rows")),
     ("ties with the k-th dropped", FILE, "logits.masked_fill_(logits < least", "logits.masked_fill_(logits <= least", some("distribution")),
     ("temperature upside down", FILE, "logits.float().div_(temperature)", "logits.float().mul_(temperature)", some("distribution")),
