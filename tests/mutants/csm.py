@@ -71,7 +71,7 @@ MUTANTS = [
     ("padding is seen", SAMPLING, "self.numbers[None] >= self.pad[:, None]", "self.numbers[None] >= 0 * self.pad[:, None]", BATCH),
     ("prompts see ahead", SAMPLING, "before = column[None] <= column[:, None]", "before = column[None] <= column[:, None] + 1", GREEDY),
     ("prompts at the left edge", SAMPLING, "out[b, self.width - len(row):] = row", "out[b, : len(row)] = row", BATCH),
-    ("rows that went stay", SAMPLING, "        self.used = self.used[rows]", "        self.used = self.used[: len(rows)]", BATCH),
+    ("rows that went stay", SAMPLING, "        self.used = self.used[rows]", "        self.used = self.used[: len(rows)]", "tests/test_backbones.py -k same_column"),
     ("one frame over the cap", SAMPLING, "elif n + 1 < self.caps[request]:", "elif n < self.caps[request]:", "tests/test_backbones.py -k meets_the_cap"),
     ("rows of a batch joined", FILE, "mask=Packing(place, B, L)", "mask=Packing(place, 1, B * L)", some("sum_of_its_rows")),
     ("ties with the k-th dropped", FILE, "logits.masked_fill_(logits < least", "logits.masked_fill_(logits <= least", some("distribution")),
