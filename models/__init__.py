@@ -101,13 +101,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, checkpoint, quant
 
 FILES = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]
 BACKBONES = {name: importlib.import_module(f"models.{name}") for name in FILES}
 CONFIGS = ("config.json", "config.yaml")
 ADAPTER_CONFIGS = ("lora_config.json", "adapter_config.json")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+WHOLE = 16  # bits of weights that are left as they are, whatever their dtype
 EXTRA = {"codec", "tokenizer", "w2v_bert", "semantic_codec", "campplus", "bigvgan"}  # may lie elsewhere
 
 
@@ -227,8 +228,13 @@ def pick_dtype(name, device):
     return dtypes[name]
 
 
-def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
-    """The model of a published folder, in eval mode; the arguments are those of a backbone's own load."""
+def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False,
+         bits=WHOLE):
+    """The model of a published folder, in eval mode; the arguments are those of a backbone's own load.
+
+    bits: 8 or 4 rounds the weights of its layers, for frozen bases under an adapter (parts/quant.py). They
+    are loaded and rounded on the CPU, so that the device never holds more than the codes.
+    """
     unknown = set(extra or ()) - EXTRA
     if unknown:
         raise Invalid(f"extra: {', '.join(sorted(unknown))} unknown; known are {', '.join(sorted(EXTRA))}")
@@ -236,7 +242,11 @@ def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weig
     folder = folder_of(path)
     if isinstance(device, str):
         device = pick_device(device)
-    model = module.load(folder, device, dtype, options or {}, extra or {}, weights, allow_unused)
+    first = device if bits == WHOLE else torch.device("cpu")
+    model = module.load(folder, first, dtype, options or {}, extra or {}, weights, allow_unused)
     model.path = str(path)
     model.fingerprint = checkpoint.fingerprint(model)
+    if bits != WHOLE:
+        quant.quantise(model, bits)
+        model.to(device)
     return model

@@ -37,7 +37,8 @@ def joined(*linears, scale=None, rows=None, add=False):
     out (N, all outputs side by side, in the order `rows`) is overwritten or, with `add`, added to. x is
     multiplied by `scale` (C,) first.
     """
-    if any(hasattr(m, "lora_A") for m in linears):  # an adapter is on: each runs by itself
+    if any(hasattr(m, "lora_A") or hasattr(m, "code_scale") for m in linears):
+        # An adapter is on, or the weights are codes: each runs by itself.
         return one_by_one(linears, scale, rows, add)
     weight = linears[0].weight
     if len(linears) > 1:

@@ -97,8 +97,8 @@ MUTANTS = [
     ("options out of range", FILE, "check(self, amortize=1, context_turns=0)", "check(self)", some("wrong_options")),
     ("sampling out of range", FILE, "check(self, temperature=0, top_k=0,", "check(self, top_k=0,", some("wrong_options")),
     ("names of speakers are lost", FILE, 'whole["speakers"] = self.speakers', "pass", some("stay_with_a_folder")),
-    ("a PEFT bias unscaled", "models/parts/adapters.py", "value = value / scale if", "value = value if", some("pefts_own_form")),
-    ("a PEFT bias read unscaled", "models/parts/adapters.py", '* (scale(module) if kind == "peft" else 1)', "* 1", some("pefts_own_form")),
-    ("one of two tied tables", "models/parts/adapters.py", "if there and there != known:", "if False:", some("apart_from_its_twin")),
-    ("float32 among bf16", "lora.py", "p.data.float() if isinstance(holder, nn.Embedding) else p.data, True", "p.data.float(), True", some("in_full_work_in_bfloat16")),
+    ("a PEFT bias unscaled", "models/parts/adapters.py", "        value = value / draft.scale  # PEFT", "        pass  # PEFT", some("pefts_own_form")),
+    ("a PEFT bias read unscaled", "models/parts/adapters.py", 'bias * scale if self.kind == "peft" else bias', "bias", some("pefts_own_form")),
+    ("one of two tied tables", "models/parts/adapters.py", "if present and absent:", "if False:", some("apart_from_its_twin")),
+    ("float32 among bf16", "lora.py", "if isinstance(holder, nn.Embedding):", "if True:", some("in_full_work_in_bfloat16")),
 ]

@@ -100,10 +100,10 @@ MUTANTS = [
     # 10: adapters
     ("9.10 dropout before A", MODEL, "lora_dropout_after = True", "lora_dropout_after = False", seen_by("adapter_dropout")),
     ("9.10 other file name", ADAPTERS, '"voxcpm": ("lora_weights.safetensors"', '"voxcpm": ("adapter.safetensors"', seen_by("adapter_is_written")),
-    ("9.10 adapters in the base's dtype", LORA, "torch.empty(s.r, module.in_features, device=device)",
-     "torch.empty(s.r, module.in_features, device=device, dtype=module.weight.dtype)", seen_by("adapter_dropout")),
-    ("9.10 foreign names skipped", ADAPTERS, 'wrong.append(f"{name} (no such module in this model)")', "a.skipped.append(name)", seen_by("foreign_name")),
-    ("9.10 scale without r", ADAPTERS, "None if r is None or alpha is None else lambda name: alpha / r", "None if r is None or alpha is None else lambda name: alpha", ADAPTER),
+    ("9.10 adapters in the base's dtype", LORA, "torch.empty(s.r, module.in_features)",
+     "torch.empty(s.r, module.in_features, dtype=module.weight.dtype)", seen_by("adapter_dropout")),
+    ("9.10 foreign names skipped", ADAPTERS, 'wrong.append(f"{name} (no such module in this model)")', "adapter.skipped.append(name)", seen_by("foreign_name")),
+    ("9.10 scale without r", ADAPTERS, "Meaning(settings, lambda module: alpha / r)", "Meaning(settings, lambda module: alpha)", ADAPTER),
     # 11: text
     ("9.11 pieces stay whole", MODEL, "pieces += list(bare) if bare in self.split_pieces else [piece]", "pieces += [piece]", TEXT),
     ("9.11 marker kept", MODEL, "pieces += list(bare) if", "pieces += list(piece) if", TEXT),
@@ -118,5 +118,5 @@ MUTANTS = [
     ("9.12 safetensors only", MODEL, '("model.safetensors", "pytorch_model.bin")', '("model.safetensors",)', seen_by("wrapped_or_bare")),
     ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
     ("9.12 V2's codec for all", MODEL, "audiovae.V2 if config.fused else audiovae.V1", "audiovae.V2", CODEC_TEST),
-    ("9.12 missing tensors pass", CHECKPOINT, "    if missing or shapes or (unexpected", "    if shapes or (unexpected", seen_by("missing_or_foreign")),
+    ("9.12 missing tensors pass", CHECKPOINT, "    if match.missing or match.misfits or (", "    if match.misfits or (", seen_by("missing_or_foreign")),
 ]
