@@ -108,6 +108,7 @@ BACKBONES = {name: importlib.import_module(f"models.{name}") for name in FILES}
 CONFIGS = ("config.json", "config.yaml")
 ADAPTER_CONFIGS = ("lora_config.json", "adapter_config.json")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+SHELF = "checkpoints"  # where the README and the files in configs/ have them
 WHOLE = 16  # bits of weights that are left as they are, whatever their dtype
 EXTRA = {"codec", "tokenizer", "w2v_bert", "semantic_codec", "campplus", "bigvgan"}  # may lie elsewhere
 
@@ -139,10 +140,14 @@ def folder_of(path):
     by_age = sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime)
     if by_age:
         return by_age[-1]
+    # A path of the user's own looks like org/name, too; as a hub id it would lead nowhere.
+    if parts[0] == SHELF or Path(parts[0]).is_dir():
+        raise Invalid(f"no checkpoint at {path} (seen from {Path.cwd()}). Nothing is downloaded; "
+                      "README.md has the hub id of each and the command that fetches it")
     raise Invalid(f"no folder {path} here ({Path.cwd()}) and no copy of it in the hub cache at {cache}. "
                   "Nothing is downloaded; if it is the id of a hub repository, run\n"
-                  f"    hf download {path} --local-dir checkpoints/{parts[1]}\n"
-                  f"and give checkpoints/{parts[1]}")
+                  f"    hf download {path} --local-dir {SHELF}/{parts[1]}\n"
+                  f"and give {SHELF}/{parts[1]}")
 
 
 def read_config(path):
