@@ -17,7 +17,7 @@ import models
 from models import higgs
 from models.parts import Invalid, adapters, audio, checkpoint
 from tests import conftest, test_higgs_codec, tiny_higgs
-from tests.running import start
+from tests.running import ranks, start
 from tests.tiny_higgs import ID
 
 LAYOUTS = Path(conftest.ROOT).parent / "shared/layouts"
@@ -970,6 +970,30 @@ def test_two_clips_are_learnt_until_greedy_speech_gives_them_back(folders):
         got = torch.stack(list(m.frames(clip["text"], temperature=0)), 1)
         assert m.finish == ["end"] and torch.equal(got, clip["audio"].long())
         assert torch.equal(torch.stack(list(m.frames(clip["text"], seed=3)), 1), got)
+
+
+def test_two_ranks_and_a_restart_give_the_run_of_one_process(folders, tmp_path):
+    lines = []
+    for i in range(5):
+        t = torch.arange(int(24000 * (0.3 + 0.1 * i))) / 24000
+        audio.write(tmp_path / f"{i}.wav", 0.3 * torch.sin(6.2832 * (120 + 30 * i) * t) * (1 + 0.3 * torch.sin(40 * t)), 24000)
+        lines.append(json.dumps({"audio": f"{i}.wav", "text": f"clip {i} " * (1 + i % 3), "ref_audio": "0.wav", "ref_text": "clip 0"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    prepared = start("prepare_data", ["--input", "rows.jsonl", "--output_dir", "data", "--ckpt_dir", folders["original"], "--val_split", 0], tmp_path)
+    assert prepared.wait() == 0, prepared.said
+
+    def tuned(name, world, *steps):
+        for n in steps:
+            argv = ["--pretrained_path", folders["original"], "--train_manifest", "data/train.jsonl", "--save_path", name, "--num_iters", n, "--max_steps", 4,
+                    "--warmup_steps", 0, "--learning_rate", 1e-2, "--grad_accum_steps", 2 // world, "--num_workers", 0, "--max_batch_tokens", 0,
+                    "--lora.r", 2, "--lora.dropout", 0.1, "--val_samples", 0]
+            runs = ranks(world, "train", argv, tmp_path) if world > 1 else [start("train", argv, tmp_path)]
+            assert all(r.wait(300) == 0 for r in runs), "".join(r.said for r in runs)
+        return load_file(tmp_path / name / "latest" / "adapter_model.safetensors")
+
+    straight, resumed, two = tuned("straight", 1, 4), tuned("resumed", 1, 2, 4), tuned("two", 2, 4)
+    assert all(torch.equal(w, resumed[n]) for n, w in straight.items())
+    assert all(torch.allclose(w, two[n], rtol=1e-4, atol=1e-5) for n, w in straight.items())
 
 
 def test_samples_are_conditioned_as_the_rows_are(folders, model):
