@@ -16,6 +16,7 @@ import lora
 import models
 from models import higgs
 from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts.manifests import read_manifest
 from tests import conftest, test_higgs_codec, tiny_higgs
 from tests.running import ranks, start
 from tests.tiny_higgs import ID
@@ -115,6 +116,7 @@ def test_the_two_namings_are_one_model(folders, model):
     assert [model.naming, other.naming] == ["original", "transformers"]
     assert all(torch.equal(x, other.state_dict()[n]) for n, x in model.state_dict().items())
     assert other.fingerprint == model.fingerprint and other.codec_key == model.codec_key
+    assert torch.equal(other.frequencies, model.frequencies)
     assert all(torch.equal(a, b) for a, b in zip(model.encode(GUIDE).values(), other.encode(GUIDE).values()))
 
 
@@ -170,6 +172,7 @@ def test_a_class_default_does_not_decide_the_ids_of_a_codebook(model, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "codebook_size": 32}))  # as HiggsAudioV2Config() would say 1024
     assert load(folder).config == load(tiny_higgs.write(tmp_path / "again", "transformers")).config
     assert higgs.read_config({"codebook_size": 1024, "audio_stream_eos_id": 1025}, {}, "").codebook_size == 1026
+    assert higgs.read_config({"audio_codebook_size": 512}, {}, "").codebook_size == 514  # the original counts codes only
 
 
 def test_the_text_head_is_not_tied(model):
@@ -379,6 +382,20 @@ def test_turns_are_texts_and_answers(model):
 def test_conversations_that_cannot_be_written_are_refused(model, messages, words):
     with pytest.raises(Invalid, match=words):
         model.encode({"messages": messages})
+
+
+@pytest.mark.parametrize("messages, words", [
+    ([{"role": "narrator", "content": "x"}, {"role": "assistant", "content": [{"type": "audio", "audio_url": "a.wav"}]}],
+     "line 2: the role 'narrator' beside assistant: expected system, user, assistant"),
+    ([{"role": "user", "content": [{"type": "audio", "audio_url": "a.wav"}]}, {"role": "assistant", "content": "x"}], "line 2: no assistant message has audio"),
+    ([{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": [{"type": "audio", "audio_url": "a.wav"}]}], "line 2: .*audio"),
+    ([{"role": "assistant", "content": [{"type": "video", "video": "a.wav"}]}], "line 2: .*type text or audio")])
+def test_bad_conversations_are_named_with_their_line(tmp_path, messages, words):
+    audio.write(tmp_path / "a.wav", noise(24000), 24000)
+    good = {"audio": "a.wav", "text": "x"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, {"messages": messages})))
+    with pytest.raises(Invalid, match=f"rows.jsonl {words}"):
+        read_manifest(tmp_path / "rows.jsonl")
 
 
 def test_codes_that_do_not_fit_are_refused(model):
