@@ -50,6 +50,7 @@ from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
+PARTS = {"codec": "", "tokenizer": ""}  # what may lie elsewhere; as published both come with the weights
 # frames: speech takes two to four per token of text, and a short word has a tail
 LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 
