@@ -124,7 +124,7 @@ def base_of(adapter):
 
 
 def parts_of(cfg, chosen):
-    """{part: place} of what lies elsewhere: as given, else as the adapters record it where it is still there."""
+    """{part: place} of what lies elsewhere: as given, else as adapters record it, if it is still there."""
     recorded = {}
     for path, _ in chosen:
         recorded |= adapters.read_record(path).get("extra", {})

@@ -120,7 +120,8 @@ class Train:
 # Settings that may change when a run goes on: lengths, intervals, places and speed. Any other one changes the
 # numbers, and a run that mixes two of its values is neither of the two.
 FREE = {
-    "config", "pretrained_path", "extra", "train_manifest", "val_manifest", "save_path", "tensorboard", "cache_dir",
+    "config", "pretrained_path", "extra", "train_manifest", "val_manifest", "save_path", "tensorboard",
+    "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "log_level", "debug",

@@ -29,6 +29,8 @@ The model, values:
   sample_rate                 of the audio that `encode` reads
   out_sample_rate             of the audio that `generate` returns
   frame_rate                  steps of `frames` per second of audio
+  device                      where the weights are
+  dtype                       of the weights
   codec                       the frozen codec, float32, in no list of parameters: encode(wave),
                               decode(frames), stream() -> object with decode(chunk), an nn.Module's own
   codec_key                   text that names the codec and how it is used: another key, other cached codes
@@ -154,8 +156,9 @@ def folder_of(path):
 def find_parts(module, folder, given):
     """{part: place} of what a backbone keeps apart from its weights: as given, else where it is found.
 
-    module.PARTS {part: hub id} says what is looked for: in a folder of its published name inside the checkpoint's,
-    in one beside it, then in the local hub cache. What is nowhere is left to the backbone, which says so.
+    module.PARTS {part: hub id} says what is looked for: in a folder of its published name inside the
+    checkpoint's, in one beside it, then in the local hub cache. What is nowhere is left to the backbone,
+    which says so.
     """
     parts = getattr(module, "PARTS", dict.fromkeys(EXTRA, ""))
     places = {key: published_place(folder, hub_id) for key, hub_id in parts.items() if hub_id}
@@ -184,7 +187,7 @@ def published_place(folder, hub_id):
 
 
 def parts_elsewhere(path, given):
-    """{part: absolute path} of all that `load` takes from outside of the checkpoint's folder, for a record."""
+    """{part: absolute path} of all that `load` takes from outside of the checkpoint, for a record."""
     folder = folder_of(path)
     found = find_parts(find(path), folder, given)
     inside = folder.resolve()

@@ -15,8 +15,8 @@ What stands at a position is predicted from the position before it, text by one 
 Labels stand where the inputs stand; the loss compares the output at t with the label at t + 1.
 
 Where trainers for this model go wrong, which tests here would catch: the guide's snippet has no shift, so
-that each position learns to repeat its own input; the forks train without the delay that speaking uses, and learn
-the reference and the B columns; transformers' processor masks every E, so that nothing learns to stop.
+that each position learns to repeat its own input; the forks train without the delay that speaking uses, and
+learn the reference and the B columns; transformers' processor masks every E, so that nothing learns to stop.
 
 Checkpoint: bosonai/higgs-audio-v2-generation-3B-base with bosonai/higgs-audio-v2-tokenizer; two layouts each.
 
@@ -43,11 +43,12 @@ from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
+from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
-PARTS = {"codec": "bosonai/higgs-audio-v2-tokenizer", "tokenizer": ""}  # what may lie elsewhere: its id on the hub
+PARTS = {"codec": "bosonai/higgs-audio-v2-tokenizer", "tokenizer": ""}  # what may lie elsewhere: its hub id
 NONE = -100  # label of a position that is not trained
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -75,8 +76,6 @@ class Config:
     max_position_embeddings: int = 131072
 
 
-LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
 PUBLISHED = Config(128256, 3072, 8192, 8192, 28, 24, 8, 128, 8, 1026, 1024, 1025, rope_scaling=LLAMA3)
 TINY = Config(320, 32, 48, 48, 2, 4, 2, 8, 8, 34, 32, 33, rope_scaling=LLAMA3, max_position_embeddings=512)
 
@@ -193,7 +192,7 @@ def read_config(raw, shapes, where):
     audio_hidden = audio_gate[0] if audio_gate else raw.get("audio_ffn_intermediate_size") or hidden
     codebooks = raw.get("num_codebooks") or raw.get("audio_num_codebooks") or PUBLISHED.num_codebooks
     ids = read_stream_ids(raw, shapes.get("audio_codebook_embeddings.weight"), codebooks, where)
-    theta, scaling = rope_settings(llama, where)
+    theta, scaling = rope_settings(llama, PUBLISHED.rope_theta, LLAMA3, where)
     vocab = size("vocab_size", "embed_tokens.weight")
     eps = llama.get("rms_norm_eps") or PUBLISHED.rms_norm_eps
     positions = llama.get("max_position_embeddings") or PUBLISHED.max_position_embeddings
@@ -221,40 +220,7 @@ def read_stream_ids(raw, table, codebooks, where):
     return size, begin, end
 
 
-def rope_settings(llama, where):
-    """(theta, llama3 numbers or None) of a config section in its older or newer spelling."""
-    given = llama.get("rope_parameters") or llama.get("rope_scaling")
-    theta = llama.get("rope_theta") or PUBLISHED.rope_theta
-    if given is None:
-        return theta, None if "hidden_size" in llama else LLAMA3
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise Invalid(f"{where}: rope_type is {kind!r}; expected default or llama3")
-    missing = [key for key in LLAMA3 if kind == "llama3" and key not in given]
-    if missing:
-        raise Invalid(f"{where}: the rope settings lack {', '.join(missing)}")
-    scaling = {key: given[key] for key in LLAMA3} if kind == "llama3" else None
-    return given.get("rope_theta") or theta, scaling
-
-
 # ------------------------------------------------------------------------------------------------ modules
-
-
-def frequencies(c):
-    """Angular frequency of each pair, (D/2,) float32, the slow ones stretched as Llama 3 does.
-
-    Only original/low and original/high enter, so the odd numbers of transformers' config give the same table.
-    """
-    pairs = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu")
-    plain = 1.0 / c.rope_theta ** (pairs / c.head_dim)
-    if c.rope_scaling is None:
-        return plain
-    factor, low, high, old = (c.rope_scaling[key] for key in LLAMA3)
-    wave = 2 * math.pi / plain
-    share = (old / wave - low) / (high - low)
-    between = (1 - share) * plain / factor + share * plain
-    stretched = torch.where(wave > old / low, plain / factor, between)
-    return torch.where(wave < old / high, plain, stretched)
 
 
 class Asked(NamedTuple):
@@ -857,7 +823,7 @@ class Higgs(nn.Module):
         self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
         self.sample_rate = self.out_sample_rate = codec.sample_rate
         self.offsets = torch.arange(c.num_codebooks, device=device) * c.codebook_size
-        self.frequencies = frequencies(c).to(device)
+        self.frequencies = llama3_frequencies(c.head_dim, c.rope_theta, c.rope_scaling).to(device)
         self.marks = read_marks(tokenizer, self.raw_config)
         self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes()) if "tokenizer" in files else 0
         self.training_options = Training(**options)
@@ -1599,17 +1565,17 @@ def _load_codec(folder, given):
     place = Path(given) if given is not None else _codec_inside(folder)
     if place is None:
         beside = folder.parent / CODEC_FOLDER
-        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in {folder / CODEC_FOLDER}, in "
-                      f"{beside}, or as {PARTS['codec']} in the local hub cache. Run\n"
-                      f"    hf download {PARTS['codec']} --local-dir {beside}\nor say where it is with --extra.codec DIR")
+        hub = PARTS["codec"]
+        raise Invalid(f"{folder} comes without its audio tokenizer, the codec. Expected it in "
+                      f"{folder / CODEC_FOLDER}, in {beside}, or as {hub} in the local hub cache. Run\n"
+                      f"    hf download {hub} --local-dir {beside}\nor give --extra.codec DIR")
     if not place.exists():
         raise Invalid(f"the codec: nothing at {place}")
     file = _codec_file(place)
     names = set(checkpoint.read(file))
     if naming_of(names):
         raise Invalid(f"{place} is the language model, not the audio tokenizer (codec). Expected the folder "
-                      "of "
-                      f"{PARTS['codec']}, or its model.pth or model.safetensors")
+                      f"of {PARTS['codec']}, or its model.pth or model.safetensors")
     beside = [file.parent / name for name in ("config.json", "preprocessor_config.json")]
     files = [file, *(path for path in beside if path.is_file())]
     return higgs_codec.load(file), {f"codec/{path.name}": path for path in files}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import models
 from models import higgs
-from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import Invalid, adapters, audio, checkpoint, rope
 from models.parts.manifests import read_manifest
 from tests import conftest, test_higgs_codec, tiny_higgs
 from tests.running import ranks, start
@@ -189,9 +189,8 @@ def test_scratch_draws_what_the_config_says(folders):
 
 def test_rope_numbers_are_a_scale(model):
     odd = {"factor": 32.0, "low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}
-    plain = higgs.PUBLISHED
-    assert torch.equal(higgs.frequencies(plain), higgs.frequencies(higgs.dataclasses.replace(plain, rope_scaling=odd)))
-    f = higgs.frequencies(plain)
+    f = rope.llama3_frequencies(128, 500000.0, rope.LLAMA3)
+    assert torch.equal(f, rope.llama3_frequencies(128, 500000.0, odd))
     wave = 2 * math.pi * 500000.0 ** (torch.arange(0, 128, 2) / 128)
     assert torch.allclose(f[wave < 2048], (2 * math.pi / wave)[wave < 2048]) and torch.allclose(f[wave > 8192] * 32, (2 * math.pi / wave)[wave > 8192])
     assert ((wave > 2048) & (wave < 8192)).any()

@@ -424,8 +424,8 @@ def canonical(raw, roots):
         roles = dict.fromkeys(str(m["role"]) for m in row["messages"])
         unknown = [role for role in roles if role not in CHAT_ROLES]
         if unknown and "assistant" in roles:
-            raise Invalid(f"the role {unknown[0]!r} beside assistant: expected {', '.join(CHAT_ROLES)}, or a speaker "
-                          "as the role of every message")
+            expected = f"{', '.join(CHAT_ROLES)}, or a speaker as the role of every message"
+            raise Invalid(f"the role {unknown[0]!r} beside assistant: expected {expected}")
         if not unknown:
             row = {**from_messages(row["messages"]), **row}
         else:  # roles that are speakers: a conversation

@@ -86,7 +86,7 @@ BRACES = re.compile(r"\{([a-zA-Z]\w*(?:,\w+)+)\}")  # {gate,up}; what a regex ha
 
 
 def as_regex(pattern):
-    """A pattern as people write it for module names, *.mlp.{gate,up}_proj, as a regex. A regex stays itself."""
+    """A pattern as people write it for names, *.mlp.{gate,up}_proj, as a regex. A regex stays itself."""
     spelled = BRACES.sub(lambda braces: "(" + braces[1].replace(",", "|") + ")", pattern)
     if pattern.startswith("*"):  # which no regex can
         return spelled.replace(".", r"\.").replace("*", ".*")

@@ -1,5 +1,6 @@
 """One-line faults in Higgs Audio, by the items of section 9 of its sheet (11 to 15 and 23, the codec, are in higgs_codec.py)."""
 FILE, ALL = "models/higgs.py", "tests/test_higgs.py"
+ROPE = "models/parts/rope.py"
 
 
 def some(word):
@@ -38,11 +39,11 @@ MUTANTS = [
      "columns, labels = delayed(self._codes(source), self.config) if answers else (self._codes(source).T, None)", some("guides_rows")),
     ("9 interleaved pairs", FILE, "context = Context(rotary(place % L, self.frequencies), mask=Packing(place, B, L))",
      "context = Context(rotary(place % L, self.frequencies.flip(0)), mask=Packing(place, B, L))", LOSS),
-    ("9 odd numbers taken half", FILE, 'scaling = {key: given[key] for key in LLAMA3} if kind == "llama3" else None',
-     'scaling = {**{key: given[key] for key in LLAMA3}, "original_max_position_embeddings": 8192} if kind == "llama3" else None', FILES),
-    ("9 theta", FILE, 'return given.get("rope_theta") or theta, scaling', "return 10000.0, scaling", LOSS),
-    ("9 no stretching", FILE, "    if c.rope_scaling is None:\n        return plain\n", "    if True:\n        return plain\n", some("rope_numbers")),
-    ("9 no smooth part", FILE, "stretched = torch.where(wave > old / low, plain / factor, between)", "stretched = torch.where(wave > old / low, plain / factor, plain)", some("rope_numbers or losses")),
+    ("9 odd numbers taken half", ROPE, "return theta, {key: given[key] for key in LLAMA3}",
+     'return theta, {**{key: given[key] for key in LLAMA3}, "original_max_position_embeddings": 8192}', FILES),
+    ("9 theta", ROPE, 'theta = given.get("rope_theta") or theta', "theta = 10000.0", LOSS),
+    ("9 no stretching", ROPE, "    if scaling is None:\n        return plain", "    if True:\n        return plain", some("rope_numbers")),
+    ("9 no smooth part", ROPE, "stretched = torch.where(wave > old / low, plain / factor, between)", "stretched = torch.where(wave > old / low, plain / factor, plain)", some("rope_numbers or losses")),
     ("9 positions count padding", FILE, "place = self.batch.step(n)\n", "place = self.batch.step(n)\n        place = place._replace(positions=place.positions + self.batch.pad[:, None, None])\n", some("batch_equal")),
     ("9 the original keeps transformers' numbers", FILE, 'rescaled(c.rope_scaling, 1 / c.rope_scaling["low_freq_factor"])', "rescaled(c.rope_scaling, 1)", some("folder_is_whole")),
     ("10 the assistant's placeholder for the user's audio", FILE, 'if answers else ("<|audio_bos|>", "<|AUDIO|>")', 'if answers else ("<|audio_bos|>", "<|AUDIO_OUT|>")', ROWS),
