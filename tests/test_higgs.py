@@ -318,7 +318,7 @@ def test_text_is_text_whatever_it_looks_like(model):
     specials = set(ID.values())
     assert not specials & set(model.encode_text(odd))
     example = model.encode({"audio": codes(2), "text": odd})
-    assert model.tokenizer.encode(odd) == model.encode_text(odd) and example["audio"].sum() == 11
+    assert str(model.encode_text(odd))[1:-1] in str(example["ids"].tolist()) and example["audio"].sum() == 11
     said = model.encode({"messages": [{"role": "system", "content": odd}, {"role": "assistant", "content": [sound(2)]}]})["ids"].tolist()
     assert said.count(ID["<|scene_desc_start|>"]) == 1 and said.count(ID["<|AUDIO|>"]) == said.count(ID["<SE>"]) == 0
     for words in (ARABIC, "שלום עולם", "नमस्ते", "你好，世界", "e\u0301 \u200fRTL\u200e", "👩‍👩‍👧"):
