@@ -398,7 +398,7 @@ def test_bad_conversations_are_named_with_their_line(tmp_path, messages, words):
 
 
 def test_codes_that_do_not_fit_are_refused(model):
-    for clip, words in ((codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 32, "expected 0 to 31"), (codes(3) - 32, "codes from -3"),
+    for clip, words in ((torch.full((K, 3), BEGIN), "expected 0 to 31"), (codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 32, "expected 0 to 31"), (codes(3) - 32, "codes from -3"),
                         (codes(0), "no frames")):
         with pytest.raises(Invalid, match=words):
             model.encode({"audio": clip, "text": "x"})
@@ -848,7 +848,9 @@ def test_prompts_are_references(model):
     s = higgs.Sampling(reference_in="system", scene="Quiet.")
     shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", two)), "text": "new", "seed": 0}, s).example)
     assert f"Quiet.\n\nSPEAKER0: {IN}\nSPEAKER1: {IN}\n<|scene_desc_end|>" in shown
-    for more, words in ((dict(prompts=alone), "without its transcript"), (dict(noise=torch.zeros(1)), "no noise"),
+    shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", (), 1)), "text": "new", "seed": 0}, s).example)
+    assert f"{USER}[SPEAKER1] new{EOT}" in shown
+    for more, words in ((dict(prompts=alone), "without its transcript"), (dict(speaker="ann"), "speaker 'ann'.*numbers of their references"), (dict(noise=torch.zeros(1)), "no noise"),
                         (dict(prompts=two, speaker="carl"), "the prompts have ann, bob"), (dict(prompts=[("t", codes(3, k=5), None)]), "of 5 codebooks"),
                         (dict(prompts=[("t", codes(2100), None)]), "shorter reference"), (dict(reference_in="desk"), "reference_in is 'desk'")):
         with pytest.raises(Invalid, match=words):
