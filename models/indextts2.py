@@ -48,7 +48,7 @@ from models.parts import Invalid, audio, beam, check, checkpoint, front, opt
 from models.parts.checkpoint import Stored
 from models.parts.conformer import SMALLEST, Conformer, Resampler, conformer_sizes, resampler_sizes
 from models.parts.layers import Cache, Packing
-from models.parts.sampling import takes
+from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
@@ -258,9 +258,9 @@ class GPT(nn.Module):
                 x = block(x, mask, dropout, caches[i] if caches else None, column)
         return self.ln_f(x)
 
-    def caches(self, rows, columns, x):
+    def caches(self, rows, columns, like):
         c = self.config
-        return [Cache(rows, c.heads, columns, c.model_dim // c.heads, x.dtype, x.device) for _ in self.h]
+        return [Cache((rows, c.heads, columns, c.model_dim // c.heads), like) for _ in self.h]
 
 
 class PositionTable(nn.Module):
@@ -323,11 +323,33 @@ class IndexTTS2(nn.Module):
         self.final_norm = nn.LayerNorm(C)
         self.text_head = nn.Linear(C, c.text_rows)
         self.mel_head = nn.Linear(C, c.number_mel_codes)
-        self.training_options = Training()
-        self.finish, self.speakers, self.terms = [], {}, {}
-        self.default_prompt = None  # only what `blank` makes has one
         self.max_length = c.latents + 2 + c.text_positions + c.mel_rows - 1
-        self.tuned = False  # as its config.yaml says: then speaking takes the trained positions
+        self.finish, self.speakers = [], {}
+        self.path = self.fingerprint = ""
+        self.left_unused = []
+        self._frozen, self.tokenizer, self.files, self.training_options = [], None, {}, Training()
+        self.sample_rate = self.out_sample_rate = 0
+        self.terms = {}  # the folder's glossary
+        self.tuned = False  # as config.yaml says: then speaking takes the trained positions
+        self.default_prompt = None  # only what `blank` makes has one
+        self.tokenizer_crc, self._codec_key, self._tables = 0, None, None
+
+    def equip(self, codec, tokenizer, files, options):
+        """Give the model what does not come with its weights: the frozen chain, the tokenizer, {role: path} of what `save`
+        copies, and Training's options. `load` and `blank` call this."""
+        self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
+        self.sample_rate = self.out_sample_rate = codec.sample_rate
+        self.tuned = bool(codec.places.config.get("tuned"))
+        for role in ("tokenizer", "glossary"):
+            if role in files:
+                self.tokenizer_crc = zlib.crc32(files[role].read_bytes(), self.tokenizer_crc)
+        if "glossary" in files:
+            self.terms = yaml.safe_load(files["glossary"].read_text(encoding="utf-8")) or {}
+        if len(tokenizer) >= self.config.text_rows:
+            raise Invalid(f"{tokenizer.name} has {len(tokenizer)} pieces, the weights have {self.config.text_rows} rows of text; "
+                          "they belong to different checkpoints")
+        self.training_options = Training(**options)
+        self.freeze()
 
     # ---------------------------------------------------------------------------------- data: text, audio, batches
 
@@ -792,18 +814,18 @@ class IndexTTS2(nn.Module):
             for i in rows:
                 generator = torch.Generator().manual_seed(seed_of(requests[i]["seed"], k, "codes"))
                 jobs.append(Job(self._prefix(requests[i], requests[i]["segments"][k]), generator, most))
-            for i, (codes, ended) in zip(rows, self._search(jobs, s, rule)):
-                if not ended:
+            for i, ending in zip(rows, self._search(jobs, s, rule)):
+                if not ending.by_itself:
                     finish[i] = "cap"
                     warnings.warn(f"request {i}: segment {k + 1} reached {most} codes without ending by itself")
-                yield i, torch.tensor(codes, dtype=torch.long)
+                yield i, torch.tensor(ending.codes, dtype=torch.long)
         self.finish = finish
 
     @torch.inference_mode()
     def _search(self, jobs, s, rule):
         """An Ending for each of the segments that are spoken together."""
         W, cap, c = s.num_beams, max(job.cap for job in jobs), self.config
-        speech = Speech(self, [job.prefix for job in jobs], W)
+        speech = Speech(self, [job.prefix for job in jobs], W, cap)
         logits = speech.start()
         beams = [beam.Beams(W, c.stop_mel_token, s.length_penalty) for _ in jobs]
         used = torch.zeros(len(logits), c.number_mel_codes, dtype=torch.bool, device=self.device)
@@ -953,6 +975,10 @@ class IndexTTS2(nn.Module):
         """Row order of the published weight, None where it is ours."""
         return None
 
+    def adapter_words(self, modules, values):
+        """The native adapter is PEFT's, which names modules and needs no words."""
+        return values
+
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor} of gpt.pth, in its order of axes. merged adds the adapters, tensor by tensor, in float32."""
         out = {name: stored_axes(name, w) for name, w in checkpoint.weights(self, merged).items()}
@@ -971,7 +997,7 @@ class IndexTTS2(nn.Module):
         if self.positions_rule(Sampling()) == "training":
             config["tuned"] = True  # read here only: speaking takes the positions that were trained
         state = {name: w.detach().cpu().contiguous() for name, w in self.published_state_dict(naming, merged).items()}
-        for source, name in places.files():
+        for source, name in places.saved():
             link(source, folder / name)
         save_pickle(folder / places.gpt, state)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -997,64 +1023,58 @@ class IndexTTS2(nn.Module):
 class Speech:
     """The GPT as speaking runs it, a code at a time, for W beams of each text side by side. R = W x texts that go on."""
 
-    def __init__(self, model, prefixes, W):
+    def __init__(self, model, prefixes, W, steps):
         self.model, self.W = model, W
-        device = model.device
-        start = torch.tensor([model.config.start_mel_token], device=device)
+        start = torch.tensor([model.config.start_mel_token], device=model.device)
         first = model._codes(start, torch.zeros_like(start))
-        rows = [torch.cat([prefix, first]) for prefix in prefixes]
-        self.L = max(len(row) for row in rows)
-        self.pad = torch.tensor([self.L - len(row) for row in rows], device=device)
-        # padded on the left, so that all rows end at the same column
-        self.x = torch.stack([F.pad(row, (0, 0, self.L - len(row), 0)) for row in rows])
-        self.even = len({len(row) for row in rows}) == 1
-        self.column = self.L
+        self.rows = [torch.cat([prefix, first]) for prefix in prefixes]
+        lengths = [len(row) for row in self.rows]
+        self.batch = LeftPadded(lengths, steps, model.device)
+        self.even = len(set(lengths)) == 1
+        self.column = self.batch.width
 
     def start(self):
         """Reads voice, text and the start code. -> logits of the first code (R, V), equal for all beams of a text."""
-        L, device = self.L, self.x.device
-        columns = torch.arange(L, device=device)
-        real = columns >= self.pad[:, None]  # (texts, L)
-        mask = real[:, None, None] & (columns <= columns[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
-        caches = self.model.gpt.caches(len(self.x), L, self.x)
-        h = self.model.gpt(self.x, mask, caches=caches)[:, -1]
-        for cache in caches:
-            cache.k, cache.v = (t.repeat_interleave(self.W, 0) for t in (cache.k, cache.v))
-        self.caches, self.pad = caches, self.pad.repeat_interleave(self.W, 0)
-        return self.logits(h).repeat_interleave(self.W, 0)
+        L, model = self.batch.width, self.model
+        x = torch.stack([F.pad(row, (0, 0, L - len(row), 0)) for row in self.rows])
+        self.caches = model.gpt.caches(len(x), L, x)
+        h = model.gpt(x, self.batch.prompt().mask, caches=self.caches)[:, -1]
+        beams = torch.arange(len(x), device=x.device).repeat_interleave(self.W)
+        for part in (self.batch, *self.caches):
+            part.keep(beams)
+        return self.logits(h)[beams]
 
     def logits(self, h):
         return self.model.mel_head(self.model.final_norm(h))
 
     def step(self, codes, parents, position):
         """codes of the rows that go on, each behind row parents[r] of the step before. -> logits (R, V)"""
-        device = self.x.device
+        device, n = self.model.device, self.column - self.batch.width
         self.follow(parents, torch.tensor(parents, device=device))
         codes = torch.tensor(codes, device=device)
         x = self.model._codes(codes, torch.full_like(codes, position))[:, None]
-        mask = None
-        if not self.even:
-            mask = (torch.arange(self.column + 1, device=device) >= self.pad[:, None])[:, None, None]
+        mask = None if self.even else self.batch.step(n).mask[..., : self.column + 1]
         h = self.model.gpt(x, mask, caches=self.caches, column=self.column)[:, 0]
         self.column += 1
         return self.logits(h)
 
     def follow(self, parents, rows):
         """Bring the caches to the rows that go on. Beams of one text share its prefix, so only what was spoken moves."""
-        size = self.caches[0].k.shape[2]
-        grow = (0, 0, 0, GROWTH) if self.column == size else None
-        same = parents == list(range(len(self.pad)))
-        fewer = len(parents) < len(self.pad)
-        self.pad = self.pad[rows]
+        before = len(self.batch.pad)
+        fewer = len(parents) < before
+        moved = parents != list(range(before))
+        full = self.column == self.caches[0].k.shape[2]
+        if fewer:
+            self.batch.keep(rows)
         for cache in self.caches:
             if fewer:
                 cache.keep(rows)
-            elif not same:
+            elif moved:
                 for t in (cache.k, cache.v):
-                    spoken = t[:, :, self.L : self.column]
+                    spoken = t[:, :, self.batch.width : self.column]
                     spoken.copy_(spoken[rows])
-            if grow:
-                cache.k, cache.v = F.pad(cache.k, grow), F.pad(cache.v, grow)
+            if full:
+                cache.k, cache.v = (F.pad(t, (0, 0, 0, GROWTH)) for t in (cache.k, cache.v))
 
 
 GROWTH = 256  # columns that a cache grows by: the length of a text in codes is not known before
@@ -1181,7 +1201,9 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     if model.left_unused:
         print(f"{file}: {len(model.left_unused)} tensors are left out, such as {model.left_unused[0]}: "
               "copies that trainers leave, or unknown names that were allowed", file=sys.stderr)
-    return finish(model, places, options)
+    files = places.files()
+    model.equip(Chain(places), SentencePiece(files["tokenizer"]), files, options or {})
+    return model.eval()
 
 
 def stored_shape(name, tensor):
@@ -1189,24 +1211,10 @@ def stored_shape(name, tensor):
     return tensor.shape[::-1] if transposed(name) else tensor.shape
 
 
-def finish(model, places, options):
-    """What is left once the weights are there: tokenizer, frozen chain, options."""
-    chain = Chain(places)
-    model._frozen, model._codec_key, model._tables = [chain], None, None
-    model.sample_rate = model.out_sample_rate = chain.sample_rate
-    vocabulary = places.vocabulary()
-    model.tokenizer = SentencePiece(vocabulary)
-    model.tokenizer_crc = zlib.crc32(vocabulary.read_bytes())
-    glossary = places.folder / "glossary.yaml"
-    model.terms = yaml.safe_load(glossary.read_text(encoding="utf-8")) if glossary.is_file() else {}
-    model.tokenizer_crc = zlib.crc32(repr(model.terms).encode(), model.tokenizer_crc)
-    if len(model.tokenizer) >= model.config.text_rows:
-        raise Invalid(f"{vocabulary} has {len(model.tokenizer)} pieces, the weights have {model.config.text_rows} rows of text; "
-                      "they belong to different checkpoints")
-    model.tuned = bool(places.config.get("tuned"))
-    model.training_options = Training(**(options or {}))
-    model.freeze()
-    return model.eval()
+# Files of the folder besides config.yaml and the weights: role, key in config.yaml, usual name.
+OWN_FILES = (("s2mel", "s2mel_checkpoint", "s2mel.pth"), ("statistics", "w2v_stat", "wav2vec2bert_stats.pt"),
+             ("voices", "spk_matrix", "feat1.pt"), ("emotions", "emo_matrix", "feat2.pt"),
+             ("pinyin", "", "pinyin.vocab"), ("glossary", "", "glossary.yaml"))
 
 
 class IndexPlaces(Places):
@@ -1216,28 +1224,35 @@ class IndexPlaces(Places):
     def gpt(self):
         return str(self.config.get("gpt_checkpoint", "gpt.pth"))
 
+    @property
     def vocabulary(self):
-        name = str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))
-        path = Path(self.extra["tokenizer"]) if "tokenizer" in self.extra else self.folder / name
+        return str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))
+
+    def files(self):
+        """{role: path} of what belongs to the folder and is there. The vocabulary must be."""
+        name = self.vocabulary
+        path = Path(self.extra.get("tokenizer") or self.folder / name)
         path = path / name if path.is_dir() else path
         if not path.is_file():
             raise Invalid(f"no {name} at {path.parent}, which cuts text into pieces. Run\n"
                           f"    hf download IndexTeam/IndexTTS-2 {name} --local-dir {self.folder}")
-        return path
+        found = {"tokenizer": path}
+        for role, key, usual in OWN_FILES:
+            path = self.folder / str(self.config.get(key, usual))
+            if path.is_file():
+                found[role] = path
+        return found
 
-    def files(self):
-        """[(file or folder, its place in a saved checkpoint)] of all that is there besides gpt.pth and config.yaml."""
-        own = [("s2mel_checkpoint", "s2mel.pth"), ("w2v_stat", "wav2vec2bert_stats.pt"), ("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt"),
-               ("qwen_emo_path", "qwen0.6bemo4-merge/")]
-        names = [str(self.config.get(key, default)) for key, default in own] + ["pinyin.vocab", "glossary.yaml"]
-        found = [(self.folder / name, name) for name in names if (self.folder / name).exists()]
-        found.append((self.vocabulary(), str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))))
+    def saved(self):
+        """[(file or folder, its name in a saved checkpoint)] of everything that is there but config.yaml and the weights."""
+        own = self.files()
+        pairs = [(own.pop("tokenizer"), self.vocabulary), *((path, path.name) for path in own.values())]
         for key, part in speech_chain.PARTS.items():
             try:
-                found.append((self.part(key), f"hf_cache/{part.names[0]}"))
+                pairs.append((self.part(key), f"hf_cache/{part.names[0]}"))
             except Invalid:  # a checkpoint without it is saved without it
-                pass
-        return found
+                continue
+        return pairs
 
 
 def link(source, target):
