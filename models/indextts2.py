@@ -323,6 +323,8 @@ class IndexTTS2(nn.Module):
         self.final_norm = nn.LayerNorm(C)
         self.text_head = nn.Linear(C, c.text_rows)
         self.mel_head = nn.Linear(C, c.number_mel_codes)
+        # What a bias adds to every key alike, the softmax takes off again.
+        self.idle_in_losses = tuple(n for n, _ in self.named_parameters() if n.endswith("self_attn.linear_k.bias"))
         self.max_length = c.latents + 2 + c.text_positions + c.mel_rows - 1
         self.finish, self.speakers = [], {}
         self.path = self.fingerprint = ""
@@ -345,7 +347,7 @@ class IndexTTS2(nn.Module):
                 self.tokenizer_crc = zlib.crc32(files[role].read_bytes(), self.tokenizer_crc)
         if "glossary" in files:
             self.terms = yaml.safe_load(files["glossary"].read_text(encoding="utf-8")) or {}
-        if len(tokenizer) >= self.config.text_rows:
+        if len(tokenizer) > self.config.text_rows:
             raise Invalid(f"{tokenizer.name} has {len(tokenizer)} pieces, the weights have {self.config.text_rows} rows of text; "
                           "they belong to different checkpoints")
         self.training_options = Training(**options)
@@ -377,12 +379,16 @@ class IndexTTS2(nn.Module):
     def check_known(self, text, ids):
         """A text of which the vocabulary knows nothing is an error, a part that it does not know is said."""
         unknown = self.tokenizer.unk_id
-        if all(i in (unknown, self.tokenizer.vocab.get("▁")) for i in ids):
-            raise Invalid(f"text {text!r} has no piece that the vocabulary of {self.tokenizer.name} knows")
+        self.check_any_known(text, ids)
         if unknown in ids:
             spelled = set(front.prepare(text, self.terms)) - {" "}
             odd = sorted(ch for ch in spelled if unknown in self.tokenizer.encode(ch + ch))
             warnings.warn(f"text {text!r}: the vocabulary has no piece for {' '.join(odd) or 'a part of it'}")
+
+    def check_any_known(self, text, ids):
+        says_nothing = (self.tokenizer.unk_id, self.tokenizer.vocab.get("▁"))
+        if all(i in says_nothing for i in ids):
+            raise Invalid(f"text {text!r} has no piece that the vocabulary of {self.tokenizer.name} knows")
 
     def encode_audio(self, source, start=None, end=None):
         """{codes (T,) int16, features (T, F), style (S,)} of a path or of (n,) samples at `sample_rate`. The features are
@@ -433,8 +439,7 @@ class IndexTTS2(nn.Module):
         c = self.config
         if not ids:
             raise Invalid(f"text {text!r} is empty")
-        if all(i == self.tokenizer.unk_id for i in ids):
-            self.check_known(text, ids)
+        self.check_any_known(text, ids)
         if len(ids) > c.text_positions - 2:
             raise Invalid(f"the text has {len(ids)} pieces, the table of positions holds {c.text_positions - 2}; cut the row in two")
         if len(codes) > c.mel_rows - 2:
@@ -1277,3 +1282,60 @@ def save_pickle(path, state):
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ shapes for measuring
+
+# width, layers, heads, rows of text, codes; features; conformers: width, feed-forward, blocks; of the frozen models: width, layers
+SHAPES = {"tiny": (64, 2, 4, 101, 82, 32, (16, 32, 1), (64, 2)),
+          "mid": (512, 6, 8, 4096, 8194, 256, (128, 512, 2), (128, 4)),
+          "real": (1280, 24, 20, 12001, 8194, 1024, (512, 2048, 6), (512, 13))}
+
+
+def shape(size, version=""):
+    """(Config, Widths of the frozen models) in the published size, or smaller in nearly the same proportions."""
+    if version:
+        raise Invalid(f"version {version!r}: only IndexTTS2 2.0 is known; leave version out")
+    C, layers, heads, text, mel, features, (width, inner, blocks), (part, depth) = SHAPES[size]
+    speaker = dict(features=features, width=width, inner=inner, heads=max(1, width // 64), blocks=blocks, kernel=15, rows=5000)
+    emotion = speaker | dict(heads=max(1, width // 128), blocks=max(1, blocks - 2), inner=inner // 2)
+    emotion_width = features
+    resampler = dict(context=width, width=C, latents=32, heads=speaker["heads"], inner=int(C * 4 / 3), layers=2)
+    emotion_resampler = dict(context=width, width=emotion_width, latents=1, heads=emotion["heads"], inner=int(emotion_width * 4 / 3), layers=2)
+    config = Config(C, layers, heads, 1815, 600, text - 1, mel, 0, 1, mel - 2, mel - 1, speaker, resampler, emotion, emotion_resampler,
+                    text, 1818, 602, 4 * C)
+    return config, speech_chain.Widths(features, mel - 2, C, part, depth)
+
+
+def draw(model):
+    """Random weights: upstream's normal 0.02 for tables and layers, norms one, tables of the encoders sinusoids in name only."""
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.constant_(p, float(not name.endswith("bias")))
+
+
+def letters():
+    """A vocabulary of single letters, as the bytes of a SentencePiece model."""
+    pieces = [("<s>", 3), ("</s>", 3), ("<unk>", 2), ("▁", 1), *((ch, 1) for ch in "ABCDEFGHIJKLMNOPQRSTUVWXYZ.")]
+    out = b""
+    for piece, kind in pieces:
+        spelled = piece.encode()
+        message = bytes([1 << 3 | 2, len(spelled)]) + spelled + bytes([3 << 3, kind])
+        out += bytes([1 << 3 | 2, len(message)]) + message
+    return out
+
+
+def blank(size, version, device, dtype, options=None):
+    """A model of a known shape with drawn weights, for measuring only. Its conditioning is frozen, so that rows hold what
+    the encoders made, as in a LoRA run; requests without a prompt get noise for one."""
+    config, widths = shape(size, version)
+    with torch.device("meta"):
+        model = IndexTTS2(config)
+    model.to_empty(device=device)
+    draw(model)
+    model.to(dtype)
+    model.equip(speech_chain.blank(widths), SentencePiece(letters()), {}, {"freeze": "conditioning", **(options or {})})
+    model.default_prompt = 0.1 * torch.randn(3 * model.sample_rate, generator=torch.Generator().manual_seed(0))
+    return model.eval()

@@ -139,8 +139,10 @@ class Reference(NamedTuple):
 class Chain:
     """model.codec of IndexTTS2. Parts are attributes that load themselves."""
 
-    def __init__(self, places):
-        self.places, self.parts, self.references = places, {}, {}
+    def __init__(self, places, drawn=None):
+        """drawn: {name: part} instead of the files, for measuring."""
+        self.places, self.parts, self.references = places, drawn or {}, {}
+        self.drawn = drawn is not None
         self.device, self.low_vram = torch.device("cpu"), False
         self.settings = s2mel.mel_settings(places.config["s2mel"])
         self.sample_rate = self.settings["rate"]
@@ -200,6 +202,8 @@ class Chain:
 
     def fingerprint(self):
         """Names what codes and features are made with, by spots of the files: nothing is loaded for it."""
+        if self.drawn:
+            return "drawn"
         found = [self.places.part("w2v_bert"), self.places.part("semantic_codec"), self.places.own("w2v_stat", "wav2vec2bert_stats.pt")]
         return f"{zlib.crc32(repr([spots(path) for path in found]).encode()):08x}"
 
@@ -338,3 +342,51 @@ class Chain:
     def stream(self):
         """An object whose decode takes codes piece by piece. Frames of a mel see each other, so pieces are independent."""
         return self
+
+
+# ------------------------------------------------------------------------------------------------ shapes for measuring
+
+
+class Widths(NamedTuple):
+    """Of a chain that is drawn, not loaded."""
+
+    features: int
+    bins: int
+    states: int  # of the language model
+    part: int  # of everything inside; 512 is about the published size
+    layers: int
+
+
+def blank(widths):
+    """A chain with drawn weights, for measuring only."""
+    w, mels, style = widths, 80, 192
+    heads = max(1, w.part // 64)
+    inner = 4 * w.part
+    spect = dict(n_fft=1024, win_length=1024, hop_length=256, n_mels=mels, fmin=0, fmax="None")
+    config = {"s2mel": {"preprocess_params": {"sr": 22050, "spect_params": spect}}}
+    frozen = {
+        "w2v_bert": w2vbert.W2vBert(160, w.layers, width=w.features, inner=4 * w.features, heads=heads, left=64, right=8, kernel=31, eps=1e-5),
+        "semantic_codec": repcodec.RepCodec(dict(channels=w.features, width=w.part, inner=inner, layers=w.layers, kernel=7, block_kernel=7),
+                                            w.features, w.bins, 8),
+        "campplus": campplus.CAMPPlus(campplus.Config(10, 32, (2, 2), 128, (12, 24, 16), 32, 128, style)),
+        "s2mel": s2mel.S2Mel(s2mel.Config(
+            heads=heads, mels=mels, content=w.part, style=style, width=w.part, hidden=3 * w.part, depth=w.layers, frequencies=128,
+            wavenet=w.part, wavenet_layers=8, wavenet_kernel=5, semantic=w.features, regulator=w.part, regulator_convs=4,
+            gpt_layer=(w.states, 256, 128, w.features))),
+        "bigvgan": bigvgan.BigVGAN(bigvgan.Config([4, 4, 2, 2, 2, 2], [8, 8, 4, 4, 4, 4], 3 * w.part, [3, 7, 11], [[1, 3, 5]] * 3, mels, 22050,
+                                                  use_tanh_at_final=False, use_bias_at_final=False))}
+    for model in frozen.values():
+        draw(model)
+    chain = Chain(Places(Path(), config, {}), {name: model.eval().requires_grad_(False) for name, model in frozen.items()})
+    chain.__dict__["statistics"] = torch.zeros(w.features), torch.ones(w.features)
+    return chain
+
+
+@torch.no_grad()
+def draw(model):
+    """Weights that neither die out nor grow; norms one, biases and statistics as they are."""
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if p.ndim > 1 and p.is_floating_point():
+            p.normal_(std=p[0].numel() ** -0.5)
+        elif name.endswith("freqs"):
+            p.copy_(torch.linspace(0, -math.log(1e4), len(p)).exp())

@@ -69,9 +69,10 @@ class Attention(nn.Module):
         """x (B, T, C), table (1, T, C), mask (B, T) bool over keys."""
         q, k, v = self.split(self.linear_q(x)), self.split(self.linear_k(x)), self.split(self.linear_v(x))
         p = self.split(self.linear_pos(table))
-        by_place = (q + self.pos_bias_v[:, None]) @ p.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, T, T)
-        bias = by_place.masked_fill(~mask[:, None, None], -math.inf)
-        y = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], k, v, attn_mask=bias)
+        # Written out: the fused kernel is another one where the bias is trained, and its last bits are others.
+        scores = (q + self.pos_bias_u[:, None]) @ k.transpose(-1, -2) + (q + self.pos_bias_v[:, None]) @ p.transpose(-1, -2)
+        scores = (scores * q.shape[-1] ** -0.5).masked_fill(~mask[:, None, None], -math.inf)
+        y = scores.softmax(-1) @ v  # (B, H, T, D)
         return self.linear_out(y.transpose(1, 2).flatten(2))
 
 
