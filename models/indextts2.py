@@ -777,10 +777,10 @@ class IndexTTS2(nn.Module):
 
     def _spoken_emotion(self, reference, seed, s, given):
         """(D,) float32. A vector goes before a clip; without either the prompt speaks for itself."""
-        vector = given.get("emo_vector", s.emo_vector)
+        vector = given.get("emo_vector")
         alpha = given.get("emo_alpha", s.emo_alpha)
-        clip = given.get("emo_audio", s.emo_audio or None)
-        by_vector = vector is not None and len(vector) > 0
+        clip = given.get("emo_audio")
+        by_vector = vector is not None
         base = self._alone(self.emotion_vector, reference.features).float()
         if by_vector or clip is None:
             other, weight = reference.emotion, 1.0
@@ -906,8 +906,8 @@ class IndexTTS2(nn.Module):
     @staticmethod
     def _sampling(values):
         """(Sampling, what of its fields may also be given to one request alone)."""
-        emotion = {k: values[k] for k in ("emo_audio", "emo_vector", "emo_alpha") if k in values}
         plain = {k: v for k, v in values.items() if k not in ("emo_audio", "emo_vector")}
+        emotion = {k: values[k] for k in ("emo_audio", "emo_vector") if values.get(k) is not None and len(values[k])}
         return Sampling(**plain), emotion
 
     def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):

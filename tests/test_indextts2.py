@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_original(model):
     probes = tiny.fill({f"probe.{n}": tuple(g.shape) for n, g in gradients.items()})
     found = torch.tensor([[float((g * probes[f"probe.{n}"]).sum()), float(g.norm())] for n, g in gradients.items()])
     scale = GOLDEN["gradients"][:, 1:]
-    assert ((found - GOLDEN["gradients"]) / scale.clamp(min=1e-6)).abs().max() < 1e-3
+    assert ((found - GOLDEN["gradients"]) / scale.clamp(min=1e-4)).abs().max() < 1e-3
 
 
 def test_conditioning_is_that_of_the_original(model):
