@@ -426,7 +426,7 @@ class IndexTTS2(nn.Module):
         text = row.get("text") or ""
         ids = self.encode_text(text)
         self._check_row(text, ids, clip["codes"])
-        other = self._clip(row["ref_audio"]) if row.get("ref_audio") else None
+        other = self._clip(row["ref_audio"]) if is_given(row.get("ref_audio")) else None
         condition = self.training_options.condition
         prompt = clip if other is None or condition == "same" else other
         example = {"text": torch.tensor(ids), "codes": clip["codes"].long(), **self._emotion(row.get("emotion"), clip, prompt),
@@ -907,7 +907,7 @@ class IndexTTS2(nn.Module):
     def _sampling(values):
         """(Sampling, what of its fields may also be given to one request alone)."""
         plain = {k: v for k, v in values.items() if k not in ("emo_audio", "emo_vector")}
-        emotion = {k: values[k] for k in ("emo_audio", "emo_vector") if values.get(k) is not None and len(values[k])}
+        emotion = {k: values[k] for k in ("emo_audio", "emo_vector") if is_given(values.get(k))}
         return Sampling(**plain), emotion
 
     def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
@@ -1083,6 +1083,11 @@ class Speech:
 
 
 GROWTH = 256  # columns that a cache grows by: the length of a text in codes is not known before
+
+
+def is_given(value):
+    """Not none, and no empty text or list."""
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def seed_of(seed, segment, what):
