@@ -695,3 +695,36 @@ def test_an_adapter_acts_as_pefts_on_gpt2(model, tmp_path):
     state = model.published_state_dict(merged=True)
     for name in (n for n in merged if ".c_" in n):
         torch.testing.assert_close(state["gpt." + name], merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_normalised_with_the_stored_statistics(model, monkeypatch):
+    wave = T.voice(0.5, 16000)
+    inputs = audio.w2vbert_features(wave)
+    state = model.codec.part("w2v_bert")(inputs[None], [audio.w2vbert_valid(len(wave))])[0]
+    stored = T.statistics()
+    torch.testing.assert_close(model.codec.features(wave), (state - stored["mean"]) / stored["var"].sqrt())
+    high = T.voice(0.5)
+    codes = model.codec.part("semantic_codec").quantize(model.codec.features(audio.resample(high, 22050, 16000))[None])[0]
+    assert torch.equal(model.codec.encode(high), codes) and torch.equal(model.encode_audio(high)["codes"].long(), codes[0])
+
+
+ENCODERS = ["linear_q", "w_1", "pointwise_conv1", "to_kv", "proj_context", "emo_layer"]
+
+
+def test_an_adapter_on_the_encoders_needs_what_they_read(model):
+    row = {"audio": wave_of(0), "text": "HELLO"}
+    lora.apply_lora_to_model(model, {"r": 2, "target_modules": ["c_attn"]})
+    assert not model.live and "spk" in model.encode(row)
+    key = model.encode_key
+    lora.apply_lora_to_model(model, {"r": 2, "target_modules": ["c_attn", *ENCODERS]})
+    assert model.live and "features" in model.encode(row) and model.encode_key != key
+    model(model.collate([model.encode(row)], [1])[0])["loss/mel"].backward()
+    trained = [n for n, p in model.named_parameters() if p.grad is not None and n.endswith("lora_B") and p.grad.any()]
+    assert all(any(f".{word}." in n or n.startswith(word) for n in trained) for word in ENCODERS)
+    assert not any("w2v" in n for n, _ in model.named_parameters())
+    with pytest.raises(Invalid, match="the adapter reaches into the conditioning encoders, but these rows hold spk.*never be trained"):
+        model.collate([example(0, "cached")], [1])
+    with pytest.raises(Invalid, match="some rows of a batch hold spk and others features"):
+        model.collate([example(0, "cached"), example(1)], [1, 2])
+    with pytest.raises(Invalid, match="neither spk nor features"):
+        model.collate([{"text": GOLDEN["text.0"], "codes": GOLDEN["codes.0"]}], [1])
