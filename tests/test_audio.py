@@ -3,7 +3,6 @@ import math
 import os
 import resource
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -162,15 +161,17 @@ def test_nan_and_infinity_are_refused_with_their_index(tmp_path, value):
     assert audio.read(tmp_path / "bad.wav", end=0.25)[0].shape == (6000,)
 
 
-def test_an_hour_in_a_small_flac_is_refused_before_decoding(tmp_path):
+def test_an_hour_in_a_small_flac_is_refused_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "hour.flac"
     with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16") as f:
         for _ in range(60):
             f.write(np.zeros(8000 * 60, dtype=np.int16))
-    before, t = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
-    with pytest.raises(Invalid, match="hour.flac: 3600.0 s are wanted, the limit is 60 s"):
-        audio.read(path, max_seconds=60)
-    assert time.time() - t < 0.5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20000  # kB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with monkeypatch.context() as patch:
+        patch.setattr(audio.soundfile, "read", lambda *_, **__: pytest.fail("it was decoded"))
+        with pytest.raises(Invalid, match="hour.flac: 3600.0 s are wanted, the limit is 60 s"):
+            audio.read(path, max_seconds=60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20000  # kB
     assert audio.read(path, start=1800, end=1801, max_seconds=60)[0].shape == (8000,)
 
 
@@ -242,9 +243,8 @@ def test_what_lies_above_the_new_nyquist_frequency_is_weak(hertz, decibels):
 
 
 def test_rates_without_a_common_factor_take_no_gigabytes():
-    t, x = time.time(), torch.from_numpy(tone(440, 1, 44101))
-    y = audio.resample(x, 44101, 16000)
-    assert y.shape == (16000,) and time.time() - t < 5
+    x = torch.from_numpy(tone(440, 1, 44101))
+    assert audio.resample(x, 44101, 16000).shape == (16000,)
     assert sum(k.numel() for _, k in audio._sinc_kernels(44101, 16000, torch.float32)[1]) < 4e6
     with pytest.raises(Invalid, match="positive"):
         audio.resample(x, 0, 16000)
