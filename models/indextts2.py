@@ -333,7 +333,6 @@ class IndexTTS2(nn.Module):
         self.sample_rate = self.out_sample_rate = 0
         self.terms = {}  # the folder's glossary
         self.tuned = False  # as config.yaml says: then speaking takes the trained positions
-        self.default_prompt = None  # only what `blank` makes has one
         self.tokenizer_crc, self._codec_key, self._tables = 0, None, None
 
     def equip(self, codec, tokenizer, files, options):
@@ -727,13 +726,14 @@ class IndexTTS2(nn.Module):
         if s.mel_positions:
             return s.mel_positions
         state = self.__dict__.get("lora_state")
-        adapted = state is not None and state.settings is not None and state.gain != 0
+        adapted = state is not None and state.settings is not None and state.acting != 0
         changed = self.tuned or adapted or checkpoint.fingerprint(self) != self.fingerprint
         return "training" if changed else "upstream"
 
     def _prompt(self, prompts):
         """The one recording whose voice is taken."""
-        prompts = list(prompts) or ([(None, self.default_prompt, None)] if self.default_prompt is not None else [])
+        if self.codec.drawn and not prompts:
+            prompts = [(None, self.codec.noise(), None)]
         if len(prompts) != 1:
             raise Invalid(f"{len(prompts)} prompts: this backbone takes the voice from exactly one recording, without a transcript: "
                           "prompts=[(None, audio, None)], or --reference_audio")
@@ -1207,7 +1207,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     stored = tidy(checkpoint.read(file), file)
     with torch.device("meta"):
         model = IndexTTS2(read_config(config, {n: stored_shape(n, t) for n, t in stored.items()}, where))
-    model.left_unused = checkpoint.fill(model, stored, None, KNOWN_UNUSED, dtype, device, allow_unused, str(file))
+    model.left_unused = checkpoint.fill(model, stored, None, KNOWN_UNUSED, dtype=dtype, device=device,
+                                        allow_unused=allow_unused, what=str(file))
     if model.left_unused:
         print(f"{file}: {len(model.left_unused)} tensors are left out, such as {model.left_unused[0]}: "
               "copies that trainers leave, or unknown names that were allowed", file=sys.stderr)
@@ -1342,5 +1343,4 @@ def blank(size, version, device, dtype, options=None):
     draw(model)
     model.to(dtype)
     model.equip(speech_chain.blank(widths), SentencePiece(letters()), {}, {"freeze": "conditioning", **(options or {})})
-    model.default_prompt = 0.1 * torch.randn(3 * model.sample_rate, generator=torch.Generator().manual_seed(0))
     return model.eval()

@@ -147,6 +147,10 @@ class Chain:
         self.settings = s2mel.mel_settings(places.config["s2mel"])
         self.sample_rate = self.settings["rate"]
 
+    def noise(self):
+        """Three seconds, the prompt of a model that only serves to measure."""
+        return 0.1 * torch.randn(3 * self.sample_rate, generator=torch.Generator().manual_seed(0))
+
     # ---------------------------------------------------------------------------------- parts
 
     def part(self, name):
