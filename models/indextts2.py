@@ -24,9 +24,9 @@ What differs from the tools that train it, on purpose:
 Letters besides the usual: N latents of a voice, Lt text ids and Lm codes of a row, P positions of a packed batch, R rows
 that speak (beams of all texts).
 """
-import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -979,6 +979,16 @@ class IndexTTS2(nn.Module):
     def published_rows(self, parameter, naming=None):
         """Row order of the published weight, None where it is ours."""
         return None
+
+    def published_axes(self, parameter):
+        """turned for GPT-2's layers, which are stored [in, out]; kernel for convolutions of kernel 1."""
+        if transposed(parameter):
+            return "turned"
+        return "kernel" if kernel_of_one(parameter) else ""
+
+    def adapter_key(self, name):
+        """Adapters of trainers for 1.5 are wrapped around upstream's class for generating, which calls the GPT transformer."""
+        return re.sub(r"^(inference_model\.)?transformer\.", "gpt.", name)
 
     def adapter_words(self, modules, values):
         """The native adapter is PEFT's, which names modules and needs no words."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora
 import models
@@ -475,6 +475,7 @@ def test_emotion_in_speaking(model, tmp_path):
 
     vector = [0.2, 0, 0.3, 0, 0, 0, 0.1, 0]
     plain = conds()
+    assert torch.equal(plain[-2:], model.speed_emb.weight[[1, 0]])
     assert torch.equal(conds(emo_audio=str(tmp_path / "sad.wav"), emo_alpha=0.0), plain)
     half, whole = (conds(emo_audio=str(tmp_path / "sad.wav"), emo_alpha=alpha) for alpha in (0.5, 1.0))
     torch.testing.assert_close(half - plain, (whole - plain) / 2)
@@ -547,7 +548,7 @@ def test_what_is_drawn_follows_the_probabilities():
     assert (drawn - scores.exp()).abs().max() < 0.02
 
 
-def test_narrow_is_that_of_transformers():
+def test_narrow_is_that_of_transformers(model):
     transformers = pytest.importorskip("transformers")
     scores = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
     for least, top_k, top_p in ((1, 7, 0.8), (2, 1, 0.01), (2, 0, 0.5), (1, 30, 1.0)):
@@ -558,7 +559,31 @@ def test_narrow_is_that_of_transformers():
     used = torch.zeros(5, 40, dtype=torch.bool)
     ids = torch.randint(0, 40, (5, 6), generator=torch.Generator().manual_seed(1))
     used.scatter_(1, ids, True)
-    assert torch.equal(beam.penalise(scores, used, 3.0), transformers.RepetitionPenaltyLogitsProcessor(3.0)(ids, scores))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(3.0)
+    assert torch.equal(beam.penalise(scores, used, 3.0), theirs(ids, scores))
+    for beams, raw in ((1, scores), (5, scores.log_softmax(-1))):  # of one beam the logits, of several the probabilities
+        s = indextts2.Sampling(temperature=0, num_beams=beams, repetition_penalty=3.0)
+        assert torch.equal(model._scores(scores, used, s), theirs(ids, raw))
+
+
+def test_beams_end_as_those_of_transformers():
+    """Two beams, stop code 9: a stop counts if it ranks among the first two, and the search is over when two have ended
+    and what still runs is no better."""
+    search = beam.Beams(2, 9, 0.0)
+    assert search.scores == [0.0, -1e9] and not search.done
+    assert search.choose([-1.0, -2.0, -3.0, -4.0], [5, 6, 9, 7], [0, 0, 0, 0]) == [(0, 5), (0, 6)]
+    assert not search.endings and search.codes == [[5], [6]]
+    assert search.choose([-1.5, -2.5, -3.5, -4.5], [9, 8, 4, 3], [1, 0, 0, 1]) == [(0, 8), (0, 4)]
+    assert search.endings == [(-1.5, [6], True)] and search.codes == [[5, 8], [5, 4]] and not search.done
+    assert search.choose([-2.6, -3.0, -3.6, -4.0], [1, 9, 2, 9], [0, 1, 1, 0]) == [(0, 1), (1, 2)]
+    assert [ending.score for ending in search.endings] == [-1.5, -3.0] and not search.done  # one that runs may still do better
+    search.choose([-3.1, -3.2, -5.0, -6.0], [1, 2, 9, 9], [0, 1, 1, 0])
+    assert search.done and search.best() == (-1.5, [6], True)
+    unfinished = beam.Beams(2, 9, 1.0)
+    unfinished.choose([-1.0, -2.0, -9.0, -9.0], [5, 9, 6, 7], [0, 0, 0, 0])
+    unfinished.choose([-3.0, -5.0, -9.0, -9.0], [5, 6, 7, 8], [0, 1, 0, 0])
+    assert unfinished.best() == (-1.5, [5, 5], False)  # a sum of -3 over two codes, against -2 over one
+    assert {ending.score for ending in unfinished.endings} == {-1.5, -2.0}
 
 
 def test_a_take_without_an_end_is_tried_again(model):
@@ -728,3 +753,97 @@ def test_an_adapter_on_the_encoders_needs_what_they_read(model):
         model.collate([example(0, "cached"), example(1)], [1, 2])
     with pytest.raises(Invalid, match="neither spk nor features"):
         model.collate([{"text": GOLDEN["text.0"], "codes": GOLDEN["codes.0"]}], [1])
+
+
+def stand_in(model):
+    """A module with the published names and layers: Conv1D in the GPT, convolutions of kernel 1, Linears, tables."""
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    root = torch.nn.Module()
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        holder, _, leaf = name.rpartition(".")
+        place = root.get_submodule(holder)
+        made = torch.nn.Module()
+        if isinstance(module, torch.nn.Linear) and model.published_axes(name + ".weight") == "turned":
+            made = conv1d(module.out_features, module.in_features)
+        elif isinstance(module, torch.nn.Linear) and model.published_axes(name + ".weight") == "kernel":
+            made = torch.nn.Conv1d(module.in_features, module.out_features, 1)
+        elif isinstance(module, torch.nn.Linear):
+            made = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        elif isinstance(module, torch.nn.Embedding):
+            made = torch.nn.Embedding(*module.weight.shape)
+        place.add_module(leaf, made)
+    missing, _ = root.load_state_dict(model.published_state_dict(), strict=False)
+    assert not missing
+    return root
+
+
+def linear_weights(state):
+    return {n: w for n, w in state.items() if n.endswith(".weight") and w.ndim > 1 and "depthwise" not in n and "embed.conv" not in n}
+
+
+WIDE = [*TARGETS, "text_head", "mel_head", *ENCODERS, "linear_out", "to_out", "pointwise_conv2", "emovec_layer"]
+
+
+@pytest.mark.parametrize("targets, turned", [(TARGETS, True), (WIDE, False)], ids=["gpt", "seed"])
+def test_our_adapters_load_in_peft(model, folder, tmp_path, targets, turned):
+    peft = pytest.importorskip("peft")
+    lora.apply_lora_to_model(model, {"r": 4, "alpha": 8.0, "target_modules": targets})
+    g = torch.Generator().manual_seed(3)
+    for m in lora.lora_modules(model).values():
+        m.lora_B.data = 0.3 * torch.randn(m.lora_B.shape, generator=g)
+    lora.save_lora_weights(model, tmp_path / "adapter", format="peft")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is turned and config["inference_mode"] is True
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for name, tensor in stored.items():
+        kernel = "pointwise" in name
+        assert tensor.ndim == (3 if kernel else 2) and (not kernel or tensor.shape[2] == 1)
+    theirs = peft.PeftModel.from_pretrained(stand_in(models.load(folder)), str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    ours = linear_weights(model.published_state_dict(merged=True))
+    for name, w in ours.items():
+        torch.testing.assert_close(theirs[name], w, rtol=1e-4, atol=1e-5, msg=name)
+    base = models.load(folder).published_state_dict()
+    assert any((ours[n] - base[n]).abs().max() > 0.01 for n in ours)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "fork of 1.5"])
+def test_pefts_adapters_load_here(model, folder, tmp_path, form):
+    peft = pytest.importorskip("peft")
+    targets = TARGETS if form == "fork of 1.5" else WIDE
+    reference = peft.get_peft_model(stand_in(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    g = torch.Generator().manual_seed(3)
+    for name, p in reference.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.3 * torch.randn(p.shape, generator=g)
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    stored = load_file(path)
+    if form == "bin":
+        path.unlink()
+        torch.save(stored, path.with_suffix(".bin"))
+    elif form == "fork of 1.5":
+        save_file({n.replace("base_model.model.gpt.", "base_model.model.transformer."): t for n, t in stored.items()}, path)
+    loaded, skipped = lora.load_lora_weights(model, tmp_path / "adapter")
+    assert len(loaded) == len(stored) and not skipped
+    theirs = reference.merge_and_unload().state_dict()
+    for name, w in linear_weights(model.published_state_dict(merged=True)).items():
+        torch.testing.assert_close(theirs[name], w, rtol=1e-4, atol=1e-5, msg=name)
+    assert model.positions_rule(indextts2.Sampling()) == "training"
+    lora.set_lora_enabled(model, False)
+    assert model.positions_rule(indextts2.Sampling()) == "upstream"
+
+
+def test_layers_trained_in_full_keep_the_files_axes(model, folder, tmp_path):
+    lora.apply_lora_to_model(model, {"r": 2, "target_modules": ["c_fc"], "train_modules": [r"gpt\.h\.0\.attn\.c_proj", r".*pointwise_conv1"]})
+    for name in ("gpt.h.0.attn.c_proj", "conditioning_encoder.encoders.0.conv_module.pointwise_conv1"):
+        model.get_submodule(name).weight.data += 0.1
+    lora.save_lora_weights(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    state = model.published_state_dict()
+    for name in ("gpt.h.0.attn.c_proj.weight", "conditioning_encoder.encoders.0.conv_module.pointwise_conv1.weight"):
+        assert torch.equal(stored["base_model.model." + name], state[name])
+    again = models.load(folder)
+    lora.load_lora_weights(again, tmp_path / "adapter")
+    assert all(torch.equal(state[n], w) for n, w in again.published_state_dict().items())
