@@ -49,6 +49,7 @@ class Infer:
     seed: int = opt(42, "of every draw")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of the weights: auto is bfloat16 on CUDA and float32 elsewhere")
+    base_bits: int = opt(16, "of the weights: 16 as they are; 8 or 4 take half or a quarter of the memory", choices=(16, 8, 4))
     compile: bool = opt(False, "torch.compile every layer: faster after a slow start")
     ignore_base: bool = opt(False, "load an adapter although it was trained on another base")
     allow_unused_tensors: bool = opt(False, "load a checkpoint although some of its tensors have no place in the model")
@@ -134,7 +135,7 @@ def load_model(cfg, path, chosen):
     """The model with every adapter of [(path, strength)] on; several are stacked."""
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
-    model = models.load(path, device, dtype, allow_unused=cfg.allow_unused_tensors)
+    model = models.load(path, device, dtype, allow_unused=cfg.allow_unused_tensors, bits=cfg.base_bits)
     if chosen:
         loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
         report_adapters(model, chosen, loaded, skipped)
@@ -367,8 +368,10 @@ def speak(model, requests, sampling):
     except Invalid as e:
         if len(requests) == 1:
             return [Take(requests[0].output, None, None, e)]
-        # One of them is at fault. Alone, the others still become sound.
-        return [take for request in requests for take in speak(model, [request], sampling)]
+        takes = []  # one of them is at fault; alone, the others still become sound
+        for request in requests:
+            takes += speak(model, [request], sampling)
+        return takes
     for warning in caught:  # the model counts its requests, the user knows them by their file
         text = re.sub(r"^request (\d+)", lambda m: requests[int(m[1])].output, str(warning.message))
         print(text, file=sys.stderr)

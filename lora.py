@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, adapters, checkpoint, opt, targets
+from models.parts import Invalid, adapters, checkpoint, opt, quant, targets
 
 
 @dataclass
@@ -165,11 +165,12 @@ def wrap(model, name, s):
     module.lora_plain = type(module)  # may be a subclass that computes the same in another way
     module.__class__ = LoRALinear
     module.lora_name = name  # for messages
-    with torch.device(module.weight.device):
-        A = torch.empty(s.r, module.in_features)
-        B = torch.zeros(module.out_features, s.r)
-        bias = torch.zeros(module.out_features)
-        scale, strength = torch.tensor(s.scale), torch.tensor(1.0)
+    device = module.weight.device
+    A = torch.empty(s.r, module.in_features, device=device)
+    B = torch.zeros(module.out_features, s.r, device=device)
+    bias = torch.zeros(module.out_features, device=device)
+    scale = torch.tensor(s.scale, device=device)
+    strength = torch.tensor(1.0, device=device)
     module.lora_A = nn.Parameter(A)
     module.lora_B = nn.Parameter(B)
     module.lora_bias = nn.Parameter(bias) if s.bias else None
@@ -265,8 +266,7 @@ def tuned(model):
     for name in st.base:
         p = model.get_parameter(name).detach()
         out[name] = p.clone()
-        # A file's float32 value says more than its bf16 image in the model, until a step of training moves
-        # that.
+        # A file's float32 value says more than its bf16 image in the model, until training moves that.
         exact = st.tuned.get(name)
         if exact is not None and torch.equal(exact.to(p), p):
             out[name] = exact
@@ -277,8 +277,7 @@ def tuned(model):
 def reset_lora_weights(model):
     """A as if fresh, B zero, what is trained in full back at its base: the model is its base again.
 
-    Unlike remove_lora it leaves the layers wrapped, so a compiled model can go on and training can begin
-    anew.
+    Unlike remove_lora it leaves the layers wrapped: a compiled model goes on, and training can begin anew.
     """
     for module in lora_modules(model).values():
         draw(module)
@@ -406,6 +405,9 @@ def merge_lora_weights(model):
 
 def check_mergeable(model):
     """A new bias needs a place in the published layout; said before anything is changed."""
+    if quant.is_quantised(model):
+        raise Invalid("an adapter is merged into the base as it was published, never into rounded weights; "
+                      "load it with 16 bits")
     stuck = []
     for name, module in lora_modules(model).items():
         if module.lora_bias is not None and module.bias is None:

@@ -101,6 +101,8 @@ class Train:
     overwrite: bool = opt(False, "start anew; what save_path holds is moved aside, not deleted")
     ignore_base: bool = opt(False, "resume an adapter although it was trained on another base")
     allow_unused_tensors: bool = opt(False, "load a checkpoint although some of its tensors have no place in the model")
+    base_bits: int = opt(16, "of the frozen weights under LoRA: 16 as they are; 8 or 4 take half or a quarter of the memory",
+                         choices=(16, 8, 4))
     from_scratch: bool = opt(False, "draw the weights; config, tokenizer and codec come from pretrained_path")
     weights: str = opt("", "file to load where pretrained_path holds several")
     val_samples: int = opt(2, "validation texts to speak at each validation")
@@ -158,6 +160,9 @@ def check_settings(cfg):
         wrong.append("overwrite starts anew and resume_from goes on; choose one")
     if cfg.save_mode != "lora" and not cfg.lora:
         wrong.append(f"save_mode {cfg.save_mode} is for LoRA runs; a full run always saves the whole model")
+    if cfg.base_bits != 16 and not (cfg.lora and cfg.save_mode == "lora"):
+        wrong.append(f"base_bits {cfg.base_bits} rounds weights that are frozen: it needs a lora section and "
+                     "save_mode lora; merge_lora.py merges the adapter into the base as it was published")
     if wrong:
         raise Usage("; ".join(wrong))
 
@@ -365,7 +370,8 @@ def load_model(cfg, past, options, device, dtype):
     # For weights from scratch, and for the adapter that comes next.
     torch.manual_seed(seed_from(cfg.seed, "init"))
     unused = cfg.allow_unused_tensors
-    model = models.load(source, device, dtype, options, weights=weights, allow_unused=unused)
+    model = models.load(source, device, dtype, options, weights=weights, allow_unused=unused,
+                        bits=cfg.base_bits)
     for key in ("sample_rate", "out_sample_rate"):
         if getattr(cfg, key) not in (0, getattr(model, key)):
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; "

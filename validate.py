@@ -237,7 +237,7 @@ def first_frames(model, request, sampling, seed):
 
 
 def difference(frames, base):
-    """How far two series of frames lie apart: share of other codes, or distance of latents over their size."""
+    """How far two series of frames lie apart: share of other codes, or relative distance of latents."""
     n = min(len(frames), len(base))
     if not n:
         return float(len(frames) != len(base))
@@ -525,8 +525,8 @@ def write_whole(path, text):
 
 # A listener hears two columns of one sentence without their names and votes. The tally shows how sure it is:
 # Wilson's interval for the share of a column's votes that it won.
-BLIND = """<p>Hear two columns without knowing which is which. Keys: <b>1</b> and <b>2</b> play, <b>a</b> the first is
-better, <b>b</b> the second is better, <b>0</b> no difference.</p>
+BLIND = """<p>Hear two columns without knowing which is which. Keys: <b>1</b> and <b>2</b> play, <b>a</b> the
+first is better, <b>b</b> the second is better, <b>0</b> no difference.</p>
 <p><button id="start">Start</button> <span id="round" class="quiet"></span></p>
 <div id="pair" class="grid" hidden><div class="clip"><b>first</b><audio controls id="one"></audio></div>
 <div class="clip"><b>second</b><audio controls id="two"></audio></div></div>
@@ -572,7 +572,8 @@ SCRIPT = """<script>
     };
     const list = Object.entries(votes).sort((x, y) => y[1][0] / y[1][1] - x[1][0] / x[1][1]);
     const head = "<thead><tr><th>column</th><th>won</th><th>share, 95 % interval</th></tr></thead>";
-    $("tally").innerHTML = list.length ? `<table>${head}<tbody>${list.map(line).join("")}</tbody></table>` : "";
+    const body = `<tbody>${list.map(line).join("")}</tbody>`;
+    $("tally").innerHTML = list.length ? `<table>${head}${body}</table>` : "";
     $("tally").querySelectorAll("tbody tr").forEach((tr, i) => tr.firstChild.textContent = list[i][0]);
   }
   function show(blind) {

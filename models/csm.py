@@ -74,8 +74,7 @@ class TowerConfig:
 
 @dataclass
 class Config:
-    """What config.json says under transformers' names; the original names only say which flavour each tower
-    is."""
+    """What config.json says under transformers' names; the original ones only name each tower's flavour."""
 
     backbone: TowerConfig
     depth_decoder_config: TowerConfig
@@ -132,8 +131,7 @@ def flavor(name, where):
 
 
 def read_tower(section, base, shapes, prefix, where):
-    """TowerConfig of a section of config.json: what is stated there, else what the shapes say, else what
-    `base` has."""
+    """TowerConfig of a section of config.json: as stated, else as the shapes say, else as `base` has it."""
     for key, value in FIXED.items():
         if section.get(key, value) != value:
             raise Invalid(f"{where}: {key} is {section[key]!r}; every published CSM has {value!r}, "
@@ -168,8 +166,7 @@ def read_tower(section, base, shapes, prefix, where):
 
 
 def head_size(section, base, shape, heads):
-    """Width of a head where it is not stated, from the shape of q_proj; None where that is no whole
-    number."""
+    """Width of a head where it is not stated, from the shape of q_proj; None: that is no whole number."""
     if shape is not None:
         return None if shape[0] % heads else shape[0] // heads
     if "hidden_size" in section:
@@ -252,8 +249,7 @@ def frequencies(c):
 
 
 class Tower(nn.Module):
-    """A Llama without embeddings: backbone and depth decoder. (B, L, C) -> (B, L, C), after the final
-    norm."""
+    """A Llama without embeddings: backbone or depth decoder. (B, L, C) -> (B, L, C), final norm included."""
 
     def __init__(self, c):
         super().__init__()
@@ -266,8 +262,7 @@ class Tower(nn.Module):
         self.recompute = False
 
     def make_rotary(self, device):
-        """Once the weights are there and cast: the frequencies stay float32, and the meta device holds no
-        numbers."""
+        """After loading and casting: frequencies stay float32, and the meta device holds no numbers."""
         self.frequencies = frequencies(self.config).to(device)
 
     def rope(self, positions):
@@ -279,8 +274,7 @@ class Tower(nn.Module):
 
 
 class Codebooks(nn.Module):
-    """The heads of codebooks 1 .. K - 1, one matrix each, used as h @ weight[j - 1]: not transposed like a
-    Linear's."""
+    """The heads of codebooks 1 .. K - 1, used as h @ weight[j - 1]: not transposed like a Linear's."""
 
     def __init__(self, codebooks, width, vocab):
         super().__init__()
@@ -332,8 +326,7 @@ class Depth(NamedTuple):
 
 
 class CSM(nn.Module):
-    """Backbone, depth decoder and the tables and heads between them; the codec is in no list of
-    parameters."""
+    """Backbone, depth decoder, and tables and heads between them; the codec is none of its parameters."""
 
     backbone = "csm"
     namings = ("transformers", "original", "mlx")
@@ -355,8 +348,7 @@ class CSM(nn.Module):
     }
 
     def __init__(self, config, naming="transformers", raw_config=None):
-        """naming and raw_config (what config.json says) are of the folder that was read, so that `save` keeps
-        them."""
+        """naming and raw_config (config.json) are those of the folder that was read: `save` keeps them."""
         super().__init__()
         H, D = config.backbone.hidden_size, config.depth_decoder_config.hidden_size
         K, V = config.num_codebooks, config.vocab_size
@@ -433,8 +425,7 @@ class CSM(nn.Module):
         return self.backbone_model.embed_tokens.embed_audio_tokens
 
     def encode_text(self, text, speaker=None):
-        """Ids of bos "[speaker]text" eos; without a speaker it is 0. Markup of special tokens stays plain
-        text."""
+        """Ids of bos "[speaker]text" eos; no speaker is 0. Markup of special tokens stays plain text."""
         if speaker is None:
             speaker = 0
         elif isinstance(speaker, str):
@@ -593,8 +584,7 @@ class CSM(nn.Module):
     # -------------------------------------------------------------------------- training
 
     def forward(self, batch):
-        """Sums of the cross-entropies: codebook 0 over all trained frames, the others over the drawn
-        frames."""
+        """Sums of cross-entropies: codebook 0 over all trained frames, the others over the drawn ones."""
         B, L, _ = batch["rows"].shape
         rows, place = batch["rows"].flatten(0, 1), batch["place"]
         x = self._embed(rows[place], batch["text"], batch["audio"])[None]  # (1, P, H), P real rows
@@ -612,8 +602,7 @@ class CSM(nn.Module):
         return out
 
     def _embed(self, rows, text, audio):
-        """(P, K + 1) -> (P, H). text, audio: places of rows of that kind; all others are padding and become
-        zero."""
+        """(P, K + 1) -> (P, H). text, audio: places of rows of that kind; the rest is padding, zero."""
         spoken = self._frames(rows[audio][:, :-1])
         x = spoken.new_zeros(len(rows), spoken.shape[1]).index_copy(0, audio, spoken)
         words = self.embed_text_tokens(rows[text][:, -1]).to(x.dtype)
@@ -650,8 +639,7 @@ class CSM(nn.Module):
         return self.sample_rate / self.codec.config.frame
 
     def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation
-        memory."""
+        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
         for tower in self.stacks():
             tower.recompute = on
 
@@ -776,16 +764,14 @@ class CSM(nn.Module):
         return Depth(DepthSteps(self.depth_decoder.model, B, c.num_codebooks), tables, heads, allowed)
 
     def _read(self, x, place, caches):
-        """Embedded positions (B, L, H) go in at their place, the state that predicts the next comes out (B,
-        H)."""
+        """Embedded positions (B, L, H) go in at their place; the state that predicts the next comes out."""
         rope = self.backbone_model.rope(place.positions)
         context = Context(rope, mask=place.mask, column=place.column)
         return self.backbone_model(x, context, caches)[:, -1]
 
     @torch.inference_mode()
     def _step(self, frame, place, caches):
-        """The newest frame (B, K) of every row goes in at its place, the state that predicts the next comes
-        out."""
+        """The newest frame of every row (B, K) goes in; the state that predicts the next comes out (B, H)."""
         return self._read(self._frames(frame)[:, None], place, caches)
 
     @torch.inference_mode()  # a quarter less time than no_grad: most of it goes into calls
@@ -848,8 +834,7 @@ class CSM(nn.Module):
     # -------------------------------------------------------------------------- names and files
 
     def published_name(self, parameter, naming=None):
-        """The name of a parameter in a published file; the shared audio table has a second one in
-        transformers'."""
+        """The name of a parameter in a published file; of the audio table the first of its two."""
         return renamed(parameter, naming or self.naming)
 
     def published_copies(self, parameter, naming=None):
@@ -869,8 +854,7 @@ class CSM(nn.Module):
         return pair_order(self.config, parameter)
 
     def published_state_dict(self, naming=None, merged=False):
-        """{published name: tensor}. merged adds the adapters, in float32. transformers' holds the codec,
-        too."""
+        """{published name: tensor}; merged adds the adapters, in float32. transformers' has the codec."""
         naming, out = naming or self.naming, {}
         for name, w in checkpoint.weights(self, merged).items():
             rows = self.published_rows(name, naming)
@@ -881,8 +865,7 @@ class CSM(nn.Module):
         return out
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in a published layout: weights, config.json, the tokenizer's files, and the
-        codec."""
+        """Write a folder in a published layout: weights, config.json, tokenizer and codec."""
         naming = naming or self.naming
         if naming not in self.namings:
             raise Invalid(f"naming {naming!r}: known are {', '.join(self.namings)}")
@@ -907,8 +890,7 @@ class CSM(nn.Module):
         return folder
 
     def _published_config(self):
-        """config.json with both vocabularies of fields, as sesame/csm-1b has it: what was read, and what it
-        lacked."""
+        """config.json with both vocabularies of fields, as sesame/csm-1b has it; what was read wins."""
         c, raw = self.config, dict(self.raw_config)
         # the published folder's pointer to shards; here the default name is used
         raw.pop("transformers_weights", None)
@@ -1005,8 +987,7 @@ LEAVES = (
 
 
 def renamed(name, naming, back=False):
-    """Our name in another naming, or with `back` the other way round; what is in no table stays what it
-    is."""
+    """Our name in another naming, or with `back` the other way round; what no table has stays as it is."""
     if naming == "transformers":
         return name
     column = {"original": 1, "mlx": 2}[naming]
@@ -1045,8 +1026,7 @@ def pair_order(config, name):
 
 
 def published_tower(t, given):
-    """A TowerConfig as transformers writes it; the rotary numbers only where `given` does not spell them
-    already."""
+    """A TowerConfig as transformers writes it; rotary numbers only where `given` does not have them."""
     section = dataclasses.asdict(t)
     del section["rope_theta"], section["rope_scaling"]
     if "rope_parameters" not in given and "rope_scaling" not in given:
@@ -1055,8 +1035,7 @@ def published_tower(t, given):
 
 
 def rope_block(c):
-    """rope_parameters for transformers, where the old context may not exceed the positions: other scale, same
-    table."""
+    """rope_parameters for transformers, where the old context is below the positions: same table."""
     if c.rope_scaling is None:
         return {"rope_type": "default", "rope_theta": c.rope_theta}
     scaling, shrink = dict(c.rope_scaling), 1
@@ -1124,8 +1103,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
 
 
 def find_weights(path, wanted):
-    """The Weights of a file, or of the first in a folder that holds a CSM of the wanted naming or has that
-    name."""
+    """The Weights of a file, or of the first in a folder that holds a CSM of the wanted naming or name."""
     if path.is_dir() and wanted and (path / wanted).is_file():
         path = path / wanted
     files = [path]
@@ -1189,8 +1167,7 @@ def find_tokenizer(folder, given):
 
 
 def load_codec(folder, given, stored, config):
-    """Mimi from `given` (file or folder), from the tensors in the model's own file, or from a file beside
-    it."""
+    """Mimi from `given` (file or folder), from the tensors beside the model's, or from the folder."""
     K, settings = config.num_codebooks, config.codec_config
     if given is None and stored:
         return mimi.load(stored, settings, K, what=f"the codec in {folder}")

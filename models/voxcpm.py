@@ -6,9 +6,9 @@ diffusion transformer (DiT) draws the next patch by flow matching, and a head sa
 local encoder turns each patch into one vector for the LMs. There are no audio tokens and there is no sampling
 over a vocabulary.
 
-    position      0 ... S-2   S-1     S    ...   S+A-1       S text tokens with the 101, A patches base LM in
-    text        101     patch 1 .. patch A     reference first where there is one: 103 ref 104 text DiT
-    predicts              patch 1 patch 2 .. (stop)      position t is drawn from the state at t - 1
+    position      0 ... S-2   S-1     S    ...   S+A-1       S text tokens with the 101, A patches
+    base LM in    text        101     patch 1 .. patch A     a reference comes first: 103 patches 104 text
+    DiT predicts              patch 1 patch 2 .. (stop)      position t is drawn from the state at t - 1
 
 Papers: arXiv 2509.24650 (VoxCPM), 2606.06928 (VoxCPM2). Checkpoints: openbmb/VoxCPM-0.5B, VoxCPM1.5, VoxCPM2.
 
@@ -210,8 +210,7 @@ class Stack(nn.Module):
         self.recompute = False
 
     def make_rotary(self, device):
-        """Once the weights are there and cast: the frequencies stay float32, and the meta device holds no
-        numbers.
+        """After loading and casting: frequencies stay float32, and the meta device holds no numbers.
 
         They are divided by LongRoPE's factors at every length; 'long' ones only past the original length.
         """
@@ -254,8 +253,7 @@ def local_stack(lm, c):
 
 
 class LocalEncoder(nn.Module):
-    """One vector per patch: a special token in front of its P frames, then what stands there. (M, P, D) ->
-    (M, C)."""
+    """(M, P, D) -> (M, C): a special token in front of the P frames of a patch, and what comes out at it."""
 
     def __init__(self, lm, c, feat_dim):
         super().__init__()
@@ -295,8 +293,7 @@ def sinusoid(t, size):
 
 
 class DiT(nn.Module):
-    """Velocity of the flow for one patch: [condition and time] [previous patch] [noisy patch] -> last P
-    positions."""
+    """Velocity of the flow for one patch: [condition, time] [previous patch] [noisy patch] -> the last P."""
 
     def __init__(self, lm, c, feat_dim, fused):
         super().__init__()
@@ -337,16 +334,14 @@ class DiT(nn.Module):
 
 
 class Flow(nn.Module):
-    """Holds the DiT under its published name and integrates its velocity from noise (time 1) to data (time
-    0)."""
+    """Holds the DiT under its published name and integrates its velocity from noise (1) to data (0)."""
 
     def __init__(self, estimator):
         super().__init__()
         self.estimator = estimator
 
     def grid(self, steps, dtype, device):
-        """Times from 1 to 0, denser near 1 ("sway" with coefficient one), rounded as the original rounds
-        them."""
+        """Times from 1 to 0, denser near 1 ("sway", coefficient one), rounded as the original does."""
         t = torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
         return (t + (torch.cos(torch.pi / 2 * t) - 1 + t)).float()
 
@@ -376,8 +371,7 @@ class Flow(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Finite scalar quantisation: 2 x 9 + 1 levels per channel, straight-through in training. (.., C) -> (..,
-    C)."""
+    """Finite scalar quantisation, 2 x 9 + 1 levels a channel, straight-through in training; (.., C) stays."""
 
     def __init__(self, width, latent, levels):
         super().__init__()
@@ -486,8 +480,7 @@ class VoxCPM(nn.Module):
         return [self.tokenizer.vocab.get(piece, 0) for piece in pieces]  # 0 is <unk>
 
     def encode_audio(self, source, start=None, end=None):
-        """Latents (T, D) of a path or of (n,) samples at `sample_rate`, padded with zeros to whole
-        patches."""
+        """Latents (T, D) of a path or of (n,) samples at `sample_rate`, zero-padded to whole patches."""
         return self.encode_audio_batch([self._wave(source, start, end)])[0]
 
     def encode_audio_batch(self, waves):
@@ -523,8 +516,7 @@ class VoxCPM(nn.Module):
         return self.encode_audio(wave).view(-1, P, D)
 
     def encode(self, row):
-        """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row with text and
-        audio."""
+        """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row."""
         if row.get("turns"):
             raise Invalid("this row has turns; this backbone trains on single sentences, "
                           "so give rows with audio and text")
@@ -545,14 +537,12 @@ class VoxCPM(nn.Module):
                           "continued")
 
     def length(self, example):
-        """Positions of the LMs, as the original counts them: text with 101, patches, 102, a reference and its
-        marks."""
+        """Positions of the LMs, as upstream counts: text and 101, patches, 102, a reference and marks."""
         reference = len(example["ref_latents"]) + 2 if "ref_latents" in example else 0
         return len(example["text"]) + len(example["latents"]) + 1 + reference
 
     def collate(self, examples, seeds=None):
-        """Batch and counts. Draws per row, from its own seed: noise, time, keep. seeds=None: fixed, all
-        kept."""
+        """Batch and counts. Draws of a row, from its seed: noise, time, keep. seeds=None: fixed, all kept."""
         B = len(examples)
         tokens, patches, is_patch, is_target, cond = [], [], [], [], []
         for e in examples:
@@ -589,8 +579,7 @@ class VoxCPM(nn.Module):
         return batch, self.counts(batch)
 
     def _sequence(self, example):
-        """The Parts of an example in the order in which the base LM reads them; 0 stands where a patch
-        stands."""
+        """The Parts of an example, as the base LM reads them; token 0 stands where a patch stands."""
         def mark(token):
             return Part(torch.tensor([token]), latents[:0], False)
 
@@ -649,8 +638,7 @@ class VoxCPM(nn.Module):
         return {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
 
     def _stop_metrics(self, logits, batch):
-        """How often the stop head (N, 2) is right, and by how many patches each clip would end off its
-        place."""
+        """How often the stop head (N, 2) is right, and how many patches off each clip would end."""
         answer = logits.argmax(-1)
         right = (answer == batch["stop"]).float().sum()
         never = batch["ends"][batch["row"]]
@@ -672,8 +660,7 @@ class VoxCPM(nn.Module):
         return self._contexts(place.positions, Context(mask=place.mask, column=place.column))
 
     def _language_models(self, x, embed, place, contexts, caches=(None, None)):
-        """Base LM, quantiser at the audio positions `place` (flat), residual LM. x (B, L, H), embed (M,
-        H)."""
+        """Base LM, quantiser at the audio positions `place` (flat), residual LM. (B, L, H) each."""
         e = self.base_lm(x, contexts[0], caches[0])
         flat = e.flatten(0, 1)
         coarse = self.fsq_layer(flat[place]).to(flat.dtype)
@@ -702,8 +689,7 @@ class VoxCPM(nn.Module):
         return self.sample_rate / self.codec.hop / self.config.patch_size
 
     def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most activation
-        memory."""
+        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
         for stack in self.stacks():
             stack.recompute = on
 
@@ -743,8 +729,7 @@ class VoxCPM(nn.Module):
         return names
 
     def adapter_words(self, modules, values):
-        """lora_config.json's words for wrapped modules: the original builds its layers from these, then fills
-        them."""
+        """lora_config.json's words for wrapped modules: the original builds its layers from these."""
         lm = leaves(name for name in modules if name.startswith(LM_ROOTS))
         dit = leaves(name for name in modules if name.startswith(DIT_ROOT))
         proj = sorted(name for name in modules if "." not in name)
@@ -794,8 +779,7 @@ class VoxCPM(nn.Module):
 
     @torch.no_grad()
     def _run(self, requests, s):
-        """Yields (i, patch (P, D)) of every request, one forward per step for all that speak; sets
-        self.finish."""
+        """Yields (i, patch (P, D)) of every request, one step for all that still speak; sets self.finish."""
         caps = [self._cap(request, s) for request in requests]
         batch = LeftPadded([len(request["ids"]) for request in requests], max(caps), self.device)
         speaking = Speaking(caps)
@@ -845,8 +829,7 @@ class VoxCPM(nn.Module):
         return caches, e[:, -1], r[:, -1]
 
     def _step(self, patch, place, caches):
-        """The newest patch (B, P, D) of every row goes in at its place, the states that predict the next come
-        out."""
+        """The newest patch of every row (B, P, D) goes in; the states that predict the next come out."""
         contexts = self._contexts_at(place)
         x = self.enc_to_lm_proj(self.feat_encoder(patch))[:, None]  # (B, 1, H)
         e = self.fsq_layer(self.base_lm(x, contexts[0], caches[0]))
@@ -911,8 +894,7 @@ class VoxCPM(nn.Module):
         return checkpoint.weights(self, merged)
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in the published layout: weights, and config, codec and tokenizer as they were
-        read."""
+        """Write a folder in the published layout; all but the weights is copied as it was read."""
         if not merged and any(".lora_" in name for name, _ in self.named_parameters()):
             raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
                           "lora.save_lora_weights keeps them apart")
@@ -1025,8 +1007,7 @@ def find_file(folder, given, names, what):
 
 
 def draw(model):
-    """Weights as PyTorch draws them, which is how the original starts; the special token is standard
-    normal."""
+    """Weights as PyTorch draws them, as the original starts; the special token is standard normal."""
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -1089,8 +1070,7 @@ def mid(s):
 
 
 def shape(size, version):
-    """(Config, arguments of the codec) of a version in its published size, or smaller in the same
-    proportions."""
+    """(Config, arguments of the codec) of a version, in its published size or smaller."""
     version = version or "1.5"
     if version not in VERSIONS:
         raise Invalid(f"version {version!r} is not known; there are {', '.join(VERSIONS)}")

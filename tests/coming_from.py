@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-SCRIPTS = {"train": "train.py", "prepare": "prepare_data.py", "infer": "infer.py", "merge": "merge_lora.py"}
+SCRIPTS = {"train": "train.py", "prepare": "prepare_data.py", "infer": "infer.py", "merge": "merge_lora.py",
+           "validate": "validate.py"}
 
 INTRO = """# Coming from another tool
 

@@ -17,6 +17,7 @@ from prepare_data import Prepare
 from tests import coming_from
 from tests.conftest import ROOT
 from train import Train
+from validate import Validate
 
 SHIPPED = sorted(Path(ROOT, "configs").glob("*.yaml"))
 UPSTREAM = """\
@@ -61,7 +62,7 @@ distribute: true
 
 def settings_of(script):
     """The dataclass at the top of a script."""
-    return {"train": Train, "prepare": Prepare, "infer": Infer, "merge": Merge}[script]
+    return {"train": Train, "prepare": Prepare, "infer": Infer, "merge": Merge, "validate": Validate}[script]
 
 
 @dataclass

@@ -85,6 +85,13 @@ def test_an_empty_wav_with_something_behind_is_no_sound_from_a_pipe(tmp_path):
     assert not put(tmp_path, "a.wav", data).parts
 
 
+def test_chunks_of_odd_length_are_padded(tmp_path):
+    data = encoded("a.wav")
+    odd = data[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + data[36:]
+    assert not put(tmp_path, "a.wav", odd).problem
+    assert "cut off: its header promises 10 bytes" in put(tmp_path, "b.wav", odd[:-10]).problem
+
+
 @pytest.mark.parametrize("head", (b"RIFF", b"RF64", b"BW64"))
 def test_empty_chunks_end(tmp_path, head):
     two = b"ds64" + bytes(4)

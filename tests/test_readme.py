@@ -320,6 +320,21 @@ def test_settings_lie_where_the_commands_put_things():
         assert settings["save_path"] == f"runs/{path.stem}", path.name
 
 
+def test_a_checkpoint_that_is_not_there_is_no_reason_to_invent_a_hub_id(tmp_path, monkeypatch):
+    """The folder of a YAML file looks like org/name; what is advised is the README, which has the true ids."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "mine").mkdir()
+    for path in ("checkpoints/VoxCPM1.5", "checkpoints/csm-1b", "mine/voice"):
+        with pytest.raises(models.Invalid) as error:
+            models.folder_of(path)
+        assert "hf download" not in str(error.value), error.value
+        assert "README.md has the hub id of each" in str(error.value) and path in str(error.value)
+    with pytest.raises(models.Invalid, match="hf download openbmb/VoxCPM2 --local-dir checkpoints/VoxCPM2"):
+        models.folder_of("openbmb/VoxCPM2")
+    assert "| hub id |" in TEXT
+
+
 def test_the_table_of_settings_names_settings_and_has_the_numbers_of_the_yaml_files():
     index = configs.names(train.Train, "train")
     options = {f"backbone.{f.name}" for b in models.backbones().values() for f in dataclasses.fields(b.Training)}

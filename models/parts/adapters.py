@@ -72,8 +72,8 @@ def locate(path):
     # One file of any name: what csm-mlx once wrote, and what `voxcpm` writes renamed.
     if path.is_file() and path.suffix == ".safetensors":
         return path, _config_beside(path, "voxcpm"), "voxcpm"
-    known = [name for names in FILES.values() for name in names]
-    raise Invalid(f"no adapter at {path}; expected a folder with one of {', '.join(known)}")
+    names = ", ".join(sum(FILES.values(), ()))
+    raise Invalid(f"no adapter at {path}; expected a folder with one of {names}")
 
 
 def _config_beside(weights, kind):
@@ -276,7 +276,7 @@ class Home(NamedTuple):
     rows: torch.Tensor | None  # published = ours[rows]; None: the same order
     axes: str = ""  # see published_axes in models/__init__.py
 
-    def own(self, tensor):
+    def held(self, tensor):
         """A published weight as the model holds it."""
         if self.axes == "turned":
             tensor = tensor.T
@@ -289,20 +289,20 @@ def _homes(model):
     """{published parameter name in any naming: Home}"""
     homes = {}
     for naming in reversed(model.namings):  # the first naming has the last word where two use one name
-        for own, _, _, _ in checkpoint.published(model):
-            home = Home(own, model.published_rows(own, naming), _axes(model, own))
-            homes |= dict.fromkeys(_spellings(model, own, naming), home)
+        for parameter, _, _, _ in checkpoint.published(model):
+            home = Home(parameter, model.published_rows(parameter, naming), _axes(model, parameter))
+            homes |= dict.fromkeys(_spellings(model, parameter, naming), home)
     return homes
 
 
-def _spellings(model, own, naming):
+def _spellings(model, parameter, naming):
     """The published names of a parameter in one naming: several where tables are tied and stored twice."""
-    copies = model.published_copies(own, naming) if hasattr(model, "published_copies") else ()
-    return (model.published_name(own, naming), *copies)
+    copies = model.published_copies(parameter, naming) if hasattr(model, "published_copies") else ()
+    return (model.published_name(parameter, naming), *copies)
 
 
-def _axes(model, own):
-    return model.published_axes(own) if hasattr(model, "published_axes") else ""
+def _axes(model, parameter):
+    return model.published_axes(parameter) if hasattr(model, "published_axes") else ""
 
 
 def _own_rows(tensor, rows):
@@ -368,7 +368,7 @@ class _Fitting:
         """PEFT stores an output head once more when it is a target; it must be the head of this base."""
         home = self.homes[published]
         base = self.model.get_parameter(home.name).detach().float().cpu()
-        copy = home.own(self.load(name))
+        copy = home.held(self.load(name))
         # The copy may have been stored in bf16, which keeps two digits and a half.
         if base.shape != copy.shape or not torch.allclose(base, copy, rtol=1e-2, atol=1e-6):
             self.wrong.append(f"{name} is not this base's {published}")
@@ -376,22 +376,22 @@ class _Fitting:
 
     def take_in_full(self, name, published):
         home = self.homes[published]
-        own = home.name
-        value, shape = home.own(self.load(name)), self.model.get_parameter(own).shape
-        twin = self.adapter.full.get(own)
+        parameter = home.name
+        value, shape = home.held(self.load(name)), self.model.get_parameter(parameter).shape
+        twin = self.adapter.full.get(parameter)
         if twin is not None and not torch.equal(twin, value):
             self.wrong.append(f"{name} differs from its other copy, but the model has one tensor for both")
         if value.shape != shape:
             self.wrong.append(f"{name} is {list(value.shape)}, the model has {list(shape)}")
-        self.adapter.full[own] = value
+        self.adapter.full[parameter] = value
         self.adapter.loaded.append(name)
 
     def check_twins(self):
         """transformers ties its tables, PEFT trains a copy of each: one alone is half an adapter."""
         names = {_plain(name).replace(".default.", ".") for name in self.stored}
-        for own in self.adapter.full:
+        for parameter in self.adapter.full:
             for naming in self.model.namings:
-                twins = set(_spellings(self.model, own, naming))
+                twins = set(_spellings(self.model, parameter, naming))
                 present, absent = twins & names, twins - names
                 if present and absent:
                     apart = f"{', '.join(sorted(present))} was trained apart from {', '.join(sorted(absent))}"
@@ -408,18 +408,18 @@ class _Fitting:
         if transposed:
             A, B = A.T.contiguous(), B.T.contiguous()
         weight, rows, axes = self.homes[module + ".weight"]
-        own = weight.removesuffix(".weight")
+        ours = weight.removesuffix(".weight")
         if axes == "kernel" and A.ndim == B.ndim == 3:  # PEFT adapts a convolution of kernel 1 by two more
             A, B = A[..., 0], B[..., 0]
-        wrong = self.misfit(self.model.get_submodule(own), A, B)
+        wrong = self.misfit(self.model.get_submodule(ours), A, B)
         if wrong:
             self.wrong.append(f"{module} {wrong}")
             return
         scale = self.meaning.scale(module)
-        self.adapter.pairs[own] = Pair(A, _own_rows(B, rows), scale)
+        self.adapter.pairs[ours] = Pair(A, _own_rows(B, rows), scale)
         if "lora_bias" in names:
             bias = _own_rows(self.load(names["lora_bias"]), rows)
-            self.adapter.bias[own] = bias * scale if self.kind == "peft" else bias  # PEFT scales it, too
+            self.adapter.bias[ours] = bias * scale if self.kind == "peft" else bias  # PEFT scales it, too
         self.adapter.loaded += names.values()
 
     def misfit(self, base, A, B):
@@ -506,8 +506,8 @@ def write(model, tensors, settings, place, record):
     draft = _draft(model, tensors, settings, kind, place.naming or model.adapter_namings[kind])
     draft.base = record.get("base") or getattr(model, "path", "")
     out = {}
-    for own, value in tensors.items():
-        for key, published in _published(model, draft, own, value).items():
+    for name, value in tensors.items():
+        for key, published in _published(model, draft, name, value).items():
             out[key] = published.float().clone()
     header = {"backbone": model.backbone, "base": draft.base, "fingerprint": model.fingerprint,
               "settings": {**dataclasses.asdict(settings), "r": draft.r, "scale": draft.scale}}
@@ -543,20 +543,20 @@ KEYS = {"voxcpm": {"lora_A": "lora_A", "lora_B": "lora_B", "lora_bias": "lora_bi
         "mlx": {"lora_A": "lora_a", "lora_B": "lora_b"}}
 
 
-def _published(model, draft, own, value):
+def _published(model, draft, name, value):
     """{key in the file: tensor} of one tensor of an adapter."""
     prefix = "base_model.model." if draft.kind == "peft" else ""
-    half = re.fullmatch(r"(.*)\.(lora_A|lora_B|lora_bias)", own)
-    weight = half[1] + ".weight" if half else own
+    half = re.fullmatch(r"(.*)\.(lora_A|lora_B|lora_bias)", name)
+    weight = half[1] + ".weight" if half else name
     rows = model.published_rows(weight, draft.naming)
-    if rows is not None and not own.endswith(".lora_A"):  # A meets the input, whose order is the same in all
+    if rows is not None and not name.endswith(".lora_A"):  # A meets the input, whose order is the same in all
         value = value[rows]
     axes = _axes(model, weight)
-    if axes == "kernel" and not own.endswith(".lora_bias"):
+    if axes == "kernel" and not name.endswith(".lora_bias"):
         value = value[..., None]
     if not half:
         value = value.T if axes == "turned" else value
-        return {prefix + name: value for name in _spellings(model, own, draft.naming)}
+        return {prefix + spelling: value for spelling in _spellings(model, name, draft.naming)}
     module, part = half.groups()
     if draft.kind == "peft" and part == "lora_bias":
         value = value / draft.scale  # PEFT scales it with the rest

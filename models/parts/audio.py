@@ -4,8 +4,9 @@
     write("out.wav", wave, rate)                    # PCM 16
 
 wav, flac, ogg and mp3 go through soundfile. A file that is cut, empty or holds NaN is refused with its name,
-because libsndfile would read the first half of a cut WAV, or a NaN, without a word. Features are computed on
-the CPU in float64 and returned as float32: they are logarithms of small numbers, and are made once per clip.
+because libsndfile would read the first half of a cut WAV, or a NaN, without a word; see containers.py.
+Features are computed on the CPU in float64 and returned as float32: they are logarithms of small numbers, and
+are made once per clip.
 """
 import functools
 import io
@@ -23,7 +24,6 @@ from models.parts import Invalid, containers
 
 # ------------------------------------------------------------------------------------------------ files
 
-UNKNOWN_SIZE = 0xFFFFFFFF  # what a program writes that streams a WAV into a pipe; also the mark of RF64
 END_SLACK = 0.1  # seconds that an end may lie behind the file: manifests round the length of a clip
 MP3_SHARE = 0.99  # of the samples that the header promises; without an index, mp3 lengths are estimates
 PCM_SCALE = 32768  # 2^15; +1.0 itself has no sample and becomes 32767
@@ -46,12 +46,13 @@ def info(path) -> Info:
     """What a sound file says of itself; nothing is decoded. One that ends early is refused."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise Invalid(f"{path}: this is a folder, not a sound file")
         if not path.is_file():
-            raise Invalid(f"{path}: no such file")
+            what = "this is a folder, not a sound file" if path.is_dir() else "no such file"
+            raise Invalid(f"{path}: {what}")
         size = path.stat().st_size
         sound = containers.look(path)
+        if sound.problem:
+            raise Invalid(f"{path}: {sound.problem}. Copy or export it again.")
         parts = [soundfile.info(source) for source in _sources(path, sound)]
     except Invalid:
         raise
@@ -62,8 +63,6 @@ def info(path) -> Info:
         raise Invalid(f"{path}: {what}. wav, flac, ogg and mp3 are read; convert it first.") from None
     found = parts[0]
     rate, frames = found.samplerate, sum(part.frames for part in parts)
-    if sound.problem:
-        raise Invalid(f"{path}: {sound.problem} ({frames} samples found, rate {rate}). Copy or export it again.")
     kinds = {(part.samplerate, part.channels) for part in parts}
     if len(kinds) > 1:
         said = " and ".join(f"{rate} Hz with {channels} channels" for rate, channels in sorted(kinds))

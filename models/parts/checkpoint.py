@@ -225,13 +225,13 @@ def fill(model, stored, rename=None, unused=None, **form):
     match = _match(model, stored, rename or str, unused or {})
     if match.missing or match.misfits or (match.unexpected and not form.allow_unused):
         raise Invalid(_does_not_fit(form.what, len(stored), match))
-    for own, name in match.filled.items():
+    for place, name in match.filled.items():
         value = stored[name].load()
         dtype = form.dtype if value.is_floating_point() else value.dtype
         # copy: on the CPU the same dtype would otherwise stay a window into the file and follow what happens
         # to it
         value = value.to(device=form.device, dtype=dtype, copy=True).contiguous()
-        module, leaf = holder(model, own)
+        module, leaf = holder(model, place)
         if leaf in module._parameters:
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         else:
@@ -242,23 +242,23 @@ def fill(model, stored, rename=None, unused=None, **form):
 def _match(model, stored, rename, unused):
     match = Match()
     # named_parameters has those that state_dict leaves out, state_dict the persistent buffers.
-    wanted = {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
+    places = {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
     for name, tensor in stored.items():
-        own = rename(name)
+        place = rename(name)
         if any(re.fullmatch(pattern, name) for pattern in unused):
             match.listed.append(name)
-        elif own not in wanted:
+        elif place not in places:
             match.unexpected.append(name)
-        elif tuple(wanted[own].shape) != tensor.shape:
-            shapes = f"{list(tensor.shape)}, the model has {list(wanted[own].shape)}"
+        elif tuple(places[place].shape) != tensor.shape:
+            shapes = f"{list(tensor.shape)}, the model has {list(places[place].shape)}"
             match.misfits.append(f"{name} is {shapes}")
-        elif own in match.filled:
-            match.misfits.append(f"{name} and {match.filled[own]} are the same tensor of the model")
+        elif place in match.filled:
+            match.misfits.append(f"{name} and {match.filled[place]} are the same tensor of the model")
         else:
-            match.filled[own] = name
-    for own in wanted:
-        if own not in match.filled and not any(own in text for text in match.misfits):
-            match.missing.append(own)
+            match.filled[place] = name
+    for place in places:
+        if place not in match.filled and not any(place in text for text in match.misfits):
+            match.missing.append(place)
     return match
 
 
@@ -328,6 +328,9 @@ def weights(model, merged=False) -> dict[str, torch.Tensor]:
     """
     out = {}
     for name, p, module, leaf in published(model):
+        if hasattr(module, "code_scale"):
+            raise Invalid(f"{name} was rounded to a few bits when the model was loaded, and rounded weights "
+                          "are never saved. Load the base with base_bits 16; merge_lora.py does.")
         value = module.merged(leaf) if merged and hasattr(module, "added") else p.detach()
         out[name] = value.to(getattr(p, "published_dtype", value.dtype))
     return out

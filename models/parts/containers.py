@@ -22,6 +22,7 @@ from pathlib import Path
 from models.parts import Invalid
 
 MOST_CHUNKS = 4096  # real files have a dozen; a hostile one could be all empty chunks, and take minutes
+UNKNOWN = 0xFFFFFFFF  # of a size in 32 bits: written into a pipe, or kept elsewhere in the file
 PIPE_SIZE = 0x7FFF0000  # who writes into a pipe cannot know the size and states about the most there is
 MOST_BYTES = 2**31  # a file that must be mended is read whole; what is larger is named instead
 
@@ -35,7 +36,7 @@ class Sound:
 
 
 def look(path) -> Sound:
-    """Walk the container of a file; an unknown format is left to libsndfile. Invalid where it cannot be opened."""
+    """Walk the container of a file; unknown formats are left to libsndfile. Invalid: it cannot be opened."""
     try:
         status = os.stat(path)
         return _look(str(path), status.st_size, status.st_mtime_ns)
@@ -91,19 +92,20 @@ def _riff(file, size):
     stated = struct.unpack_from("<I", file.read(12).ljust(12, b"\0"), 4)[0]
     long = None  # RF64 keeps a size beyond 4 GB in a chunk of its own
     for name, begin, length in _chunks(file, size, "<4sI", pad=True):
+        # A pipe leaves the size of the whole and of the data undone: one right size is a promise.
         if name == b"ds64":
             if length < 16:
                 return Sound("damaged: its ds64 chunk is shorter than the sizes that it should hold")
             long = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))[1]
         if name != b"data":
             continue
-        if length >= 0xFFFFFFFF and long is not None:
+        if length == UNKNOWN and long is not None:
             length = long
         if length == 0 and begin < size and stated + 8 != size:  # written into a pipe, and never corrected
             data = _whole(file, size, "its size is not stated")
             data[begin - 4 : begin] = struct.pack("<I", size - begin)
             return Sound(parts=(bytes(data),))
-        if length >= PIPE_SIZE and size < PIPE_SIZE:
+        if length == UNKNOWN or length >= PIPE_SIZE and size < PIPE_SIZE and stated + 8 != size:
             return Sound()
         return _cut(begin + length - size) if begin + length > size else Sound()
     return Sound("cut off within its header")
@@ -123,7 +125,7 @@ def _aiff(file, size):
 
 def _au(file, size):
     _, begin, length = struct.unpack(">4sII", file.read(12).ljust(12, b"\0"))
-    if length == 0xFFFFFFFF:  # allowed by the format: up to the end
+    if length == UNKNOWN:  # allowed by the format: up to the end
         return Sound()
     return _cut(begin + length - size) if begin + length > size else Sound()
 
@@ -221,7 +223,7 @@ class MpegFrame:
 
 @functools.lru_cache(maxsize=4096)  # a file has few different headers, and many of them
 def _mpeg_header(raw):
-    """MpegFrame of four bytes, None where they are no header, or one of free bitrate, which cannot be walked."""
+    """MpegFrame of four bytes; None: they are no header, or one of free bitrate, which cannot be walked."""
     if len(raw) < 4 or raw[0] != 0xFF or raw[1] & 0xE0 != 0xE0:
         return None
     version, layer = raw[1] >> 3 & 3, 4 - (raw[1] >> 1 & 3)
@@ -344,13 +346,13 @@ TAIL = 2**21  # more than the longest frame, which is 65,535 samples of 8 channe
 
 
 def _flac(file, size):
-    """The last frame must end where the total says. Joined recordings become parts; a total of 0, which is what
-    a pipe leaves, is worked out from the last frame."""
+    """The last frame must end where the total says. Joined recordings become parts; a total of 0, as a pipe
+    leaves it, is worked out from the last frame."""
     head = file.read(42)
     file.seek(max(0, size - TAIL))
     tail = file.read()
     if len(head) < 42:
-        return Sound("cut off within its header")
+        return Sound()  # no FLAC at all: libsndfile says so
     alone = not re.search(FLAC_BEGINS, tail[4:])
     total = _flac_total(head)
     if alone and total and any(end == total for end, _ in _flac_ends(head, tail)):
@@ -378,7 +380,7 @@ def _flac_total(head):
 
 
 def _flac_ends(head, tail):
-    """(sample at which it ends, place from the end of the tail) of what looks like a frame, the last first."""
+    """(sample at which it ends, place from the tail's end) of what looks like a frame, last first."""
     largest = struct.unpack_from(">H", head, 10)[0]
     at = len(tail)
     while (at := tail.rfind(b"\xff", 0, at)) >= 0:
@@ -391,7 +393,7 @@ def _flac_ends(head, tail):
 
 
 def _flac_header(data, at):
-    """(coded number, samples) of the frame header at a place, None where its checksum says that it is none."""
+    """(coded number, samples) of the frame header at a place; None: its checksum says that it is none."""
     if len(data) < at + 6:
         return None
     size_code, rate_code = data[at + 2] >> 4, data[at + 2] & 15

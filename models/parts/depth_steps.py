@@ -37,7 +37,8 @@ def joined(*linears, scale=None, rows=None, add=False):
     out (N, all outputs side by side, in the order `rows`) is overwritten or, with `add`, added to. x is
     multiplied by `scale` (C,) first.
     """
-    if any(hasattr(m, "lora_A") for m in linears):  # an adapter is on: each runs by itself
+    if any(hasattr(m, "lora_A") or hasattr(m, "code_scale") for m in linears):
+        # An adapter is on, or the weights are codes: each runs by itself.
         return one_by_one(linears, scale, rows, add)
     weight = linears[0].weight
     if len(linears) > 1:
@@ -64,8 +65,7 @@ def one_by_one(linears, scale, rows, add):
 
 
 def order_of_rows(H, G, D):
-    """Where the rows of the joined matrix come from: group by group its queries, key and value; pairs side by
-    side."""
+    """Where the rows of the joined matrix come from: by group its queries, key, value; pairs side by side."""
     rows = torch.arange((H + 2 * G) * D).view(-1, D)
     q, k, v = rows.split((H, G, G))
     q, k = (side_by_side(part) for part in (q, k))
@@ -105,8 +105,7 @@ class Heads(NamedTuple):
 
 @dataclass
 class Places:
-    """Where the results of a step of n positions go, (n * B, ..): the rows of one position under those of the
-    other."""
+    """Where the results of a step of n positions go, (n * B, ..): one position's rows under the other's."""
 
     stream: torch.Tensor  # C + MORE_COLUMNS wide
     x: torch.Tensor  # its first C columns
@@ -126,8 +125,7 @@ class DepthSteps:
     """The decoder for B rows and at most K positions; the first step reads two of them. Needs no gradient."""
 
     def __init__(self, decoder, B, K):
-        """decoder: a module with inputs_embeds_projector, layers, norm, and frequencies of the rotary
-        embedding."""
+        """decoder: a module with inputs_embeds_projector, layers, norm and (rotary) frequencies."""
         first = decoder.layers[0]
         weight = decoder.norm.weight
         self.H = first.self_attn.heads

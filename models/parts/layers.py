@@ -16,8 +16,7 @@ FEW_ROWS, MANY_ROWS = 4, 32
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then times the weight: this order is what the published models
-    compute."""
+    """x / rms(x) in float32, cast back, then times the weight: in the order of the published models."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -30,8 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(size, theta, factors=None):
-    """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv
-    2402.13753)."""
+    """Angular frequency of each pair, (D/2,) float32. factors divide them (LongRoPE, arXiv 2402.13753)."""
     exponents = -torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     frequencies = theta**exponents
     if factors is not None:
@@ -101,8 +99,7 @@ def attend(q, k, v, causal=False, mask=None):
 
 
 class Cache:
-    """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they
-    write."""
+    """Keys and values of one layer, (B, G, S, D) each, allocated once; rows share the column they write."""
 
     def __init__(self, shape, like):
         """like: a tensor of the dtype and on the device that the cache gets."""

@@ -391,14 +391,21 @@ def for_encode(row):
 
 def pick(raw, key):
     """The first value that a raw row has under the names of a key."""
-    values = [raw.get(name) for name in KEYS.get(key, (key,))]
-    return next((value for value in values if value is not None), None)
+    for name in KEYS.get(key, (key,)):
+        value = raw.get(name)
+        if value is not None:
+            return value
+    return None
 
 
 def pick_all(raw, keys):
     """The values of those keys that have one."""
-    values = {key: pick(raw, key) for key in keys}
-    return {key: value for key, value in values.items() if value is not None}
+    row = {}
+    for key in keys:
+        value = pick(raw, key)
+        if value is not None:
+            row[key] = value
+    return row
 
 
 def canonical(raw, roots):

@@ -65,7 +65,7 @@ def pitch(wave, rate):
 
 
 def _differences(frames):
-    """Sum (x[j] - x[j + lag])^2 over the window for lags 0 .. LONGEST, (T, LONGEST + 1), and the window's energy (T,)."""
+    """Sum (x[j] - x[j + lag])^2 for lags 0 .. LONGEST, (T, LONGEST + 1), and the window's energy (T,)."""
     size = 1 << (2 * WINDOW + LONGEST - 1).bit_length()
     here = torch.fft.rfft(frames[:, :WINDOW], size)
     there = torch.fft.rfft(frames, size)
@@ -104,12 +104,12 @@ def pitch_facts(wave, rate):
     return median, 12 * math.log2(high / low)
 
 
-# ------------------------------------------------------------------------------------------------ distance to a recording
+# ------------------------------------------------------------------------------------------------ distance
 
 
 def cepstra(wave, rate):
     """Mel cepstral coefficients 1 to 13. (n,) -> (T, 13) float64"""
-    mel = audio.mel_spectrogram(audio.resample(wave, rate, CEPSTRA_RATE)).double()  # (80, T), natural logarithm
+    mel = audio.mel_spectrogram(audio.resample(wave, rate, CEPSTRA_RATE)).double()  # (80, T), natural log
     mel = mel.clamp(min=float(mel.max()) - FLOOR_DB * math.log(10) / 20)
     bins = torch.arange(len(mel), dtype=torch.float64)
     order = torch.arange(1, CEPSTRA + 1, dtype=torch.float64)
@@ -127,18 +127,21 @@ def aligned(costs):
     steps = np.zeros((A + 1, B + 1))
     total[0, 0] = 0.0
     for diagonal in range(2, A + B + 1):
-        i = np.arange(max(1, diagonal - B), min(A, diagonal - 1) + 1)
+        first = max(1, diagonal - B)
+        last = min(A, diagonal - 1)
+        i = np.arange(first, last + 1)
         j = diagonal - i
-        before = np.stack([total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]])
-        best = before.argmin(0)
-        came_from = np.stack([steps[i - 1, j - 1], steps[i - 1, j], steps[i, j - 1]])
-        total[i, j] = before.min(0) + costs[i - 1, j - 1]
-        steps[i, j] = np.take_along_axis(came_from, best[None], 0)[0] + 1
+        before = (i - 1, j - 1), (i - 1, j), (i, j - 1)  # both go on, only the first, only the second
+        totals = np.stack([total[place] for place in before])
+        lengths = np.stack([steps[place] for place in before])
+        best = totals.argmin(0)[None]
+        total[i, j] = totals.min(0) + costs[i - 1, j - 1]
+        steps[i, j] = 1 + np.take_along_axis(lengths, best, 0)[0]
     return float(total[A, B] / steps[A, B])
 
 
 def mel_cepstral_distance(wave, rate, other, other_rate):
-    """Mean distance of the spectral envelopes in dB after time alignment, the levels left out (Kubichek 1993)."""
+    """Mean distance of spectral envelopes in dB after time alignment, levels left out (Kubichek 1993)."""
     a, b = cepstra(wave, rate), cepstra(other, other_rate)
     return 10 / math.log(10) * math.sqrt(2) * aligned(torch.cdist(a, b).numpy())
 
@@ -150,9 +153,12 @@ def errors(wanted, got):
     """Insertions, deletions and substitutions that turn one sequence into the other (Levenshtein)."""
     row = list(range(len(got) + 1))
     for i, item in enumerate(wanted, 1):
-        before, row[0] = row[0], i
+        diagonal = row[0]
+        row[0] = i
         for j, other in enumerate(got, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (item != other))
+            cheapest = min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
+            diagonal = row[j]
+            row[j] = cheapest
     return row[-1]
 
 

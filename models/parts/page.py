@@ -34,7 +34,8 @@ p { margin: .5em 0 } .quiet { opacity: .7 }
 .facts div { background: var(--soft); border-radius: 6px; padding: 6px 10px }
 .wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: 3px 8px; min-width: 4em }
-th, td { border-bottom: 1px solid var(--line); overflow-wrap: break-word } figure { margin: 0 } figcaption { font-size: .9em }
+th, td { border-bottom: 1px solid var(--line); overflow-wrap: break-word }
+figure { margin: 0 } figcaption { font-size: .9em }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor }
@@ -162,7 +163,8 @@ def sound(data, kind):
 def picture(pixels):
     """(H, W) values in [0, 1], 0 black, as a grey picture that is in the page (PNG)."""
     height, width = pixels.shape
-    rows = torch.nn.functional.pad((pixels * 255).round().to(torch.uint8), (1, 0))  # each row begins with its filter, none
+    grey = (pixels * 255).round().to(torch.uint8)
+    rows = torch.nn.functional.pad(grey, (1, 0))  # each row begins with the number of its filter: none
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.numpy().tobytes())), (b"IEND", b""))
     data = b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, content) for name, content in parts)

@@ -30,8 +30,7 @@ class Place(NamedTuple):
 
 
 class LeftPadded:
-    """Prompts of unequal length as one batch: padded on the left, so that all end, and go on, at the same
-    column.
+    """Prompts of unequal length as one batch, padded on the left: all end, and go on, at the same column.
 
         column   0  1  2  3  4 | 5  6     prompts of 3 and 5 positions, then steps 0 and 1
         row 0    .  .  a  b  c | x  y     pad 2: a is position 0, x position 3

@@ -2,26 +2,29 @@
 
     pieces("Dr. Lee paid 3.50. \\"Really?\\" Yes.", 20)   # ['Dr. Lee paid 3.50. ', '"Really?" Yes.']
 
-Nothing is lost or changed: joined, the pieces are the text. Marks are those of the scripts that speech models read; a full
-stop in an abbreviation, an initial or a number ends nothing.
+Nothing is lost or changed: joined, the pieces are the text. Marks are those of the scripts that speech models
+read; a full stop in an abbreviation, an initial or a number ends nothing.
 """
 import re
 import unicodedata
 
 from models.parts import Invalid
 
-# Marks that end a sentence wherever they stand: Chinese and Japanese, Devanagari, Armenian, Ethiopic, Burmese, Khmer,
-# Tibetan, and the Arabic and Urdu ones, which no number holds.
+# Marks that end a sentence wherever they stand: Chinese and Japanese, Devanagari, Armenian, Ethiopic,
+# Burmese, Khmer, Tibetan, and the Arabic and Urdu ones, which no number holds.
 STRONG = "。｡！？…‥।॥։።፧፨၊။។៕།༎؟۔"
 PLAIN = ".!?"  # these need a blank or the end of the text behind them
-CLAUSE = ",;:，、；：،؛—–"
+CLAUSE = r"[,;:—–](?=\s)|[，、；：،؛]"  # a regex: Latin ones need a blank behind them, as in 1,000
 CLOSING = "\"'”’»›)]}」』】〉》）］"  # belong to the sentence before them
 
 # Words that take a full stop and go on, in lower case: English, German, French, Spanish, Portuguese, Italian.
-ABBREVIATIONS = set("""mr mrs ms dr prof rev hon st jr gen col capt lt sgt gov sen rep vs etc eq ed eds al inc ltd co corp
-dept approx ca cf jan feb apr jun jul aug sep sept oct nov a.m p.m e.g i.e u.s u.k hr fr bzw z.b d.h u.a usw str tel mme
-mlle mm sra srta ud uds av avda sig dott ing""".split())
-NUMBERED = {"no", "nos", "nr", "vol", "fig", "figs", "p", "pp", "art", "sec", "ch"}  # the same, before a number only
+ABBREVIATIONS = set("""
+mr mrs ms dr prof rev hon st jr gen col capt lt sgt gov sen rep vs etc eq ed eds al inc ltd co corp dept
+approx ca cf jan feb apr jun jul aug sep sept oct nov a.m p.m e.g i.e u.s u.k hr fr bzw z.b d.h u.a usw str
+tel mme mlle mm sra srta ud uds av avda sig dott ing
+""".split())
+# The same, before a number only.
+NUMBERED = {"no", "nos", "nr", "vol", "fig", "figs", "p", "pp", "art", "sec", "ch"}
 
 
 def _is_end(text, at):
@@ -61,13 +64,12 @@ def sentences(text):
 
 
 def _cut(sentence, most):
-    """A sentence that is too long: at its last clause mark that fits, else at its last blank, else anywhere."""
+    """A sentence that is too long: at the last clause mark that fits, else the last blank, else anywhere."""
     out = []
     while len(sentence) > most:
         head = sentence[:most]
-        marks = [i + 1 for i, character in enumerate(head) if character in CLAUSE and sentence[i + 1 : i + 2].isspace()
-                 or character in "，、；：،؛"]
-        blanks = [i + 1 for i, character in enumerate(head) if character.isspace()]
+        marks = [match.end() for match in re.finditer(CLAUSE, head)]
+        blanks = [match.end() for match in re.finditer(r"\s", head)]
         at = next((places[-1] for places in (marks, blanks) if places), most)
         while 1 < at < len(sentence) and unicodedata.combining(sentence[at]):
             at -= 1  # an accent stays with its letter

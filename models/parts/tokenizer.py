@@ -179,10 +179,10 @@ class Tokenizer:
 
     # --------------------------------------------------------------------------------------- reading the file
 
-    def _allow(self, what, found, allowed, known=None):
-        if found not in allowed:
-            known = known or ", ".join(map(str, allowed))
-            raise Invalid(f"{self.name}: {what} is {found!r}, which is not supported; known: {known}. "
+    def _allow(self, what, value, allowed, choices=None):
+        if value not in allowed:
+            choices = choices or ", ".join(map(str, allowed))
+            raise Invalid(f"{self.name}: {what} is {value!r}, which is not supported; known: {choices}. "
                           "Is this the tokenizer of a model that is supported?")
 
     def _steps(self, step, part) -> list[dict]:
@@ -191,14 +191,17 @@ class Tokenizer:
         if step is None:
             return []
         if step["type"] == "Sequence":
-            return [s for one in step[several] for s in self._steps(one, part)]
+            steps = []
+            for one in step[several]:
+                steps += self._steps(one, part)
+            return steps
         self._allow(f"{part} type", step["type"], kinds)
         if step["type"] == "Replace":
             self._allow(f"{part} Replace pattern", list(step["pattern"]), [["String"]])
         if step["type"] == "Split":
             pattern = step["pattern"].get("Regex", step["pattern"])
-            known = "the patterns of GPT-2, Llama 3 and Qwen 2"
-            self._allow(f"{part} Split pattern", pattern, list(PATTERNS), known)
+            choices = "the patterns of GPT-2, Llama 3 and Qwen 2"
+            self._allow(f"{part} Split pattern", pattern, list(PATTERNS), choices)
             same_cuts = [("Isolated", False), ("Removed", True)]  # as the patterns leave no gap
             self._allow(f"{part} Split behavior, invert", (step["behavior"], step["invert"]), same_cuts)
         if step["type"] == "Metaspace":  # files from before prepend_scheme say add_prefix_space

@@ -100,8 +100,8 @@ MUTANTS = [
     # 10: adapters
     ("9.10 dropout before A", MODEL, "lora_dropout_after = True", "lora_dropout_after = False", seen_by("adapter_dropout")),
     ("9.10 other file name", ADAPTERS, '"voxcpm": ("lora_weights.safetensors"', '"voxcpm": ("adapter.safetensors"', seen_by("adapter_is_written")),
-    ("9.10 adapters in the base's dtype", LORA, "torch.empty(s.r, module.in_features)",
-     "torch.empty(s.r, module.in_features, dtype=module.weight.dtype)", seen_by("adapter_dropout")),
+    ("9.10 adapters in the base's dtype", LORA, "torch.empty(s.r, module.in_features, device=device)",
+     "torch.empty(s.r, module.in_features, device=device, dtype=module.weight.dtype)", seen_by("adapter_dropout")),
     ("9.10 foreign names skipped", ADAPTERS, 'wrong.append(f"{name} (no such module in this model)")', "adapter.skipped.append(name)", seen_by("foreign_name")),
     ("9.10 scale without r", ADAPTERS, "Meaning(settings, lambda module: alpha / r)", "Meaning(settings, lambda module: alpha)", ADAPTER),
     # 11: text
