@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -421,6 +422,8 @@ class IndexTTS2(nn.Module):
         """
         if row.get("turns"):
             raise Invalid("conversations: this backbone learns single clips; cut the turns into rows")
+        if "codes" in row:
+            return self._prepared(row)
         clip = self._clip(row["audio"], row.get("start"), row.get("end"))
         text = row.get("text") or ""
         ids = self.encode_text(text)
@@ -434,11 +437,32 @@ class IndexTTS2(nn.Module):
             example["own_features"] = clip["features"]
         return example if self.live else self.conditioned(example)
 
-    def _check_row(self, text, ids, codes):
+    def _prepared(self, row):
+        """The example of a row that another trainer encoded into .npy files: text ids, codes, latents of the voice, emotion."""
+        missing = [key for key in ("text_ids", "codes", "condition", "emo_vec") if key not in row]
+        if missing:
+            raise Invalid(f"a row with codes_path lacks {', '.join(key + '_path' for key in missing)}")
         c = self.config
+        arrays = {key: read_array(row[key]) for key in ("text_ids", "codes", "condition", "emo_vec")}
+        shapes = {"condition": (c.latents, c.model_dim), "emo_vec": (c.model_dim,)}
+        for key, shape in shapes.items():
+            if tuple(arrays[key].shape) != shape:
+                raise Invalid(f"{row[key]} is {list(arrays[key].shape)}, this model needs {list(shape)}; was it made with another checkpoint?")
+        text, codes = (arrays[key].flatten().long() for key in ("text_ids", "codes"))
+        for key, ids, most in (("text_ids", text, c.text_rows), ("codes", codes, c.start_mel_token)):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < most:
+                raise Invalid(f"{row[key]} holds {int(ids.min())} to {int(ids.max())}, expected 0 to {most - 1}, without start and stop")
+        self._check_lengths(text, codes)
+        return {"text": text, "codes": codes, "spk": arrays["condition"].float(), "emovec": arrays["emo_vec"].float()}
+
+    def _check_row(self, text, ids, codes):
         if not ids:
             raise Invalid(f"text {text!r} is empty")
         self.check_any_known(text, ids)
+        self._check_lengths(ids, codes)
+
+    def _check_lengths(self, ids, codes):
+        c = self.config
         if len(ids) > c.text_positions - 2:
             raise Invalid(f"the text has {len(ids)} pieces, the table of positions holds {c.text_positions - 2}; cut the row in two")
         if len(codes) > c.mel_rows - 2:
@@ -681,7 +705,7 @@ class IndexTTS2(nn.Module):
 
     def sample_request(self, row):
         """What a validation sample of a row is conditioned on, besides its text."""
-        request = {"prompts": [(None, row.get("ref_audio") or row["audio"], None)]}
+        request = {"prompts": [(None, row.get("ref_audio") or row.get("audio"), None)]}
         if isinstance(row.get("emotion"), str):
             request["emo_audio"] = row["emotion"]
         elif row.get("emotion"):
@@ -1098,6 +1122,14 @@ GROWTH = 256  # columns that a cache grows by: the length of a text in codes is 
 def is_given(value):
     """Not none, and no empty text or list."""
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+
+
+def read_array(path):
+    """The tensor in a .npy file."""
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as e:
+        raise Invalid(f"{path} cannot be read as a .npy file of numbers ({e})") from None
 
 
 def seed_of(seed, segment, what):

@@ -4,6 +4,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from models.parts import Invalid, audio, beam, checkpoint, front
 from tests import tiny
 from tests import tiny_indextts2 as T
 from tests.conftest import ROOT
+from tests.running import start
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = load_file(HERE / "indextts2.safetensors")
@@ -847,3 +849,57 @@ def test_layers_trained_in_full_keep_the_files_axes(model, folder, tmp_path):
     again = models.load(folder)
     lora.load_lora_weights(again, tmp_path / "adapter")
     assert all(torch.equal(state[n], w) for n, w in again.published_state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ data of other trainers
+
+
+def features_folder(folder, model):
+    """What index-tts-full-lora-finetuning makes of two clips: a manifest and four .npy files for each."""
+    (folder / "features").mkdir(parents=True)
+    lines = []
+    for i in range(2):
+        clip = model.conditioned(model.encode({"audio": wave_of(i), "text": "HELLO THERE" * (i + 1)}))
+        arrays = {"text_ids": clip["text"].int(), "codes": clip["codes"].int(), "condition": clip["spk"], "emo_vec": clip["emovec"]}
+        row = {"id": f"clip{i}", "text": "Hello there", "audio_path": f"elsewhere/clip{i}.wav", "duration": 0.6 + 0.2 * i,
+               "text_len": len(clip["text"]), "code_len": len(clip["codes"]), "condition_len": 32}
+        for name, array in arrays.items():
+            np.save(folder / f"features/clip{i}_{name}.npy", array.numpy())
+            row[f"{name}_path"] = f"features/clip{i}_{name}.npy"
+        lines.append(json.dumps(row))
+    for name in ("train", "val"):
+        (folder / f"{name}_manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_prepared_data_set_of_another_trainer_is_used_as_it_is(model, folder, tmp_path):
+    data = features_folder(tmp_path / "data", model)
+    flags = ("--pretrained_path", folder, "--train_manifest", data / "train_manifest.jsonl", "--val_manifest", data / "val_manifest.jsonl",
+             "--save_path", tmp_path / "run", "--num_iters", 2, "--batch_size", 2, "--warmup_steps", 0, "--max_batch_tokens", 0)
+    process = start("train", (Path(ROOT) / "configs/indextts2_lora.yaml", *flags, "--grad_accum_steps", 1), tmp_path)
+    assert process.wait() == 0, process.said
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    batch, counts = model.collate([model.conditioned(model.encode({"audio": wave_of(i), "text": "HELLO THERE" * (i + 1)})) for i in range(2)])
+    out = model(batch)
+    assert lines[0]["step"] == 0 and lines[0]["loss/mel"] == pytest.approx(out["loss/mel"].item() / counts["loss/mel"], rel=1e-4)
+    lora_on_encoders = start("train", (Path(ROOT) / "configs/indextts2_lora.yaml", *flags, "--overwrite", "true", "--lora.target_modules", "linear_q"),
+                             tmp_path)
+    assert lora_on_encoders.wait() != 0 and "the adapter reaches into the conditioning encoders" in lora_on_encoders.said
+
+
+def test_wrong_prepared_rows_are_named(model, tmp_path):
+    data = features_folder(tmp_path / "data", model)
+    row = json.loads((data / "train_manifest.jsonl").read_text().splitlines()[0])
+    row = {key: str(data / row[f"{key}_path"]) for key in ("text_ids", "codes", "condition", "emo_vec")}
+    assert set(model.encode(row)) == {"text", "codes", "spk", "emovec"}
+    with pytest.raises(Invalid, match="lacks emo_vec_path"):
+        model.encode({key: row[key] for key in ("text_ids", "codes", "condition")})
+    np.save(tmp_path / "wide.npy", np.zeros((32, 1280), np.float32))
+    with pytest.raises(Invalid, match=r"wide.npy is \[32, 1280\], this model needs \[32, 32\]"):
+        model.encode({**row, "condition": str(tmp_path / "wide.npy")})
+    np.save(tmp_path / "stop.npy", np.array([3, 65], np.int32))
+    with pytest.raises(Invalid, match="stop.npy holds 3 to 65, expected 0 to 63, without start and stop"):
+        model.encode({**row, "codes": str(tmp_path / "stop.npy")})
+    (tmp_path / "text.npy").write_text("no array")
+    with pytest.raises(Invalid, match="text.npy cannot be read"):
+        model.encode({**row, "codes": str(tmp_path / "text.npy")})
