@@ -1,8 +1,10 @@
-"""IndexTTS2: text and a voice in, semantic codes of 50 Hz out of a GPT-2, which frozen models turn into sound.
+"""IndexTTS2: text and a voice in, semantic codes of 50 Hz out of a GPT-2, which frozen models turn into
+sound.
 
-Only the file gpt.pth is trained here: the GPT with its embeddings and heads, and the two conditioning encoders in
-front of it. The frozen chain around it (models/codecs/speech_chain.py) hears the prompt, makes the codes that training
-predicts, and turns generated codes, together with the GPT's states at them, into a mel and sound.
+Only the file gpt.pth is trained here: the GPT with its embeddings and heads, and the two conditioning
+encoders in front of it. The frozen chain around it (models/codecs/speech_chain.py) hears the prompt, makes
+the codes that training predicts, and turns generated codes, together with the GPT's states at them, into a
+mel and sound.
 
     position (L)      what it is                                            predicted from it
     32                voice: latents of the prompt, each + emovec           -
@@ -14,15 +16,17 @@ Paper: arXiv 2506.21619. Checkpoint: IndexTeam/IndexTTS-2 (version 2.0), under t
 
 What differs from the tools that train it, on purpose:
 - No position attends to padding: rows are packed. The forks pad text with stop tokens in front of the codes.
-- The prompt may be another clip of the speaker (`ref_audio`), since a prompt that is the target itself leaks words.
-- Speaking from upstream feeds the codes with mel positions 0, 2, 3, ..., although 0, 1, 2, ... were trained. A published
-  checkpoint is spoken with as upstream does; one that was tuned here with the positions it was trained on. Two clips
-  that were learned by heart come back code by code with the trained positions, and with upstream's they do not (see
-  test_two_clips_come_back_with_the_trained_positions). `mel_positions` overrides either.
+- The prompt may be another clip of the speaker (`ref_audio`), since a prompt that is the target itself leaks
+  words.
+- Speaking from upstream feeds the codes with mel positions 0, 2, 3, ..., although 0, 1, 2, ... were trained.
+A published checkpoint is spoken with as upstream does; one that was tuned here with the positions it was
+trained on. Two clips that were learned by heart come back code by code with the trained positions, and with
+upstream's they do not (see test_two_clips_come_back_with_the_trained_positions). `mel_positions` overrides
+either.
 - A batch is spoken in one forward per step, and the conditioning encoders are told the true number of frames.
 
-Letters besides the usual: N latents of a voice, Lt text ids and Lm codes of a row, P positions of a packed batch, R rows
-that speak (beams of all texts).
+Letters besides the usual: N latents of a voice, Lt text ids and Lm codes of a row, P positions of a packed
+batch, R rows that speak (beams of all texts).
 """
 import math
 import os
@@ -47,14 +51,16 @@ from models.codecs.s2mel import frames_for
 from models.codecs.speech_chain import PROMPT_SECONDS, Chain, Places
 from models.parts import Invalid, audio, beam, check, checkpoint, front, opt
 from models.parts.checkpoint import Stored
-from models.parts.conformer import SMALLEST, Conformer, Resampler, conformer_sizes, resampler_sizes
+from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
+                                    conformer_size, resampler_size)
 from models.parts.layers import Cache, Packing
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
-# What the published interface multiplies a vector by, since some emotions change the voice, and the largest sum it allows.
+# What the published interface multiplies a vector by, since some emotions change the voice, and the largest
+# sum it allows.
 EMOTION_BIAS = (0.9375, 0.875, 1.0, 1.0, 0.9375, 0.9375, 0.6875, 0.5625)
 EMOTION_SUM = 0.8
 MOST_CODES = 1500  # of a segment, as published: 30 s
@@ -78,10 +84,10 @@ class Config:
     stop_text_token: int
     start_mel_token: int
     stop_mel_token: int
-    conditioning_encoder: dict  # arguments of Conformer, then of Resampler
-    perceiver_encoder: dict
-    emo_conditioning_encoder: dict
-    emo_perceiver_encoder: dict
+    conditioning_encoder: ConformerSize
+    perceiver_encoder: ResamplerSize
+    emo_conditioning_encoder: ConformerSize
+    emo_perceiver_encoder: ResamplerSize
     text_rows: int
     mel_rows: int  # of the table of positions: start, codes, stop and one more
     text_positions: int
@@ -89,29 +95,32 @@ class Config:
 
     @property
     def latents(self):
-        return self.perceiver_encoder["latents"]
+        return self.perceiver_encoder.latents
 
     @property
     def most_codes(self):
-        """Codes that speaking may make: upstream feeds code k with position k + 2, and the last one is not fed."""
+        """Codes that speaking may make: upstream feeds code k with position k + 2, and the last one is not
+        fed."""
         return self.mel_rows - 1
 
 
-_EMBED = dict(features=12, width=16, inner=24, heads=2, blocks=1, kernel=15, rows=200)
-TINY = Config(32, 2, 4, 60, 40, 60, 66, 0, 1, 64, 65, _EMBED, dict(context=16, width=32, latents=4, heads=2, inner=42, layers=2),
-              _EMBED, dict(context=16, width=24, latents=1, heads=2, inner=32, layers=2), 61, 63, 42, 128)
+_EMBED = ConformerSize(features=12, width=16, inner=24, heads=2, blocks=1, kernel=15, rows=200)
+_VOICE = ResamplerSize(context=16, width=32, latents=4, heads=2, inner=42, layers=2)
+_EMOTION = ResamplerSize(context=16, width=24, latents=1, heads=2, inner=32, layers=2)
+TINY = Config(32, 2, 4, 60, 40, 60, 66, 0, 1, 64, 65, _EMBED, _VOICE, _EMBED, _EMOTION, 61, 63, 42, 128)
 
 
 @dataclass
 class Training:
     """The `backbone:` section of a training config."""
 
-    condition: str = opt("other", "whose voice is the prompt of a row: the same clip, another one (ref_audio) where the row names one, or mixed",
+    condition: str = opt("other", "the prompt of a row: the same clip, another one (ref_audio) where the row names one, mixed",
                          choices=("same", "other", "mixed"))
     mixed_ratio: float = opt(0.5, "with condition mixed: share of rows, drawn anew each time, whose prompt is the same clip")
-    dropout: float | None = opt(None, "share of values that the GPT drops in training; none: 0.1 for full tuning, 0 with adapters")
-    duration_rows: float = opt(0.0, "share of rows whose speed rows are replaced by the mel positions of half and all of their codes; 0: off")
-    freeze: str = opt("", "with full fine-tuning: conditioning keeps both encoders and the emotion layers as they are", choices=("", "conditioning"))
+    dropout: float | None = opt(None, "share of values that the GPT drops; none: 0.1 in full tuning, 0 with adapters")
+    duration_rows: float = opt(0.0, "share of rows whose two speed rows tell the number of codes instead; 0: off")
+    freeze: str = opt("", "in full fine-tuning: conditioning keeps the encoders of voice and emotion as they are",
+                      choices=("", "conditioning"))
 
     def __post_init__(self):
         check(self, mixed_ratio=0, dropout=0, duration_rows=0)
@@ -128,9 +137,9 @@ class Sampling:
     top_k: int = opt(30, "sample among so many likeliest codes; 0: all")
     top_p: float = opt(0.8, "sample among the likeliest codes that together have this probability; 1: all")
     num_beams: int = opt(3, "beams of the search; 1: none")
-    repetition_penalty: float | None = opt(None, "a code that was used is so many times less likely; none: 10, and 1 with temperature 0")
+    repetition_penalty: float | None = opt(None, "how much less likely used codes are; none: 10, and 1 with temperature 0")
     length_penalty: float = opt(0.0, "a beam's score is divided by its length to this power; 0: the sum counts")
-    mel_positions: str = opt("", "positions of generated codes: upstream 0, 2, 3 .., training 0, 1, 2 ..; empty: training once tuned",
+    mel_positions: str = opt("", "of codes: upstream 0, 2, 3 .., training 0, 1, 2 ..; empty: training once tuned",
                              choices=("", "upstream", "training"))
     diffusion_steps: int = opt(25, "Euler steps from noise to mel")
     cfg_rate: float = opt(0.7, "weight of the guidance by prompt and content; 0: none, in half the time")
@@ -149,12 +158,17 @@ class Sampling:
     retries: int = opt(0, "tries with the next seed when a take is empty or does not end by itself")
 
     def __post_init__(self):
-        check(self, temperature=0, top_k=0, top_p=0, num_beams=1, diffusion_steps=1, cfg_rate=0, max_text_tokens_per_segment=2,
-              interval_silence=0, emo_alpha=0, min_len=0, max_len=1, retries=0)
-        wrong = [f"{k} is {getattr(self, k)}, expected more than 0" for k in ("top_p", "repetition_penalty", "duration_factor")
-                 if getattr(self, k) is not None and not getattr(self, k) > 0]
+        check(self, temperature=0, top_k=0, top_p=0, num_beams=1, diffusion_steps=1, cfg_rate=0)
+        check(self, max_text_tokens_per_segment=2, interval_silence=0, emo_alpha=0)
+        check(self, min_len=0, max_len=1, retries=0)
+        wrong = []
+        for name in ("top_p", "repetition_penalty", "duration_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                wrong.append(f"{name} is {value}, expected more than 0")
         if self.emo_text:
-            wrong.append("emo_text: emotion in words needs a language model of its own (qwen0.6bemo4-merge), which is not read here; say it with "
+            wrong.append("emo_text: emotion in words needs a language model of its own "
+                         "(qwen0.6bemo4-merge), which is not read here; say it with "
                          f"emo_vector, 8 numbers for {', '.join(EMOTIONS)}")
         if wrong:
             raise Invalid("; ".join(wrong))
@@ -175,7 +189,8 @@ def check_vector(vector, name="emo_vector"):
     if not all(math.isfinite(x) and x >= 0 for x in values):
         raise Invalid(f"{name} is {values}; expected numbers of at least 0")
     if total > 1 + 1e-6:
-        raise Invalid(f"{name} adds up to {total:g}, expected at most 1, of which the published interface allows {EMOTION_SUM}. "
+        raise Invalid(f"{name} adds up to {total:g}, expected at most 1, of which the published interface "
+                      f"allows {EMOTION_SUM}. "
                       "Make the numbers smaller, or let emo_normalize do it")
     return values
 
@@ -200,7 +215,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x, mask, dropout=0.0, cache=None, column=0):
-        """mask: a Packing, or bool (B, 1, L, S) or None for all. With a cache, x stands at `column` and behind."""
+        """mask: a Packing, or bool (B, 1, L, S) or None for all. With a cache, x stands at `column` and
+        behind."""
         B, L, C = x.shape
         q, k, v = self.c_attn(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
         if isinstance(mask, Packing):
@@ -242,7 +258,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 without embeddings. (B, L, C) -> (B, L, C), after its own last norm; IndexTTS2 puts a second one behind."""
+    """GPT-2 without embeddings. (B, L, C) -> (B, L, C), after its own last norm; IndexTTS2 puts a second one
+    behind."""
 
     def __init__(self, config):
         super().__init__()
@@ -275,7 +292,15 @@ def table(rows, width):
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-CONDITIONING = ("conditioning_encoder", "perceiver_encoder", "emo_conditioning_encoder", "emo_perceiver_encoder", "emovec_layer", "emo_layer")
+CONDITIONING = ("conditioning_encoder", "perceiver_encoder",  # of the voice
+                "emo_conditioning_encoder", "emo_perceiver_encoder", "emovec_layer", "emo_layer")
+
+
+class Draw(NamedTuple):
+    """What collate draws for a row."""
+
+    same: bool  # its prompt is the clip itself
+    timed: bool  # its speed rows tell how many codes it has
 
 
 class Request(NamedTuple):
@@ -309,14 +334,14 @@ class IndexTTS2(nn.Module):
         super().__init__()
         c = self.config = config
         C = c.model_dim
-        self.conditioning_encoder = Conformer(**c.conditioning_encoder)
-        self.perceiver_encoder = Resampler(**c.perceiver_encoder)
+        self.conditioning_encoder = Conformer(c.conditioning_encoder)
+        self.perceiver_encoder = Resampler(c.perceiver_encoder)
         self.speed_emb = table(2, C)
-        self.emo_conditioning_encoder = Conformer(**c.emo_conditioning_encoder)
-        self.emo_perceiver_encoder = Resampler(**c.emo_perceiver_encoder)
+        self.emo_conditioning_encoder = Conformer(c.emo_conditioning_encoder)
+        self.emo_perceiver_encoder = Resampler(c.emo_perceiver_encoder)
         self.text_embedding = table(c.text_rows, C)
         self.emo_layer = nn.Linear(C, C)
-        self.emovec_layer = nn.Linear(c.emo_perceiver_encoder["width"], C)
+        self.emovec_layer = nn.Linear(c.emo_perceiver_encoder.width, C)
         self.mel_embedding = table(c.number_mel_codes, C)
         self.gpt = GPT(c)
         self.mel_pos_embedding = PositionTable(c.mel_rows, C)
@@ -325,7 +350,8 @@ class IndexTTS2(nn.Module):
         self.text_head = nn.Linear(C, c.text_rows)
         self.mel_head = nn.Linear(C, c.number_mel_codes)
         # What a bias adds to every key alike, the softmax takes off again.
-        self.idle_in_losses = tuple(n for n, _ in self.named_parameters() if n.endswith("self_attn.linear_k.bias"))
+        names = [name for name, _ in self.named_parameters()]
+        self.idle_in_losses = tuple(name for name in names if name.endswith("self_attn.linear_k.bias"))
         self.max_length = c.latents + 2 + c.text_positions + c.mel_rows - 1
         self.finish, self.speakers = [], {}
         self.path = self.fingerprint = ""
@@ -337,7 +363,8 @@ class IndexTTS2(nn.Module):
         self.tokenizer_crc, self._codec_key, self._tables = 0, None, None
 
     def equip(self, codec, tokenizer, files, options):
-        """Give the model what does not come with its weights: the frozen chain, the tokenizer, {role: path} of what `save`
+        """Give the model what does not come with its weights: the frozen chain, the tokenizer, {role: path}
+        of what `save`
         copies, and Training's options. `load` and `blank` call this."""
         self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
         self.sample_rate = self.out_sample_rate = codec.sample_rate
@@ -348,12 +375,13 @@ class IndexTTS2(nn.Module):
         if "glossary" in files:
             self.terms = yaml.safe_load(files["glossary"].read_text(encoding="utf-8")) or {}
         if len(tokenizer) > self.config.text_rows:
-            raise Invalid(f"{tokenizer.name} has {len(tokenizer)} pieces, the weights have {self.config.text_rows} rows of text; "
+            raise Invalid(f"{tokenizer.name} has {len(tokenizer)} pieces, the weights have "
+                          f"{self.config.text_rows} rows of text; "
                           "they belong to different checkpoints")
         self.training_options = Training(**options)
         self.freeze()
 
-    # ---------------------------------------------------------------------------------- data: text, audio, batches
+    # ----------------------------------------------------------------------------- data: text, audio, batches
 
     @property
     def codec(self):
@@ -368,7 +396,8 @@ class IndexTTS2(nn.Module):
         return self.mel_head.weight.dtype
 
     def encode_text(self, text, speaker=None):
-        """Ids of the whole text, upper case, marks simplified. Numbers stay digits. Who speaks is no part of it."""
+        """Ids of the whole text, upper case, marks simplified. Numbers stay digits. Who speaks is no part of
+        it."""
         return self.tokenizer.encode(front.prepare(text, self.terms)) if text else []
 
     def segments(self, text, most):
@@ -391,7 +420,8 @@ class IndexTTS2(nn.Module):
             raise Invalid(f"text {text!r} has no piece that the vocabulary of {self.tokenizer.name} knows")
 
     def encode_audio(self, source, start=None, end=None):
-        """{codes (T,) int16, features (T, F), style (S,)} of a path or of (n,) samples at `sample_rate`. The features are
+        """{codes (T,) int16, features (T, F), style (S,)} of a path or of (n,) samples at `sample_rate`. The
+        features are
         those that it has as a prompt: of a longer clip, those of its first 15 s."""
         wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
         chain = self.codec
@@ -410,15 +440,17 @@ class IndexTTS2(nn.Module):
         if isinstance(source, dict):
             return source
         if torch.is_tensor(source) and source.ndim == 2:
-            raise Invalid("codes alone: this backbone also needs what the voice is taken from. Give the path or the samples, "
+            raise Invalid("codes alone: this backbone also needs what the voice is taken from. Give the "
+                          "path or the samples, "
                           "or what encode_audio makes of them")
         return self.encode_audio(source, start, end)
 
     def encode(self, row):
         """{text (Lt,), codes (Lm,)} of a row, and what its voice and emotion are taken from.
 
-        Where encoders are trained that is `features` (T, F) and `emo_features`, else what they make of them: `spk` (N, D)
-        and `emovec` (D,). With condition mixed, own_features or own_spk besides.
+        Where encoders are trained that is `features` (T, F) and `emo_features`, else what they make of them:
+        `spk` (N, D)
+        and `emovec` (D,). With condition mixed, self_features or self_spk besides.
         """
         if row.get("turns"):
             raise Invalid("conversations: this backbone learns single clips; cut the turns into rows")
@@ -431,14 +463,15 @@ class IndexTTS2(nn.Module):
         other = self._clip(row["ref_audio"]) if is_given(row.get("ref_audio")) else None
         condition = self.training_options.condition
         prompt = clip if other is None or condition == "same" else other
-        example = {"text": torch.tensor(ids), "codes": clip["codes"].long(), **self._emotion(row.get("emotion"), clip, prompt),
-                   "features": prompt["features"]}
+        example = {"text": torch.tensor(ids), "codes": clip["codes"].long(), "features": prompt["features"]}
+        example |= self._emotion(row.get("emotion"), clip, prompt)
         if condition == "mixed" and other is not None:
-            example["own_features"] = clip["features"]
+            example["self_features"] = clip["features"]
         return example if self.live else self.conditioned(example)
 
     def _prepared(self, row):
-        """The example of a row that another trainer encoded into .npy files: text ids, codes, latents of the voice, emotion."""
+        """The example of a row that another trainer encoded into .npy files: text ids, codes, latents of the
+        voice, emotion."""
         missing = [key for key in ("text_ids", "codes", "condition", "emo_vec") if key not in row]
         if missing:
             raise Invalid(f"a row with codes_path lacks {', '.join(key + '_path' for key in missing)}")
@@ -447,13 +480,16 @@ class IndexTTS2(nn.Module):
         shapes = {"condition": (c.latents, c.model_dim), "emo_vec": (c.model_dim,)}
         for key, shape in shapes.items():
             if tuple(arrays[key].shape) != shape:
-                raise Invalid(f"{row[key]} is {list(arrays[key].shape)}, this model needs {list(shape)}; was it made with another checkpoint?")
+                raise Invalid(f"{row[key]} is {list(arrays[key].shape)}, this model needs {list(shape)}; "
+                              "was it made with another checkpoint?")
         text, codes = (arrays[key].flatten().long() for key in ("text_ids", "codes"))
         for key, ids, most in (("text_ids", text, c.text_rows), ("codes", codes, c.start_mel_token)):
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < most:
-                raise Invalid(f"{row[key]} holds {int(ids.min())} to {int(ids.max())}, expected 0 to {most - 1}, without start and stop")
+                raise Invalid(f"{row[key]} holds {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                              f"{most - 1}, without start and stop")
         self._check_lengths(text, codes)
-        return {"text": text, "codes": codes, "spk": arrays["condition"].float(), "emovec": arrays["emo_vec"].float()}
+        voice = {"spk": arrays["condition"].float(), "emovec": arrays["emo_vec"].float()}
+        return {"text": text, "codes": codes, **voice}
 
     def _check_row(self, text, ids, codes):
         if not ids:
@@ -464,13 +500,17 @@ class IndexTTS2(nn.Module):
     def _check_lengths(self, ids, codes):
         c = self.config
         if len(ids) > c.text_positions - 2:
-            raise Invalid(f"the text has {len(ids)} pieces, the table of positions holds {c.text_positions - 2}; cut the row in two")
+            raise Invalid(f"the text has {len(ids)} pieces, the table of positions holds "
+                          f"{c.text_positions - 2}; cut the row in two")
         if len(codes) > c.mel_rows - 2:
-            raise Invalid(f"the clip has {len(codes)} codes ({len(codes) / speech_chain.CODES_PER_SECOND:.1f} s), the table of positions holds "
+            raise Invalid(f"the clip has {len(codes)} codes "
+                          f"({len(codes) / speech_chain.CODES_PER_SECOND:.1f} s), the table of positions "
+                          "holds "
                           f"{c.mel_rows - 2}; cut it (prepare_data.py --slice)")
 
     def _emotion(self, emotion, clip, prompt):
-        """What the emotion of a row is taken from: its own clip, another file, or 8 numbers of the stored emotions."""
+        """What the emotion of a row is taken from: its own clip, another file, or 8 numbers of the stored
+        emotions."""
         if emotion is None:
             return {"emo_features": clip["features"]}
         if isinstance(emotion, str):
@@ -481,7 +521,8 @@ class IndexTTS2(nn.Module):
         return {"emo_features": prompt["features"], "emo_add": stored, "emo_share": share}
 
     def stored_emotion(self, vector, style, generator=None):
-        """sum of w_e x row_e, (D,): of each emotion the stored row whose voice is most like `style`, or any with a generator."""
+        """sum of w_e x row_e, (D,): of each emotion the stored row whose voice is most like `style`, or any
+        with a generator."""
         voices, rows = self.emotion_tables()
         total = torch.zeros(rows[0].shape[1])
         for weight, voice, row in zip(vector, voices, rows):
@@ -493,86 +534,100 @@ class IndexTTS2(nn.Module):
         return total
 
     def emotion_tables(self):
-        """(voices, emotions): for each of the 8 emotions the stored voices (n, S) and what the GPT reads (n, D)."""
+        """(voices, emotions): for each of the 8 emotions the stored voices (n, S) and what the GPT reads (n,
+        D)."""
         if self._tables is None:
             places = self.codec.places
             parts = []
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
-                path = places.own(key, default)
+                path = places.file(key, default)
                 values = torch.load(path, map_location="cpu", weights_only=True)
                 numbers = list(places.config.get("emo_num", ()))
-                if not torch.is_tensor(values) or len(numbers) != len(EMOTIONS) or sum(numbers) != len(values):
-                    raise Invalid(f"{path}: expected a table whose rows are the emo_num of config.yaml, which is {numbers}")
+                counted = len(numbers) == len(EMOTIONS)
+                if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):
+                    raise Invalid(f"{path}: expected a table whose rows are the emo_num of config.yaml, "
+                                  f"which is {numbers}")
                 parts.append(values.float().split(numbers))
             self._tables = parts
         return self._tables
 
     def length(self, example):
-        """Positions of the GPT as upstream counts them: voice, two speed rows, text and codes with their marks."""
+        """Positions of the GPT as upstream counts them: voice, two speed rows, text and codes with their
+        marks."""
         return self.config.latents + 2 + len(example["text"]) + 2 + len(example["codes"]) + 2
 
     def collate(self, examples, seeds=None):
-        """Batch and counts. Drawn per row, from its own seed: with condition mixed, whether the prompt is the clip itself
-        (`same`); with duration_rows, whether the speed rows tell the length. seeds=None: fixed by content, the first no.
+        """Batch and counts. Drawn per row, from its own seed: with condition mixed, whether the prompt is
+        the clip itself
+        (`same`); with duration_rows, whether the speed rows tell the length. seeds=None: fixed by content,
+        the first no.
         """
-        c, B = self.config, len(examples)
-        text, codes, order, at = [], [], [], 0
-        sizes = [self.length(e) - 1 for e in examples]  # the last stop code is predicted, not read
+        c = self.config
+        start_text, stop_text = torch.tensor([c.start_text_token]), torch.tensor([c.stop_text_token])
+        start_mel, stop_mel = torch.tensor([c.start_mel_token]), torch.tensor([c.stop_mel_token])
+        parts = {"text": [], "text_pos": [], "text_labels": [], "codes": [], "mel_pos": [], "mel_labels": []}
         for e in examples:
-            text += [torch.tensor([c.start_text_token]), e["text"], torch.tensor([c.stop_text_token])]
-            codes += [torch.tensor([c.start_mel_token]), e["codes"]]
-        ends = torch.tensor([c.stop_mel_token])
-        batch = {
-            "text": torch.cat(text), "text_pos": torch.cat([torch.arange(len(e["text"]) + 2) for e in examples]),
-            "codes": torch.cat(codes), "mel_pos": torch.cat([torch.arange(len(e["codes"]) + 1) for e in examples]),
-            "text_labels": torch.cat([torch.cat([e["text"], torch.tensor([c.stop_text_token])]) for e in examples]),
-            "mel_labels": torch.cat([torch.cat([e["codes"], ends]) for e in examples])}
-        batch |= self._places(examples, sizes)
+            text, codes = e["text"], e["codes"]
+            parts["text"].append(torch.cat([start_text, text, stop_text]))
+            parts["text_pos"].append(torch.arange(len(text) + 2))
+            parts["text_labels"].append(torch.cat([text, stop_text]))
+            parts["codes"].append(torch.cat([start_mel, codes]))  # the stop code is predicted, not read
+            parts["mel_pos"].append(torch.arange(len(codes) + 1))
+            parts["mel_labels"].append(torch.cat([codes, stop_mel]))
+        batch = {name: torch.cat(rows) for name, rows in parts.items()}
+        batch |= self._places(examples)
         batch |= self._voices(examples)
-        rolls = [self._draw(e, None if seeds is None else seeds[b]) for b, e in enumerate(examples)]
-        own = any(name.startswith("own_") for e in examples for name in e)
-        if own:
-            batch["same"] = torch.tensor([same for same, _ in rolls])
+        draws = [self._draw(None if seeds is None else seeds[b]) for b in range(len(examples))]
+        if "self_spk" in batch or "self_features" in batch:
+            batch["same"] = torch.tensor([draw.same for draw in draws])
         if self.training_options.duration_rows:
-            batch["duration"] = torch.tensor([len(e["codes"]) if told else 0 for e, (_, told) in zip(examples, rolls)])
+            lengths = torch.tensor([len(e["codes"]) for e in examples])
+            batch["duration"] = lengths * torch.tensor([draw.timed for draw in draws])
         return batch, self.counts(batch)
 
-    def _draw(self, example, seed):
-        """(prompt is the clip itself, speed rows tell the length) of one row."""
+    def _draw(self, seed):
+        """What is drawn for one row."""
         o = self.training_options
         if seed is None:
-            return False, False
-        same, told = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
-        return same < o.mixed_ratio, told < o.duration_rows
+            return Draw(False, False)
+        same, timed = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        return Draw(same < o.mixed_ratio, timed < o.duration_rows)
 
-    def _places(self, examples, sizes):
+    def _places(self, examples):
         """Where each embedding stands among the packed positions, and which positions predict text and codes.
 
-        The embeddings come as all conds, all texts, all codes (`order` brings them into rows, one after the other).
+        The embeddings come as all conds, all texts, all codes; `order` brings them into rows, one after another.
         """
-        c, B = self.config, len(examples)
-        heads = c.latents + 2
+        heads = self.config.latents + 2
         texts = [len(e["text"]) + 2 for e in examples]
         codes = [len(e["codes"]) + 1 for e in examples]
-        first_text, first_code = B * heads, B * heads + sum(texts)
+        first_text = len(examples) * heads
+        first_code = first_text + sum(texts)
         order, text_rows, mel_rows, at = [], [], [], 0
-        for b in range(B):
-            order += [torch.arange(heads) + b * heads, torch.arange(texts[b]) + first_text, torch.arange(codes[b]) + first_code]
-            first_text, first_code = first_text + texts[b], first_code + codes[b]
-            text_rows.append(at + heads + torch.arange(texts[b] - 1))
-            mel_rows.append(at + heads + texts[b] + torch.arange(codes[b]))
-            at += sizes[b]
+        for b, (n_text, n_codes) in enumerate(zip(texts, codes)):
+            order.append(torch.arange(heads) + b * heads)
+            order.append(torch.arange(n_text) + first_text)
+            order.append(torch.arange(n_codes) + first_code)
+            text_rows.append(torch.arange(n_text - 1) + at + heads)
+            mel_rows.append(torch.arange(n_codes) + at + heads + n_text)
+            first_text += n_text
+            first_code += n_codes
+            at += heads + n_text + n_codes
+        sizes = [heads + n_text + n_codes for n_text, n_codes in zip(texts, codes)]
         L = max(sizes)
         place = torch.cat([b * L + torch.arange(size) for b, size in enumerate(sizes)])
-        return {"order": torch.cat(order), "text_rows": torch.cat(text_rows), "mel_rows": torch.cat(mel_rows), "place": place, "B": B, "L": L}
+        rows = {"text_rows": torch.cat(text_rows), "mel_rows": torch.cat(mel_rows)}
+        return {"order": torch.cat(order), "place": place, **rows, "B": len(examples), "L": L}
 
     def _voices(self, examples):
-        """Voice and emotion of each row: what the encoders made of them, or features padded to the longest, with their lengths."""
+        """Voice and emotion of each row: what the encoders made of them, or features padded to the longest,
+        with their lengths."""
         out = {}
-        for cached, fresh in (("spk", "features"), ("emovec", "emo_features"), ("own_spk", "own_features")):
+        for cached, fresh in (("spk", "features"), ("emovec", "emo_features"), ("self_spk", "self_features")):
             kind = self._kind(examples, cached, fresh)
             if kind == cached:
-                fallback = cached.removeprefix("own_")  # a row that names no other clip has its own as the prompt already
+                # a row that names no other clip has its own as the prompt already
+                fallback = cached.removeprefix("self_")
                 out[cached] = torch.stack([e[cached] if cached in e else e[fallback] for e in examples])
             elif kind == fresh:
                 clips = [e[fresh] if fresh in e else e["features"] for e in examples]
@@ -588,12 +643,15 @@ class IndexTTS2(nn.Module):
         """Which of the two names these examples hold; None where a row need not have either."""
         has = {name for e in examples for name in (cached, fresh) if name in e}
         if len(has) > 1:
-            raise Invalid(f"some rows of a batch hold {cached} and others {fresh}; encode all of them with the same model")
+            raise Invalid(f"some rows of a batch hold {cached} and others {fresh}; encode all of them with "
+                          "the same model")
         if cached in has and self.adapted:
-            raise Invalid(f"the adapter reaches into the conditioning encoders, but these rows hold {cached}, which the encoders made "
-                          "before: it would never be trained. Encode the rows again from their recordings, or leave the encoders out "
+            raise Invalid("the adapter reaches into the conditioning encoders, but these rows hold "
+                          f"{cached}, which the encoders made "
+                          "before: it would never be trained. Encode the rows again from their recordings, "
+                          "or leave the encoders out "
                           "of lora.target_modules")
-        if not has and not cached.startswith("own_"):
+        if not has and not cached.startswith("self_"):
             raise Invalid(f"a row has neither {cached} nor {fresh}; encode makes them from the recording")
         return has.pop() if has else None
 
@@ -603,7 +661,8 @@ class IndexTTS2(nn.Module):
 
     @property
     def live(self):
-        """Whether the conditioning encoders are trained, in full or by an adapter, and so must run in every step."""
+        """Whether the conditioning encoders are trained, in full or by an adapter, and so must run in every
+        step."""
         return any(p.requires_grad for module in self.conditioning() for p in module.parameters())
 
     @property
@@ -638,15 +697,16 @@ class IndexTTS2(nn.Module):
         """An example with the encoders' output in the place of what they read."""
         out = {k: v for k, v in example.items() if not k.endswith("features") and not k.startswith("emo_")}
         out["spk"] = self._alone(self.voice_latents, example["features"]).float().cpu()
-        if "own_features" in example:
-            out["own_spk"] = self._alone(self.voice_latents, example["own_features"]).float().cpu()
+        if "self_features" in example:
+            out["self_spk"] = self._alone(self.voice_latents, example["self_features"]).float().cpu()
         emovec = self._alone(self.emotion_vector, example["emo_features"]).float().cpu()
         if "emo_add" in example:
             emovec = example["emo_add"] + example["emo_share"] * emovec
         return out | {"emovec": emovec}
 
     def _conds(self, batch):
-        """(B, N + 2, D): voice with the emotion added to each latent, then two rows for the speed, the second one first."""
+        """(B, N + 2, D): voice with the emotion added to each latent, then two rows for the speed, the
+        second one first."""
         def voice(prefix=""):
             if prefix + "spk" in batch:
                 return batch[prefix + "spk"].to(self.dtype)
@@ -654,7 +714,7 @@ class IndexTTS2(nn.Module):
 
         spk = voice()
         if "same" in batch:
-            spk = torch.where(batch["same"][:, None, None], voice("own_"), spk)
+            spk = torch.where(batch["same"][:, None, None], voice("self_"), spk)
         if "emovec" in batch:
             emovec = batch["emovec"].to(self.dtype)
         else:
@@ -664,7 +724,8 @@ class IndexTTS2(nn.Module):
         return torch.cat([spk + emovec[:, None], self._speed(batch, len(spk))], 1)
 
     def _speed(self, batch, B):
-        """(B, 2, D). With duration rows, half of the codes and all of them, as the table of mel positions has them."""
+        """(B, 2, D). With duration rows, half of the codes and all of them, as the table of mel positions
+        has them."""
         speed = self.speed_emb.weight.flip(0).to(self.dtype).expand(B, -1, -1)
         if "duration" not in batch:
             return speed
@@ -719,7 +780,8 @@ class IndexTTS2(nn.Module):
         return settings["rate"] / settings["hop"] / STRETCH
 
     def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
+        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation
+        memory."""
         self.gpt.recompute = on
 
     def stacks(self):
@@ -733,8 +795,10 @@ class IndexTTS2(nn.Module):
         """With no word given: attention and feed-forward of the GPT."""
         for key in ("enable_lm", "enable_dit", "enable_proj"):
             if getattr(settings, key) is not None:
-                raise Invalid(f"lora.{key}: this backbone is chosen by lora.target_modules: c_attn, c_proj, c_fc, text_head, mel_head, and, in the "
-                              "encoders, linear_q .., w_1, w_2, pointwise_conv1, to_q .., proj_context, emo_layer, emovec_layer")
+                raise Invalid(f"lora.{key}: this backbone is chosen by lora.target_modules: c_attn, c_proj, "
+                              "c_fc, text_head, mel_head, and, in the "
+                              "encoders, linear_q .., w_1, w_2, pointwise_conv1, to_q .., proj_context, "
+                              "emo_layer, emovec_layer")
         return [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and n.startswith("gpt.h.")]
 
     def freeze(self):
@@ -759,18 +823,21 @@ class IndexTTS2(nn.Module):
         if self.codec.drawn and not prompts:
             prompts = [(None, self.codec.noise(), None)]
         if len(prompts) != 1:
-            raise Invalid(f"{len(prompts)} prompts: this backbone takes the voice from exactly one recording, without a transcript: "
+            raise Invalid(f"{len(prompts)} prompts: this backbone takes the voice from exactly one "
+                          "recording, without a transcript: "
                           "prompts=[(None, audio, None)], or --reference_audio")
         text, source, _ = prompts[0]
         if text is not None:
-            raise Invalid("a prompt with a transcript: this backbone does not continue a recording, it takes the voice of one; "
+            raise Invalid("a prompt with a transcript: this backbone does not continue a recording, it "
+                          "takes the voice of one; "
                           "leave the text out, give None, or use --reference_audio")
         if source is None:
             raise Invalid("the prompt has no audio; expected a path, or samples (n,) at sample_rate")
         return source
 
     def _request(self, text, prompts=(), speaker=None, seed=None, noise=None, s=None, **emotion):
-        """What one call asks for. emotion: emo_audio, emo_vector, emo_alpha; those not given are taken from `s`."""
+        """What one call asks for. emotion: emo_audio, emo_vector, emo_alpha; those not given are taken from
+        `s`."""
         s = s or Sampling()
         unknown = set(emotion) - {"emo_audio", "emo_vector", "emo_alpha"}
         if unknown:
@@ -778,10 +845,12 @@ class IndexTTS2(nn.Module):
         source = self._prompt(prompts)
         segments = self._spoken(text, s)
         if s.max_len is not None and s.max_len > self.config.most_codes:
-            raise Invalid(f"max_len is {s.max_len}; the table of positions of this checkpoint holds {self.config.most_codes} codes")
+            raise Invalid(f"max_len is {s.max_len}; the table of positions of this checkpoint holds "
+                          f"{self.config.most_codes} codes")
         seconds = self.codec.too_long(source)
         if seconds:
-            warnings.warn(f"the prompt lasts {seconds:.1f} s; only its first {PROMPT_SECONDS} s are used, as in training")
+            warnings.warn(f"the prompt lasts {seconds:.1f} s; only its first {PROMPT_SECONDS} s are used, "
+                          "as in training")
         seed = int.from_bytes(os.urandom(6), "little") if seed is None else seed
         self.codec.to(self.device)
         reference = self.codec.reference(source)
@@ -833,7 +902,8 @@ class IndexTTS2(nn.Module):
 
     @torch.no_grad()
     def _run(self, requests, s):
-        """Yields (i, codes (n,)) of every request segment by segment, the k-th segments of all in one batch; sets self.finish."""
+        """Yields (i, codes (n,)) of every request segment by segment, the k-th segments of all in one batch;
+        sets self.finish."""
         finish = self.finish = ["end"] * len(requests)
         rule = self.positions_rule(s)
         most = min(MOST_CODES, self.config.most_codes) if s.max_len is None else s.max_len
@@ -846,7 +916,8 @@ class IndexTTS2(nn.Module):
             for i, ending in zip(rows, self._search(jobs, s, rule)):
                 if not ending.by_itself:
                     finish[i] = "cap"
-                    warnings.warn(f"request {i}: segment {k + 1} reached {most} codes without ending by itself")
+                    warnings.warn(f"request {i}: segment {k + 1} reached {most} codes without ending by "
+                                  "itself")
                 yield i, torch.tensor(ending.codes, dtype=torch.long)
         self.finish = finish
 
@@ -858,7 +929,8 @@ class IndexTTS2(nn.Module):
         logits = speech.start()
         beams = [beam.Beams(W, c.stop_mel_token, s.length_penalty) for _ in jobs]
         used = torch.zeros(len(logits), c.number_mel_codes, dtype=torch.bool, device=self.device)
-        # Upstream fills the place of voice and text with ones: code 1 and the start code count as used from the start.
+        # Upstream fills the place of voice and text with ones: code 1 and the start code count as used from
+        # the start.
         used[:, [1, c.start_mel_token]] = True
         going = list(range(len(jobs)))
         for n in range(cap):
@@ -866,9 +938,10 @@ class IndexTTS2(nn.Module):
                 logits[:, c.stop_mel_token] = -math.inf
             scores = self._scores(logits.float(), used, s)
             chosen = []
-            for k, kept in enumerate(self._choose(scores, [beams[j] for j in going], [jobs[j].generator for j in going], s)):
-                if not beams[going[k]].done:
-                    chosen += [(W * k + parent, code) for parent, code in kept]
+            kept = self._choose(scores, [(beams[j], jobs[j].generator) for j in going], s)
+            for k, j in enumerate(going):
+                if not beams[j].done:
+                    chosen += [(W * k + parent, code) for parent, code in kept[k]]
             going = [j for j in going if not beams[j].done]
             if not going or n + 1 == cap:
                 break
@@ -879,7 +952,8 @@ class IndexTTS2(nn.Module):
         return [b.best() for b in beams]
 
     def _scores(self, logits, used, s):
-        """(R, V) logits, W rows for each text, as what candidates are ranked by before the beams' own scores are added."""
+        """(R, V) logits, W rows for each text, as what candidates are ranked by before the beams' own scores
+        are added."""
         scores = logits if s.num_beams == 1 else logits.log_softmax(-1)
         if s.penalty != 1:
             scores = beam.penalise(scores, used, s.penalty)
@@ -887,29 +961,31 @@ class IndexTTS2(nn.Module):
             scores = beam.narrow(scores, s.temperature, s.top_k, s.top_p, least=min(2, s.num_beams))
         return scores
 
-    def _choose(self, scores, beams, generators, s):
-        """For each text the (parent, code) of the beams that run on."""
+    def _choose(self, scores, texts, s):
+        """For each of the texts (beams, generator) the (parent, code) of the beams that run on."""
         W, V = s.num_beams, scores.shape[-1]
-        total = scores.view(len(beams), W, V)
+        total = scores.view(len(texts), W, V)
         if W > 1:
-            total = total + torch.tensor([b.scores for b in beams], device=scores.device)[..., None]
+            running = torch.tensor([beams.scores for beams, _ in texts], device=scores.device)
+            total = total + running[..., None]
         total = total.flatten(1)
         ranked = total
         if s.temperature > 0:
-            noise = torch.stack([beam.gumbel(W * V, g) for g in generators])
+            noise = torch.stack([beam.gumbel(W * V, generator) for _, generator in texts])
             ranked = total + noise.to(total.device)
         places = ranked.topk(2 * W if W > 1 else 1)[1]
         values, order = total.gather(1, places).sort(1, descending=True)
         places = places.gather(1, order).tolist()
         out = []
-        for b, scores, row in zip(beams, values.tolist(), places):
+        for (beams, _), best, row in zip(texts, values.tolist(), places):
             codes, parents = [p % V for p in row], [p // V for p in row]
-            out.append(b.choose(scores, codes, parents))
+            out.append(beams.choose(best, codes, parents))
         return out
 
     @torch.no_grad()
     def _latents(self, request, segment, codes):
-        """(n, D): the state that predicts each of the codes, with the positions that were trained. This second pass is
+        """(n, D): the state that predicts each of the codes, with the positions that were trained. This
+        second pass is
         what S2Mel reads: generation itself may have run on other positions."""
         read = torch.cat([torch.tensor([self.config.start_mel_token]), codes[:-1]]).to(self.device)
         prefix = self._prefix(request, segment)
@@ -919,7 +995,10 @@ class IndexTTS2(nn.Module):
 
     def _takes(self, requests, s):
         """_run, and again with the next seed for requests with a take that was empty or met its cap."""
-        return takes(self, requests, s, lambda request, frames, finish: finish == "cap" or not all(len(codes) for codes in frames))
+        def failed(request, frames, finish):
+            return finish == "cap" or not all(len(codes) for codes in frames)
+
+        return takes(self, requests, s, failed)
 
     def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Codes (n,) int64 of each segment, without the stop code; self.finish is then ["end"] or ["cap"]."""
@@ -935,8 +1014,10 @@ class IndexTTS2(nn.Module):
         return Sampling(**plain), emotion
 
     def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
-        """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole, silence between segments with it."""
-        for _, chunk in self.generate_batch([dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)], **sampling):
+        """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole, silence between segments
+        with it."""
+        request = dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)
+        for _, chunk in self.generate_batch([request], **sampling):
             yield chunk
 
     @torch.no_grad()
@@ -953,13 +1034,16 @@ class IndexTTS2(nn.Module):
                 yield i, pause
             spoken[i] = k + 1
             if len(codes):
-                yield from ((i, chunk) for chunk in self.codec.sound(self._mel(requests[i], k, codes, states, s)))
+                mel = self._mel(requests[i], k, (codes, states), s)
+                yield from ((i, chunk) for chunk in self.codec.sound(mel))
             else:
-                warnings.warn(f"request {i}: segment {k + 1} ended before its first code, so there is only silence; try another seed, or retries")
+                warnings.warn(f"request {i}: segment {k + 1} ended before its first code, so there is only "
+                              "silence; try another seed, or retries")
                 yield i, torch.zeros(self.codec.settings["hop"])
 
     def _spoken_segments(self, requests, s):
-        """Yields (i, codes, states) of every segment. With low_vram all of them first, and then the GPT leaves the device."""
+        """Yields (i, codes, states) of every segment. With low_vram all of them first, and then the GPT
+        leaves the device."""
         def state(i, codes, k):
             return self._latents(requests[i], requests[i]["segments"][k], codes) if len(codes) else None
 
@@ -977,8 +1061,9 @@ class IndexTTS2(nn.Module):
             yield from out
             self.to(home)
 
-    def _mel(self, request, k, codes, states, s):
+    def _mel(self, request, k, segment, s):
         """(1, M, frames) of the k-th segment, without the prompt's frames."""
+        codes, states = segment
         frames = frames_for(len(codes), STRETCH * s.duration_factor)
         shape = (self.codec.settings["n_mels"], request["reference"].mel.shape[-1] + frames)
         noise = request["noise"]
@@ -986,11 +1071,13 @@ class IndexTTS2(nn.Module):
             generator = torch.Generator().manual_seed(seed_of(request["seed"], k, "mel"))
             noise = torch.randn(shape, generator=generator)
         elif k >= len(noise):
-            raise Invalid(f"noise holds {len(noise)} segments and segment {k + 1} is asked for; give one ({shape[0]}, frames) for each")
+            raise Invalid(f"noise holds {len(noise)} segments and segment {k + 1} is asked for; give one "
+                          f"({shape[0]}, frames) for each")
         else:
             noise = noise[k]
         if tuple(noise.shape) != shape:
-            raise Invalid(f"noise of segment {k + 1} is {list(noise.shape)}, expected {list(shape)}: prompt and target frames")
+            raise Invalid(f"noise of segment {k + 1} is {list(noise.shape)}, expected {list(shape)}: prompt "
+                          "and target frames")
         solver = dict(steps=s.diffusion_steps, cfg_rate=s.cfg_rate)
         return self.codec.mel(speech_chain.Spoken(codes, states, frames), request["reference"], noise, solver)
 
@@ -1011,7 +1098,8 @@ class IndexTTS2(nn.Module):
         return "kernel" if kernel_of_one(parameter) else ""
 
     def adapter_key(self, name):
-        """Adapters of trainers for 1.5 are wrapped around upstream's class for generating, which calls the GPT transformer."""
+        """Adapters of trainers for 1.5 are wrapped around upstream's class for generating, which calls the
+        GPT transformer."""
         return re.sub(r"^(inference_model\.)?transformer\.", "gpt.", name)
 
     def adapter_words(self, modules, values):
@@ -1019,7 +1107,8 @@ class IndexTTS2(nn.Module):
         return values
 
     def published_state_dict(self, naming=None, merged=False):
-        """{published name: tensor} of gpt.pth, in its order of axes. merged adds the adapters, tensor by tensor, in float32."""
+        """{published name: tensor} of gpt.pth, in its order of axes. merged adds the adapters, tensor by
+        tensor, in float32."""
         out = {name: stored_axes(name, w) for name, w in checkpoint.weights(self, merged).items()}
         for name, buffer in self.named_buffers():
             if name.endswith("pos_enc.pe"):
@@ -1027,19 +1116,23 @@ class IndexTTS2(nn.Module):
         return out
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in the published layout. The frozen models are linked where the file system can, else copied."""
+        """Write a folder in the published layout. The frozen models are linked where the file system can,
+        else copied."""
         if not merged and any(".lora_" in n for n, _ in self.named_parameters()):
-            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
+            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
+                          "lora.save_lora_weights keeps them apart")
         folder, places = Path(folder), self.codec.places
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(places.config)
         if self.positions_rule(Sampling()) == "training":
             config["tuned"] = True  # read here only: speaking takes the positions that were trained
-        state = {name: w.detach().cpu().contiguous() for name, w in self.published_state_dict(naming, merged).items()}
+        state = self.published_state_dict(naming, merged)
+        state = {name: w.detach().cpu().contiguous() for name, w in state.items()}
         for source, name in places.saved():
             link(source, folder / name)
         save_pickle(folder / places.gpt, state)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
         return folder
 
     @property
@@ -1051,7 +1144,8 @@ class IndexTTS2(nn.Module):
 
     @property
     def encode_key(self):
-        """Names everything else that `encode` reads: text, whose clip is the prompt, and the encoders where their output is kept."""
+        """Names everything else that `encode` reads: text, whose clip is the prompt, and the encoders where
+        their output is kept."""
         encoders = "live"
         if not self.live:
             parts = nn.ModuleDict(zip(CONDITIONING, self.conditioning()))
@@ -1060,7 +1154,8 @@ class IndexTTS2(nn.Module):
 
 
 class Speech:
-    """The GPT as speaking runs it, a code at a time, for W beams of each text side by side. R = W x texts that go on."""
+    """The GPT as speaking runs it, a code at a time, for W beams of each text side by side. R = W x texts
+    that go on."""
 
     def __init__(self, model, prefixes, W, steps):
         self.model, self.W = model, W
@@ -1073,7 +1168,8 @@ class Speech:
         self.column = self.batch.width
 
     def start(self):
-        """Reads voice, text and the start code. -> logits of the first code (R, V), equal for all beams of a text."""
+        """Reads voice, text and the start code. -> logits of the first code (R, V), equal for all beams of a
+        text."""
         L, model = self.batch.width, self.model
         x = torch.stack([F.pad(row, (0, 0, L - len(row), 0)) for row in self.rows])
         self.caches = model.gpt.caches(len(x), L, x)
@@ -1098,7 +1194,8 @@ class Speech:
         return self.logits(h)
 
     def follow(self, parents, rows):
-        """Bring the caches to the rows that go on. Beams of one text share its prefix, so only what was spoken moves."""
+        """Bring the caches to the rows that go on. Beams of one text share its prefix, so only what was
+        spoken moves."""
         before = len(self.batch.pad)
         fewer = len(parents) < before
         moved = parents != list(range(before))
@@ -1139,17 +1236,20 @@ def seed_of(seed, segment, what):
 
 # ------------------------------------------------------------------------------------------------ files
 
-KNOWN_UNUSED = {  # what trainers leave in gpt.pth
+UNUSED = {  # what trainers leave in gpt.pth
     r"inference_model\..*": "the GPT once more, as upstream's class holds it to generate",
     r"gpt\.wte\.weight": "the table of codes once more, as upstream's class holds it to generate",
     r".*\.lora_.*": "an adapter beside the weights: load it from its folder"}
-SECTION = ("model_dim", "layers", "heads", "max_mel_tokens", "max_text_tokens", "number_text_tokens", "number_mel_codes",
-           "start_text_token", "stop_text_token", "start_mel_token", "stop_mel_token")
-FIXED = {"condition_type": "conformer_perceiver", "use_mel_codes_as_input": True, "train_solo_embeddings": False}
+SECTION = ("model_dim", "layers", "heads", "max_mel_tokens", "max_text_tokens", "number_text_tokens",
+           "number_mel_codes", "start_text_token", "stop_text_token", "start_mel_token", "stop_mel_token")
+FIXED = {"condition_type": "conformer_perceiver",
+         "use_mel_codes_as_input": True,
+         "train_solo_embeddings": False}
 
 
 def stored_axes(name, weight):
-    """A weight as the file has it: GPT-2's layers [in, out], the convolutions of kernel 1 with a third axis. Its own inverse for GPT-2."""
+    """A weight as the file has it: GPT-2's layers [in, out], the convolutions of kernel 1 with a third axis.
+    Its own inverse for GPT-2."""
     if transposed(name):
         return weight.T
     return weight[..., None] if kernel_of_one(name) else weight
@@ -1163,7 +1263,7 @@ def kernel_of_one(name):
     return name.endswith(("pointwise_conv1.weight", "pointwise_conv2.weight"))
 
 
-def own_axes(name, tensor):
+def held_axes(name, tensor):
     """A stored tensor as the model holds it."""
     if transposed(name) and len(tensor.shape) == 2:
         return Stored(tensor.shape[::-1], tensor.dtype, lambda: tensor.load().T)
@@ -1188,7 +1288,10 @@ def check_version(config, where):
     elif not {"s2mel", "semantic_codec"} <= set(config):
         found = f"IndexTTS {version or '1.0 or 1.5'}: mel conditioning and a generator of its own, no emotion"
     else:
-        wrong = [f"{key} {section[key]!r}" for key, value in FIXED.items() if section.get(key, value) != value]
+        wrong = []
+        for key, value in FIXED.items():
+            if section.get(key, value) != value:
+                wrong.append(f"{key} {section[key]!r}")
         if not wrong:
             return
         found = f"a form of IndexTTS2 that was never published ({', '.join(wrong)})"
@@ -1204,13 +1307,17 @@ def read_config(config, shapes, where):
     values = {key: int(section[key]) for key in SECTION}
     try:
         for part in ("conditioning_encoder", "emo_conditioning_encoder"):
-            values[part] = conformer_sizes(shapes, part + ".")
+            values[part] = conformer_size(shapes, part + ".")
         for part in ("perceiver_encoder", "emo_perceiver_encoder"):
-            values[part] = resampler_sizes(shapes, part + ".")
-        return Config(**values, text_rows=shapes["text_embedding.weight"][0], mel_rows=shapes["mel_pos_embedding.emb.weight"][0],
-                      text_positions=shapes["text_pos_embedding.emb.weight"][0], inner=shapes["gpt.h.0.mlp.c_fc.weight"][1])
+            values[part] = resampler_size(shapes, part + ".")
+        values["text_rows"] = shapes["text_embedding.weight"][0]
+        values["mel_rows"] = shapes["mel_pos_embedding.emb.weight"][0]
+        values["text_positions"] = shapes["text_pos_embedding.emb.weight"][0]
+        values["inner"] = shapes["gpt.h.0.mlp.c_fc.weight"][1]
+        return Config(**values)
     except KeyError as e:
-        raise Invalid(f"{where}: the weights have no tensor {e.args[0]}. Is this gpt.pth of IndexTTS-2?") from None
+        raise Invalid(f"{where}: the weights have no tensor {e.args[0]}. Is this gpt.pth of "
+                      "IndexTTS-2?") from None
 
 
 def tidy(stored, where):
@@ -1220,17 +1327,20 @@ def tidy(stored, where):
         plain = name.replace(".base_layer.", ".")
         if plain != name:
             odd.append(name)
-        out[plain] = own_axes(plain, tensor)
+        out[plain] = held_axes(plain, tensor)
     if odd:
-        print(f"{where}: {len(odd)} names such as {odd[0]} were saved while an adapter was on; read without it", file=sys.stderr)
+        print(f"{where}: {len(odd)} names such as {odd[0]} were saved while an adapter was on; read without "
+              "it", file=sys.stderr)
     return out
 
 
-def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
-    """The model in eval mode from a published folder; the frozen models around it are read when they are needed.
+def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None,
+         allow_unused=False):
+    """The model in eval mode from a published folder; the frozen models around it are read when they are
+    needed.
 
-    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan where they are kept elsewhere. weights: another file
-    in the place of gpt.pth.
+    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan where they are kept elsewhere. weights:
+    another file in the place of gpt.pth.
     """
     path = Path(folder)
     folder = path if path.is_dir() else path.parent
@@ -1241,15 +1351,17 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     config = yaml.safe_load(where.read_text(encoding="utf-8"))
     check_version(config, where)
     if weights == "scratch":
-        raise Invalid("from_scratch: nobody published how IndexTTS2 is trained from nothing; start from IndexTeam/IndexTTS-2")
+        raise Invalid("from_scratch: nobody published how IndexTTS2 is trained from nothing; start from "
+                      "IndexTeam/IndexTTS-2")
     places = IndexPlaces(folder, config, dict(extra or {}))
     file = path if path.is_file() else folder / (weights or places.gpt)
     if not file.is_file():
-        raise Invalid(f"{folder} has no {file.name}, which holds the weights. Run\n    hf download IndexTeam/IndexTTS-2 {file.name} --local-dir {folder}")
+        raise Invalid(f"{folder} has no {file.name}, which holds the weights. Run\n    hf download "
+                      f"IndexTeam/IndexTTS-2 {file.name} --local-dir {folder}")
     stored = tidy(checkpoint.read(file), file)
     with torch.device("meta"):
         model = IndexTTS2(read_config(config, {n: stored_shape(n, t) for n, t in stored.items()}, where))
-    model.left_unused = checkpoint.fill(model, stored, None, KNOWN_UNUSED, dtype=dtype, device=device,
+    model.left_unused = checkpoint.fill(model, stored, None, UNUSED, dtype=dtype, device=device,
                                         allow_unused=allow_unused, what=str(file))
     if model.left_unused:
         print(f"{file}: {len(model.left_unused)} tensors are left out, such as {model.left_unused[0]}: "
@@ -1260,7 +1372,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
 
 
 def stored_shape(name, tensor):
-    """The shape in the file of a tensor that own_axes may have turned."""
+    """The shape in the file of a tensor that held_axes may have turned."""
     return tensor.shape[::-1] if transposed(name) else tensor.shape
 
 
@@ -1297,7 +1409,8 @@ class IndexPlaces(Places):
         return found
 
     def saved(self):
-        """[(file or folder, its name in a saved checkpoint)] of everything that is there but config.yaml and the weights."""
+        """[(file or folder, its name in a saved checkpoint)] of everything that is there but config.yaml and
+        the weights."""
         own = self.files()
         pairs = [(own.pop("tokenizer"), self.vocabulary), *((path, path.name) for path in own.values())]
         for key, part in speech_chain.PARTS.items():
@@ -1332,31 +1445,37 @@ def save_pickle(path, state):
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------ shapes for measuring
+# --------------------------------------------------------------------------------------- shapes for measuring
 
-# width, layers, heads, rows of text, codes; features; conformers: width, feed-forward, blocks; of the frozen models: width, layers
+# width, layers, heads, rows of text, codes; features; conformers: width, feed-forward, blocks; of the frozen
+# models: width, layers
 SHAPES = {"tiny": (64, 2, 4, 101, 82, 32, (16, 32, 1), (64, 2)),
           "mid": (512, 6, 8, 4096, 8194, 256, (128, 512, 2), (128, 4)),
           "real": (1280, 24, 20, 12001, 8194, 1024, (512, 2048, 6), (512, 13))}
 
 
 def shape(size, version=""):
-    """(Config, Widths of the frozen models) in the published size, or smaller in nearly the same proportions."""
+    """(Config, Widths of the frozen models) in the published size, or smaller in nearly the same
+    proportions."""
     if version:
         raise Invalid(f"version {version!r}: only IndexTTS2 2.0 is known; leave version out")
     C, layers, heads, text, mel, features, (width, inner, blocks), (part, depth) = SHAPES[size]
-    speaker = dict(features=features, width=width, inner=inner, heads=max(1, width // 64), blocks=blocks, kernel=15, rows=5000)
-    emotion = speaker | dict(heads=max(1, width // 128), blocks=max(1, blocks - 2), inner=inner // 2)
-    emotion_width = features
-    resampler = dict(context=width, width=C, latents=32, heads=speaker["heads"], inner=int(C * 4 / 3), layers=2)
-    emotion_resampler = dict(context=width, width=emotion_width, latents=1, heads=emotion["heads"], inner=int(emotion_width * 4 / 3), layers=2)
-    config = Config(C, layers, heads, 1815, 600, text - 1, mel, 0, 1, mel - 2, mel - 1, speaker, resampler, emotion, emotion_resampler,
-                    text, 1818, 602, 4 * C)
+    speaker = ConformerSize(features, width, inner, max(1, width // 64), blocks, kernel=15, rows=5000)
+    emotion = speaker._replace(heads=max(1, width // 128), blocks=max(1, blocks - 2), inner=inner // 2)
+    voice = ResamplerSize(width, C, latents=32, heads=speaker.heads, inner=C * 4 // 3, layers=2)
+    mood = voice._replace(width=features, latents=1, heads=emotion.heads, inner=features * 4 // 3)
+    config = Config(
+        model_dim=C, layers=layers, heads=heads, max_mel_tokens=1815, max_text_tokens=600,
+        number_text_tokens=text - 1, number_mel_codes=mel, start_text_token=0, stop_text_token=1,
+        start_mel_token=mel - 2, stop_mel_token=mel - 1,
+        conditioning_encoder=speaker, perceiver_encoder=voice, emo_conditioning_encoder=emotion,
+        emo_perceiver_encoder=mood, text_rows=text, mel_rows=1818, text_positions=602, inner=4 * C)
     return config, speech_chain.Widths(features, mel - 2, C, part, depth)
 
 
 def draw(model):
-    """Random weights: upstream's normal 0.02 for tables and layers, norms one, tables of the encoders sinusoids in name only."""
+    """Random weights: upstream's normal 0.02 for tables and layers, norms one, tables of the encoders
+    sinusoids in name only."""
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if p.ndim > 1:
             nn.init.normal_(p, std=0.02)
@@ -1366,7 +1485,7 @@ def draw(model):
 
 def letters():
     """A vocabulary of single letters, as the bytes of a SentencePiece model."""
-    pieces = [("<s>", 3), ("</s>", 3), ("<unk>", 2), ("▁", 1), *((ch, 1) for ch in "ABCDEFGHIJKLMNOPQRSTUVWXYZ.")]
+    pieces = [("<s>", 3), ("</s>", 3), ("<unk>", 2), *((ch, 1) for ch in "▁ABCDEFGHIJKLMNOPQRSTUVWXYZ.")]
     out = b""
     for piece, kind in pieces:
         spelled = piece.encode()
@@ -1376,13 +1495,14 @@ def letters():
 
 
 def blank(size, version, device, dtype, options=None):
-    """A model of a known shape with drawn weights, for measuring only. Its conditioning is frozen, so that rows hold what
-    the encoders made, as in a LoRA run; requests without a prompt get noise for one."""
+    """A model of a known shape with drawn weights, for measuring only. Its conditioning is frozen, so that
+    rows hold what the encoders made, as in a LoRA run; requests without a prompt get noise for one."""
     config, widths = shape(size, version)
     with torch.device("meta"):
         model = IndexTTS2(config)
     model.to_empty(device=device)
     draw(model)
     model.to(dtype)
-    model.equip(speech_chain.blank(widths), SentencePiece(letters()), {}, {"freeze": "conditioning", **(options or {})})
+    options = {"freeze": "conditioning", **(options or {})}
+    model.equip(speech_chain.blank(widths), SentencePiece(letters()), {}, options)
     return model.eval()

@@ -218,7 +218,7 @@ def test_every_published_tensor_has_its_place():
     assert config.most_codes == 1817 and model.max_length == 34 + 602 + 1817
     assert sum(p.numel() for p in model.parameters()) == 865_980_639
     conformer = config.conditioning_encoder
-    assert (conformer["features"], conformer["blocks"], conformer["heads"], config.emo_perceiver_encoder["inner"]) == (1024, 6, 8, 1365)
+    assert (conformer.features, conformer.blocks, conformer.heads, config.emo_perceiver_encoder.inner) == (1024, 6, 8, 1365)
 
 
 def test_what_is_published_is_gpt_pth(model, folder):
@@ -402,7 +402,7 @@ def test_the_prompt_is_the_clip_another_one_or_drawn(folder):
         assert torch.equal(model.encode({"audio": wave_of(0), "text": "HELLO"})["features"], own)
         assert torch.equal(prompts[condition]["emo_features"], own)  # the emotion is always that of the clip itself
     assert torch.equal(prompts["same"]["features"], own) and torch.equal(prompts["other"]["features"], other)
-    assert torch.equal(prompts["mixed"]["features"], other) and torch.equal(prompts["mixed"]["own_features"], own)
+    assert torch.equal(prompts["mixed"]["features"], other) and torch.equal(prompts["mixed"]["self_features"], own)
     batch, _ = model.collate([prompts["mixed"]] * 200, list(range(200)))
     assert 35 < batch["same"].sum() < 85
     assert torch.equal(batch["same"][7:8], model.collate([prompts["mixed"]], [7])[0]["same"])

@@ -1,4 +1,5 @@
-"""The frozen models around IndexTTS2's language model, as one codec: recordings to codes, codes and states to sound.
+"""The frozen models around IndexTTS2's language model, as one codec: recordings to codes, codes and states
+to sound.
 
     22 kHz ─16 kHz─▶ w2v-BERT, normalised ─▶ features (T, 1024) at 50 Hz ─RepCodec─▶ codes (T,)
     prompt: features ─RepCodec─▶ vectors ─regulator─▶ condition; its mel; CAM++ ─▶ style
@@ -26,11 +27,14 @@ CODES_PER_SECOND = 50
 PROMPT_SECONDS = 15  # the published code cuts longer prompts here, and its encoders saw none that are longer
 SHORTEST = 0.1  # seconds of a prompt: below, no frame of the encoders is left
 SILENCE = 1e-4  # a recording whose loudest sample is below (-80 dB) holds no voice
-FIRST_FRAMES, FRAMES = 8, 256  # mel frames in the first chunk of sound, which should come at once, and in the others
+# mel frames in the first chunk of sound, which should come at once, and in the others
+REFERENCES = 16  # prompts that are kept: the voices of one session, some megabytes each
+FIRST_FRAMES, FRAMES = 8, 256
 
 
 class Part(NamedTuple):
-    """Where a part may lie: names in a checkpoint's folder or beside it, its hub repository, the file within that."""
+    """Where a part may lie: names in a checkpoint's folder or beside it, its hub repository, the file within
+    that."""
 
     names: tuple
     repository: str
@@ -39,17 +43,26 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "w2v_bert": Part(("w2v-bert-2.0",), "facebook/w2v-bert-2.0", "", "to turn recordings into features and codes"),
-    "semantic_codec": Part(("semantic_codec_model.safetensors", "MaskGCT/semantic_codec/model.safetensors"), "amphion/MaskGCT",
-                           "semantic_codec/model.safetensors", "to turn features into codes and codes into vectors"),
-    "campplus": Part(("campplus_cn_common.bin",), "funasr/campplus", "campplus_cn_common.bin", "to take the voice from a prompt"),
-    "bigvgan": Part(("bigvgan", "bigvgan_v2_22khz_80band_256x"), "nvidia/bigvgan_v2_22khz_80band_256x", "", "to make sound of a mel")}
+    "w2v_bert": Part(
+        names=("w2v-bert-2.0",), repository="facebook/w2v-bert-2.0", file="",
+        purpose="to turn recordings into features and codes"),
+    "semantic_codec": Part(
+        names=("semantic_codec_model.safetensors", "MaskGCT/semantic_codec/model.safetensors"),
+        repository="amphion/MaskGCT", file="semantic_codec/model.safetensors",
+        purpose="to turn features into codes and codes into vectors"),
+    "campplus": Part(
+        names=("campplus_cn_common.bin",), repository="funasr/campplus", file="campplus_cn_common.bin",
+        purpose="to take the voice from a prompt"),
+    "bigvgan": Part(
+        names=("bigvgan", "bigvgan_v2_22khz_80band_256x"), repository="nvidia/bigvgan_v2_22khz_80band_256x",
+        file="", purpose="to make sound of a mel"),
+}
 
 
-def hub_folders(repository):
-    """Where a hub cache may be."""
+def hub_cache():
+    """The hub cache of this user, there or not."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return [Path(os.environ.get("HF_HUB_CACHE", home / "hub"))]
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
 
 
 def snapshots(cache, repository):
@@ -62,14 +75,18 @@ def snapshots(cache, repository):
 
 
 def find(folder, key, given=None):
-    """The file or folder of a part: the one given, in the folder or its hf_cache, beside the folder, in the hub cache."""
+    """The file or folder of a part: the one given, in the folder or its hf_cache, beside the folder, in the
+    hub cache."""
     part = PARTS[key]
     if given is not None:
         if not Path(given).exists():
-            raise Invalid(f"extra.{key}: nothing at {given}; expected {part.repository}, which is needed {part.purpose}")
+            raise Invalid(f"extra.{key}: nothing at {given}; expected {part.repository}, which is needed "
+                          f"{part.purpose}")
         return Path(given)
-    local = [place / name for place in (folder / "hf_cache", folder, folder.absolute().parent) for name in part.names]
-    for cache in (folder / "hf_cache", *hub_folders(part.repository)):
+    local = []
+    for place in (folder / "hf_cache", folder, folder.absolute().parent):
+        local += [place / name for name in part.names]
+    for cache in (folder / "hf_cache", hub_cache()):
         local += [snapshot / part.file for snapshot in snapshots(cache, part.repository)]
     for path in local:
         if path.exists():
@@ -80,8 +97,10 @@ def find(folder, key, given=None):
         way = f"{fetch} --local-dir {target} and name the file {target / part.names[0]}"
     else:
         way = f"{fetch} --local-dir {target / part.names[0]}"
-    raise Invalid(f"{folder}: {part.names[0]} of {part.repository} is missing, which is needed {part.purpose}. Looked in the folder, its "
-                  f"hf_cache, beside it and in the hub cache. Nothing is downloaded; run\n    {way}\nor give its path as extra.{key}.")
+    raise Invalid(f"{folder}: {part.names[0]} of {part.repository} is missing, which is needed "
+                  f"{part.purpose}. Looked in the folder, its "
+                  f"hf_cache, beside it and in the hub cache. Nothing is downloaded; run\n    {way}\nor "
+                  f"give its path as extra.{key}.")
 
 
 def spots(path, count=16, size=4096):
@@ -106,11 +125,12 @@ class Places:
     config: dict  # config.yaml
     extra: dict
 
-    def own(self, key, default):
+    def file(self, key, default):
         """A file that belongs to the checkpoint itself, by its name in config.yaml."""
         path = self.folder / str(self.config.get(key, default))
         if not path.is_file():
-            raise Invalid(f"{self.folder} has no {path.name}, which config.yaml names as {key}; it belongs to IndexTTS-2. Run\n"
+            raise Invalid(f"{self.folder} has no {path.name}, which config.yaml names as {key}; it belongs "
+                          "to IndexTTS-2. Run\n"
                           f"    hf download IndexTeam/IndexTTS-2 {path.name} --local-dir {self.folder}")
         return path
 
@@ -168,7 +188,7 @@ class Chain:
             return campplus.load(places.part(name))
         if name == "bigvgan":
             return bigvgan.load(places.part(name))
-        return s2mel.load(places.own("s2mel_checkpoint", "s2mel.pth"), places.config["s2mel"])
+        return s2mel.load(places.file("s2mel_checkpoint", "s2mel.pth"), places.config["s2mel"])
 
     @contextlib.contextmanager
     def on(self, name):
@@ -196,11 +216,12 @@ class Chain:
     def statistics(self):
         """(mean, standard deviation) of the features; the file holds the variance."""
         if "statistics" not in self.__dict__:
-            path = self.places.own("w2v_stat", "wav2vec2bert_stats.pt")
+            path = self.places.file("w2v_stat", "wav2vec2bert_stats.pt")
             stored = checkpoint.read(path)
             missing = {"mean", "var"} - set(stored)
             if missing:
-                raise Invalid(f"{path} has no {' and no '.join(sorted(missing))}; is it wav2vec2bert_stats.pt of IndexTTS-2?")
+                raise Invalid(f"{path} has no {' and no '.join(sorted(missing))}; is it "
+                              "wav2vec2bert_stats.pt of IndexTTS-2?")
             self.__dict__["statistics"] = stored["mean"].load().float(), stored["var"].load().float().sqrt()
         return self.__dict__["statistics"]
 
@@ -208,13 +229,15 @@ class Chain:
         """Names what codes and features are made with, by spots of the files: nothing is loaded for it."""
         if self.drawn:
             return "drawn"
-        found = [self.places.part("w2v_bert"), self.places.part("semantic_codec"), self.places.own("w2v_stat", "wav2vec2bert_stats.pt")]
+        found = [self.places.part(name) for name in ("w2v_bert", "semantic_codec")]
+        found.append(self.places.file("w2v_stat", "wav2vec2bert_stats.pt"))
         return f"{zlib.crc32(repr([spots(path) for path in found]).encode()):08x}"
 
     # ---------------------------------------------------------------------------------- recordings to codes
 
     def features(self, wave):
-        """(n,) at 16 kHz -> (T, F), normalised. After an odd number of filter bank frames the last row is of padding."""
+        """(n,) at 16 kHz -> (T, F), normalised. After an odd number of filter bank frames the last row is of
+        padding."""
         inputs = audio.w2vbert_features(wave)
         mean, deviation = self.statistics
         with self.on("w2v_bert") as model:
@@ -230,7 +253,8 @@ class Chain:
         return audio.resample(wave, self.sample_rate, RATE)
 
     def encode(self, wave):
-        """(n,) at sample_rate -> codes (1, T) int64. They say what is spoken, not by whom: decode takes the voice apart."""
+        """(n,) at sample_rate -> codes (1, T) int64. They say what is spoken, not by whom: decode takes the
+        voice apart."""
         return self.codes(self.features(self.low_rate(wave)))[None]
 
     # ---------------------------------------------------------------------------------- prompts
@@ -238,7 +262,8 @@ class Chain:
     def listen(self, source, rate, what="the prompt"):
         """(n,) at `rate` of a path or of samples at sample_rate: a voice, at most 15 s of it."""
         if torch.is_tensor(source) and source.ndim != 1:
-            raise Invalid(f"{what} is of shape {list(source.shape)}; expected a path or samples (n,). Codes alone do not hold the voice.")
+            raise Invalid(f"{what} is of shape {list(source.shape)}; expected a path or samples (n,). Codes "
+                          "alone do not hold the voice.")
         if torch.is_tensor(source):
             wave = audio.resample(source.float(), self.sample_rate, rate)
         else:
@@ -246,10 +271,12 @@ class Chain:
         name = what if torch.is_tensor(source) else f"{what} {source}"
         seconds = len(wave) / rate
         if seconds < SHORTEST:
-            raise Invalid(f"{name} lasts {seconds:.3f} s; at least {SHORTEST} s are needed, and 3 to 10 s are best")
+            raise Invalid(f"{name} lasts {seconds:.3f} s; at least {SHORTEST} s are needed, and 3 to 10 s "
+                          "are best")
         wave = wave[: PROMPT_SECONDS * rate]
         if float(wave.abs().max()) < SILENCE:
-            raise Invalid(f"{name} is silent (its loudest sample is {float(wave.abs().max()):.1e}); choose a clip with the voice in it")
+            raise Invalid(f"{name} is silent (its loudest sample is {float(wave.abs().max()):.1e}); choose "
+                          "a clip with the voice in it")
         return wave
 
     def too_long(self, source):
@@ -258,15 +285,21 @@ class Chain:
         return seconds if seconds > PROMPT_SECONDS else 0
 
     def emotion(self, source):
-        """(T, F) of a clip whose emotion is wanted. A file is read straight at 16 kHz, not by way of 22 kHz as a voice is."""
+        """(T, F) of a clip whose emotion is wanted. A file is read straight at 16 kHz, not by way of 22 kHz
+        as a voice is."""
         return self.features(self.listen(source, RATE, "the emotion clip"))
 
     def reference(self, source):
         """Everything that speaking takes from a prompt, kept by the content of its file."""
-        digest = hashlib.sha256(source.float().numpy().tobytes() if torch.is_tensor(source) else Path(source).read_bytes())
-        key = (type(source).__name__, digest.hexdigest())
+        if torch.is_tensor(source):
+            content = source.float().numpy().tobytes()
+        elif Path(source).is_file():
+            content = Path(source).read_bytes()
+        else:
+            raise Invalid(f"the prompt {source}: no such file")
+        key = (torch.is_tensor(source), hashlib.sha256(content).hexdigest())
         if key not in self.references:
-            if len(self.references) >= 16:
+            if len(self.references) >= REFERENCES:
                 del self.references[next(iter(self.references))]
             self.references[key] = self._reference(source)
         return self.references[key]
@@ -331,7 +364,8 @@ class Chain:
                     yield part.cpu()
 
     def decode(self, codes):
-        """codes (1, T) or (T,) -> (n,) at sample_rate in no voice in particular: neither prompt nor states of a language
+        """codes (1, T) or (T,) -> (n,) at sample_rate in no voice in particular: neither prompt nor states
+        of a language
         model. It tells what the codes hold, and covers the recording that they were made of."""
         codes = codes.reshape(-1)
         if not len(codes):
@@ -344,11 +378,12 @@ class Chain:
         return torch.cat(list(self.sound(mel)))
 
     def stream(self):
-        """An object whose decode takes codes piece by piece. Frames of a mel see each other, so pieces are independent."""
+        """An object whose decode takes codes piece by piece. Frames of a mel see each other, so pieces are
+        independent."""
         return self
 
 
-# ------------------------------------------------------------------------------------------------ shapes for measuring
+# --------------------------------------------------------------------------------------- shapes for measuring
 
 
 class Widths(NamedTuple):
@@ -368,20 +403,27 @@ def blank(widths):
     inner = 4 * w.part
     spect = dict(n_fft=1024, win_length=1024, hop_length=256, n_mels=mels, fmin=0, fmax="None")
     config = {"s2mel": {"preprocess_params": {"sr": 22050, "spect_params": spect}}}
+    semantic = dict(channels=w.features, width=w.part, inner=inner, layers=w.layers, kernel=7, block_kernel=7)
+    mel = s2mel.Config(
+        heads=heads, mels=mels, content=w.part, style=style, width=w.part, hidden=3 * w.part, depth=w.layers,
+        frequencies=128, wavenet=w.part, wavenet_layers=8, wavenet_kernel=5, semantic=w.features,
+        regulator=w.part, regulator_convs=4, gpt_layer=(w.states, 256, 128, w.features))
+    vocoder = bigvgan.Config(
+        upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
+        upsample_initial_channel=3 * w.part, resblock_kernel_sizes=[3, 7, 11],
+        resblock_dilation_sizes=[[1, 3, 5]] * 3, num_mels=mels, sampling_rate=22050, use_tanh_at_final=False,
+        use_bias_at_final=False)
     frozen = {
-        "w2v_bert": w2vbert.W2vBert(160, w.layers, width=w.features, inner=4 * w.features, heads=heads, left=64, right=8, kernel=31, eps=1e-5),
-        "semantic_codec": repcodec.RepCodec(dict(channels=w.features, width=w.part, inner=inner, layers=w.layers, kernel=7, block_kernel=7),
-                                            w.features, w.bins, 8),
+        "w2v_bert": w2vbert.W2vBert(160, w.layers, width=w.features, inner=4 * w.features, heads=heads,
+                                    left=64, right=8, kernel=31, eps=1e-5),
+        "semantic_codec": repcodec.RepCodec(semantic, w.features, w.bins, 8),
         "campplus": campplus.CAMPPlus(campplus.Config(10, 32, (2, 2), 128, (12, 24, 16), 32, 128, style)),
-        "s2mel": s2mel.S2Mel(s2mel.Config(
-            heads=heads, mels=mels, content=w.part, style=style, width=w.part, hidden=3 * w.part, depth=w.layers, frequencies=128,
-            wavenet=w.part, wavenet_layers=8, wavenet_kernel=5, semantic=w.features, regulator=w.part, regulator_convs=4,
-            gpt_layer=(w.states, 256, 128, w.features))),
-        "bigvgan": bigvgan.BigVGAN(bigvgan.Config([4, 4, 2, 2, 2, 2], [8, 8, 4, 4, 4, 4], 3 * w.part, [3, 7, 11], [[1, 3, 5]] * 3, mels, 22050,
-                                                  use_tanh_at_final=False, use_bias_at_final=False))}
+        "s2mel": s2mel.S2Mel(mel),
+        "bigvgan": bigvgan.BigVGAN(vocoder)}
     for model in frozen.values():
         draw(model)
-    chain = Chain(Places(Path(), config, {}), {name: model.eval().requires_grad_(False) for name, model in frozen.items()})
+        model.eval().requires_grad_(False)
+    chain = Chain(Places(Path(), config, {}), frozen)
     chain.__dict__["statistics"] = torch.zeros(w.features), torch.ones(w.features)
     return chain
 

@@ -1,11 +1,13 @@
 """Choosing the next code: penalty, temperature, top-k and top-p, and beam search with or without sampling.
 
-Written to replay what transformers 4.52 does with the same settings, as far as that does not hang on its random numbers:
+Written to replay what transformers 4.52 does with the same settings, as far as that does not hang on its
+random numbers:
 
-    scores (rows, V) ─penalise─▶ ─narrow (sampling only)─▶ + score of the beam ─▶ 2 x beams candidates, best first
-    a candidate that is the stop code finishes its beam if it ranks among the first `beams`, else it is forgotten
+    scores (rows, V) ─penalise─▶ ─narrow (sampling only)─▶ + score of the beam ─▶ 2 x beams candidates
+    a candidate that is the stop code ends its beam if it ranks among the first `beams`, else it is forgotten
 
-Drawing k candidates without putting them back is taking the k largest of score + Gumbel noise (arXiv 1903.06059).
+Drawing k candidates without putting them back is taking the k largest of score + Gumbel noise (arXiv
+1903.06059).
 """
 import math
 from typing import NamedTuple
@@ -14,13 +16,14 @@ import torch
 
 
 def penalise(scores, used, penalty):
-    """Codes that a row has used become less likely: negative scores times the penalty, positive ones divided by it.
+    """Codes that a row has used become less likely: negative scores times the penalty, positive ones over it.
     scores, used (bool): (rows, V)."""
-    return torch.where(used, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    lower = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(used, lower, scores)
 
 
 def narrow(scores, temperature, top_k, top_p, least):
-    """Scores over temperature, -inf where top-k or top-p leave a code out; at least `least` codes of a row stay."""
+    """Scores over temperature, -inf where top-k or top-p leave a code out; at least `least` of a row stay."""
     scores = scores / temperature
     if 0 < top_k < scores.shape[-1]:
         smallest = scores.topk(max(top_k, least))[0][..., -1:]
@@ -34,7 +37,7 @@ def narrow(scores, temperature, top_k, top_p, least):
 
 
 def gumbel(shape, generator):
-    """Noise that makes the largest sum a draw from the softmax; on the CPU, so that every device draws the same."""
+    """Noise that makes the largest sum a draw from the softmax; on the CPU, so that all devices draw the same."""
     uniform = torch.rand(shape, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
     return -torch.log(-torch.log(uniform))
 
@@ -46,7 +49,7 @@ class Ending(NamedTuple):
 
 
 class Beams:
-    """The beams of one text. `choose` takes the candidates of a step; `done` tells that no better ending can come."""
+    """The beams of one text. `choose` takes the candidates of a step; `done`: no better ending can come."""
 
     def __init__(self, beams, stop, length_penalty):
         self.beams, self.stop, self.length_penalty = beams, stop, length_penalty

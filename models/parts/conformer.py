@@ -3,13 +3,15 @@
     features (B, T, F) ─convolution, Linear─▶ (B, (T - 1) // 2, C) ─conformer blocks─▶ (B, T', C)
     n learned latents ─attend to the frames and to themselves, twice─▶ (B, n, D)
 
-The conformer is WeNet's (arXiv 2102.01547) with LayerNorm inside the convolution and one full feed-forward per block;
-the resampler is a Perceiver (arXiv 2204.14198). Attributes bear the names under which IndexTTS2 published them. The
-convolutions of kernel 1 are Linears here, so that an adapter finds them; in the files their weights have a third axis.
+The conformer is WeNet's (arXiv 2102.01547) with LayerNorm inside the convolution and one full feed-forward
+per block; the resampler is a Perceiver (arXiv 2204.14198). Attributes bear the names under which IndexTTS2
+published them. The convolutions of kernel 1 are Linears here, so that an adapter finds them; in the files
+their weights have a third axis.
 
 Letters: B batch, T frames, F features, C width of the conformer, D width of the latents, H heads.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,30 @@ def halved(lengths):
     return (lengths - 1) // 2
 
 
+class ConformerSize(NamedTuple):
+    """The comments are IndexTTS2's values for the voice."""
+
+    features: int  # 1024
+    width: int  # 512
+    inner: int  # 2048
+    heads: int  # 8
+    blocks: int  # 6
+    kernel: int  # 15
+    rows: int  # 5000, of the table of positions
+
+
+class ResamplerSize(NamedTuple):
+    context: int  # 512, the width of what is attended to
+    width: int  # 1280
+    latents: int  # 32
+    heads: int  # 8
+    inner: int  # 1706
+    layers: int  # 2
+
+
 class Positions(nn.Module):
-    """A stored table. It is a sinusoid, but rounded in at least one published file, so it is never computed here."""
+    """A stored table. It is a sinusoid, but rounded in at least one published file, so it is never computed
+    here."""
 
     def __init__(self, rows, width):
         super().__init__()
@@ -33,7 +57,8 @@ class Positions(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """(B, T, F) -> (B, (T - 1) // 2, C), times sqrt(C). No position is added: the table goes to the attention."""
+    """(B, T, F) -> (B, (T - 1) // 2, C), times sqrt(C). No position is added: the table goes to the
+    attention."""
 
     def __init__(self, features, width, rows):
         super().__init__()
@@ -48,8 +73,8 @@ class Subsampling(nn.Module):
 
 
 class Attention(nn.Module):
-    """scores = ((q + u) k + (q + v) p) / sqrt(D). p belongs to the key's place in the clip, not to a distance: nothing
-    is shifted, unlike in Transformer-XL, from which u and v come."""
+    """scores = ((q + u) k + (q + v) p) / sqrt(D). p belongs to the key's place in the clip, not to a
+    distance: nothing is shifted, unlike in Transformer-XL, from which u and v come."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -69,9 +94,12 @@ class Attention(nn.Module):
         """x (B, T, C), table (1, T, C), mask (B, T) bool over keys."""
         q, k, v = self.split(self.linear_q(x)), self.split(self.linear_k(x)), self.split(self.linear_v(x))
         p = self.split(self.linear_pos(table))
-        # Written out: the fused kernel is another one where the bias is trained, and its last bits are others.
-        scores = (q + self.pos_bias_u[:, None]) @ k.transpose(-1, -2) + (q + self.pos_bias_v[:, None]) @ p.transpose(-1, -2)
-        scores = (scores * q.shape[-1] ** -0.5).masked_fill(~mask[:, None, None], -math.inf)
+        # Written out: the fused kernel is another one where the bias is trained, and its last bits are
+        # others.
+        by_content = (q + self.pos_bias_u[:, None]) @ k.transpose(-1, -2)
+        by_place = (q + self.pos_bias_v[:, None]) @ p.transpose(-1, -2)
+        scores = (by_content + by_place) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask[:, None, None], -math.inf)
         y = scores.softmax(-1) @ v  # (B, H, T, D)
         return self.linear_out(y.transpose(1, 2).flatten(2))
 
@@ -86,8 +114,10 @@ class ConvModule(nn.Module):
 
     def forward(self, x, mask):
         x = F.glu(self.pointwise_conv1(x * mask[..., None]), -1)
-        # Behind the end of a clip stands a bias by now, and the wide kernel would carry it into the clip. The original
-        # lets that happen in a padded batch; zeroed again, a clip comes out as the original computes it alone.
+        # Behind the end of a clip stands a bias by now, and the wide kernel would carry it into the clip.
+        # The original
+        # lets that happen in a padded batch; zeroed again, a clip comes out as the original computes it
+        # alone.
         x = self.depthwise_conv((x * mask[..., None]).transpose(1, 2)).transpose(1, 2)
         return self.pointwise_conv2(F.silu(self.norm(x))) * mask[..., None]
 
@@ -103,15 +133,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, inner, heads, kernel):
+    def __init__(self, size):
         super().__init__()
-        self.norm_mha = nn.LayerNorm(width)
-        self.self_attn = Attention(width, heads)
-        self.norm_conv = nn.LayerNorm(width)
-        self.conv_module = ConvModule(width, kernel)
-        self.norm_ff = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, inner)
-        self.norm_final = nn.LayerNorm(width)
+        self.norm_mha = nn.LayerNorm(size.width)
+        self.self_attn = Attention(size.width, size.heads)
+        self.norm_conv = nn.LayerNorm(size.width)
+        self.conv_module = ConvModule(size.width, size.kernel)
+        self.norm_ff = nn.LayerNorm(size.width)
+        self.feed_forward = FeedForward(size.width, size.inner)
+        self.norm_final = nn.LayerNorm(size.width)
 
     def forward(self, x, table, mask):
         x = x + self.self_attn(self.norm_mha(x), table, mask)
@@ -121,14 +151,14 @@ class Block(nn.Module):
 
 
 class Conformer(nn.Module):
-    """features (B, T, F) and lengths (B,) -> (B, T', C) and which of its frames are real (B, T'). A clip comes out the
-    same alone and beside longer ones."""
+    """features (B, T, F) and lengths (B,) -> (B, T', C) and which of its frames are real (B, T'). A clip
+    comes out the same alone and beside longer ones."""
 
-    def __init__(self, features, width, inner, heads, blocks, kernel, rows):
+    def __init__(self, size):
         super().__init__()
-        self.embed = Subsampling(features, width, rows)
-        self.encoders = nn.ModuleList([Block(width, inner, heads, kernel) for _ in range(blocks)])
-        self.after_norm = nn.LayerNorm(width)
+        self.embed = Subsampling(size.features, size.width, size.rows)
+        self.encoders = nn.ModuleList([Block(size) for _ in range(size.blocks)])
+        self.after_norm = nn.LayerNorm(size.width)
 
     def forward(self, x, lengths):
         x = self.embed(x)
@@ -183,15 +213,16 @@ class RootNorm(nn.Module):
 class Resampler(nn.Module):
     """frames (B, T, C), mask (B, T) -> (B, n, D). No norm stands in front of attention or feed-forward."""
 
-    def __init__(self, context, width, latents, heads, inner, layers):
+    def __init__(self, size):
         super().__init__()
-        self.proj_context = nn.Linear(context, width)
-        self.latents = nn.Parameter(torch.zeros(latents, width))
+        self.proj_context = nn.Linear(size.context, size.width)
+        self.latents = nn.Parameter(torch.zeros(size.latents, size.width))
         self.layers = nn.ModuleList()
-        for _ in range(layers):
-            feed_forward = nn.Sequential(nn.Linear(width, 2 * inner), Gate(), nn.Linear(inner, width))
-            self.layers.append(nn.ModuleList([CrossAttention(width, heads), feed_forward]))
-        self.norm = RootNorm(width)
+        for _ in range(size.layers):
+            widen, narrow = nn.Linear(size.width, 2 * size.inner), nn.Linear(size.inner, size.width)
+            attention = CrossAttention(size.width, size.heads)
+            self.layers.append(nn.ModuleList([attention, nn.Sequential(widen, Gate(), narrow)]))
+        self.norm = RootNorm(size.width)
 
     def forward(self, frames, mask):
         frames = self.proj_context(frames)
@@ -202,24 +233,36 @@ class Resampler(nn.Module):
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------ widths from a file
+# ----------------------------------------------------------------------------------------- widths from a file
 
 
-def conformer_sizes(shapes, prefix):
-    """Arguments of Conformer, read off {name: shape} of a published file."""
+def conformer_size(shapes, prefix):
+    """ConformerSize, read off {name: shape} of a published file."""
     first = prefix + "encoders.0."
     width, columns = shapes[prefix + "embed.out.0.weight"]
     features = 2 * (columns // width) + 2  # one less would give as many columns, but widths are even
-    blocks = {name.removeprefix(prefix).split(".")[1] for name in shapes if name.startswith(prefix + "encoders.")}
-    return dict(features=features, width=width, inner=shapes[first + "feed_forward.w_1.weight"][0],
-                heads=shapes[first + "self_attn.pos_bias_u"][0], blocks=len(blocks),
-                kernel=shapes[first + "conv_module.depthwise_conv.weight"][2], rows=shapes[prefix + "embed.pos_enc.pe"][1])
+    return ConformerSize(
+        features=features,
+        width=width,
+        inner=shapes[first + "feed_forward.w_1.weight"][0],
+        heads=shapes[first + "self_attn.pos_bias_u"][0],
+        blocks=count(shapes, prefix + "encoders."),
+        kernel=shapes[first + "conv_module.depthwise_conv.weight"][2],
+        rows=shapes[prefix + "embed.pos_enc.pe"][1])
 
 
-def resampler_sizes(shapes, prefix):
-    """Arguments of Resampler, read off {name: shape} of a published file."""
+def count(shapes, stack):
+    """How many layers a stack has."""
+    return len({name.removeprefix(stack).split(".")[0] for name in shapes if name.startswith(stack)})
+
+
+def resampler_size(shapes, prefix):
+    """ResamplerSize, read off {name: shape} of a published file."""
     latents, width = shapes[prefix + "latents"]
-    layers = {name.removeprefix(prefix).split(".")[1] for name in shapes if name.startswith(prefix + "layers.")}
-    return dict(context=shapes[prefix + "proj_context.weight"][1], width=width, latents=latents,
-                heads=shapes[prefix + "layers.0.0.to_q.weight"][0] // HEAD_SIZE,
-                inner=shapes[prefix + "layers.0.1.2.weight"][1], layers=len(layers))
+    return ResamplerSize(
+        context=shapes[prefix + "proj_context.weight"][1],
+        width=width,
+        latents=latents,
+        heads=shapes[prefix + "layers.0.0.to_q.weight"][0] // HEAD_SIZE,
+        inner=shapes[prefix + "layers.0.1.2.weight"][1],
+        layers=count(shapes, prefix + "layers."))

@@ -1,10 +1,10 @@
-"""Text front end for Chinese and English: marks made few, pinyin spelled one way, characters apart, all upper case.
+"""Text front end for Chinese and English: few marks, pinyin spelled one way, characters apart, all upper case.
 
-    "它xuan4,it's 好" ─marks, contractions, pinyin─▶ "它XVAN4,it is 好" ─apart─▶ "它 XVAN4,IT IS 好" ─SentencePiece─▶ pieces
-    pieces ─at commas, dashes and sentence ends, neighbours joined again─▶ segments of at most `most` pieces
+    "它xuan4,it's 好" ─marks, contractions, pinyin─▶ "它XVAN4,it is 好" ─apart─▶ "它 XVAN4,IT IS 好"
+    its pieces ─at commas, dashes and sentence ends, neighbours joined again─▶ segments of `most` at most
 
-What IndexTTS2 does around its normaliser. Numbers, dates and units are not spelled out here: that needs a grammar of
-the language, which a function of the user's choice brings when the data is prepared.
+What IndexTTS2 does around its normaliser. Numbers, dates and units are not spelled out here: that needs a
+grammar of the language, which a function of the user's choice brings when the data is prepared.
 """
 import re
 import warnings
@@ -16,20 +16,21 @@ MARKS = {"：": ",", "；": ",", ";": ",", "，": ",", "。": ".", "！": "!", "
          "—": "-", "～": "-", "~": "-", "「": "'", "」": "'", ":": ","}
 CHINESE_MARKS = {"$": ".", **MARKS}
 CONTRACTION = re.compile(r"(what|where|who|which|how|t?here|it|s?he|that|this)'s", re.IGNORECASE)
-SYLLABLE = (r"(?:[bpmfdtnlgkhjqxzcsryw]|[zcs]h)?(?:[aeiouüv]|[ae]i|u[aio]|ao|ou|i[aue]|[uüv]e|[uvü]ang?|uai|[aeiuv]n"
-            r"|[aeio]ng|ia[no]|i[ao]ng)|ng|er")
+SYLLABLE = (r"(?:[bpmfdtnlgkhjqxzcsryw]|[zcs]h)?"
+            r"(?:[aeiouüv]|[ae]i|u[aio]|ao|ou|i[aue]|[uüv]e|[uvü]ang?|uai|[aeiuv]n|[aeio]ng|ia[no]|i[ao]ng)|ng|er")
 PINYIN = re.compile(rf"(?<![a-z])(?:{SYLLABLE})[1-5]", re.IGNORECASE)  # xuan4, zhong4; not beta1
 UMLAUT = re.compile(r"([jqx])[uü](n|e|an)*(\d)", re.IGNORECASE)  # written u behind these three, spoken ü
 EMAIL = re.compile(r"[a-zA-Z0-9]+@[a-zA-Z0-9]+\.[a-zA-Z]+$")
 SAID = re.compile(r"<[^|>\n]+\|[^>\n]+>")  # <word|how it is said>: kept as it stands
-CJK = re.compile("([\u1100-\u11ff\u2e80-\ua4cf\ua840-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc\U00020000-\U0002ffff])")
+CJK = re.compile("([\u1100-\u11ff\u2e80-\ua4cf\ua840-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc"
+                 "\U00020000-\U0002ffff])")
 
 COMMAS, DASHES, ENDS = (",", "▁,"), ("-",), (".", "!", "?", "▁.", "▁?", "▁...")
 QUOTES = ("'", "▁'")
 
 
 def is_chinese(text):
-    """Whether the rules for Chinese hold: ideographs, no Latin letter at all, an e-mail address, or pinyin with tones."""
+    """Whether the rules for Chinese hold: ideographs, no Latin letter at all, an e-mail address, or pinyin."""
     ideograph = re.search("[\u4e00-\u9fff]", text)
     latin = re.search("[a-zA-Z]", text)
     return bool(ideograph or not latin or EMAIL.match(text) or PINYIN.search(text))
@@ -82,7 +83,7 @@ def apart(text):
 
 
 def prepare(text, terms=None):
-    """What SentencePiece is given. A text of a single character passes as it is, even in lower case: so it was trained."""
+    """What SentencePiece is given. A single character passes as it is, even in lower case: so it was trained."""
     if len(text.strip()) == 1:
         return text
     return apart(normalize(text, terms))
@@ -92,7 +93,7 @@ def prepare(text, terms=None):
 
 
 def split(pieces, marks, most):
-    """Segments of pieces, cut behind `marks`. A segment that holds a comma, or else a dash, is cut there, too."""
+    """Segments of pieces, cut behind `marks`. One that holds a comma, or else a dash, is cut there, too."""
     segments, current = [], []
     for i, piece in enumerate(pieces):
         current.append(piece)
@@ -103,10 +104,11 @@ def split(pieces, marks, most):
             segments += split(current, DASHES, most)
         elif len(current) > most:
             segments += [current[j : j + most] for j in range(0, len(current), most)]
-            warnings.warn(f"a sentence has more than {most} pieces and no mark to cut it at; it is cut in its middle")
+            warnings.warn(f"a sentence has more than {most} pieces and no mark to cut it at; it is cut in its "
+                          "middle")
         elif piece in marks and len(current) > 2:
-            # The original's slip, kept since it was heard that way: a quote behind the mark closes this segment and
-            # opens the next one as well.
+            # The original's slip, kept since everybody speaks with it: a quote behind the mark closes this
+            # segment and opens the next one as well.
             segments.append([*current, following] if following in QUOTES else current)
         else:
             continue
