@@ -903,3 +903,40 @@ def test_wrong_prepared_rows_are_named(model, tmp_path):
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises(Invalid, match="text.npy cannot be read"):
         model.encode({**row, "codes": str(tmp_path / "text.npy")})
+
+
+# ------------------------------------------------------------------------------------------------ scripts
+
+
+def test_the_flags_of_index_tts_speak(folder, tmp_path):
+    """Its names for prompt, emotion and output; what cannot work here is wrong use."""
+    for name in ("voice", "sad"):
+        audio.write(tmp_path / f"{name}.wav", T.voice(seed=len(name)), 22050)
+    flags = ("--model_path", folder, "--text", "HELLO.", "--spk_audio_prompt", "voice.wav", "--max_len", 4, "--min_len", 4, "--retries", 0,
+             "--diffusion_steps", 2)
+    emotions = {"plain": (), "clip": ("--emo_audio_prompt", "sad.wav", "--emo_alpha", 0.6),
+                "vector": ("--emo_vector", "0.3,0,0.2,0,0,0,0,0", "--use_random", "--interval_silence", 100, "--max_text_tokens_per_segment", 50)}
+    waves = {}
+    for name, more in emotions.items():
+        process = start("infer", (*flags, *more, "--output_path", f"{name}.out.wav"), tmp_path)
+        assert process.wait() == 0, process.said
+        waves[name] = audio.read(tmp_path / f"{name}.out.wav")[0]
+        assert len(waves[name]) == 6 * 256
+    assert not torch.equal(waves["plain"], waves["clip"]) and not torch.equal(waves["plain"], waves["vector"])
+    for wrong, said, code in ((("--emo_text", "sad"), "emotion in words needs a language model", 2), (("--emo_vector", "0.5,0.5"), "has 2 numbers", 1)):
+        process = start("infer", (*flags, *wrong, "--output_path", "wrong.wav"), tmp_path)
+        assert process.wait() == code and said in process.said and not (tmp_path / "wrong.wav").exists()
+    process = start("infer", ("--ckpt_dir", folder, "--text", "HELLO.", "--output", "wrong.wav"), tmp_path)
+    assert process.wait() == 1 and "takes the voice from exactly one recording" in process.said
+
+
+def test_prepare_names_the_characters_that_have_no_piece(folder, tmp_path):
+    (tmp_path / "talk/wavs").mkdir(parents=True)
+    for i, text in enumerate(("hello there", "hello § there", "lower and UPPER, all known")):
+        audio.write(tmp_path / f"talk/wavs/a{i}.wav", T.voice(0.5, seed=i), 22050)
+        (tmp_path / f"talk/wavs/a{i}.txt").write_text(text)
+    process = start("prepare_data", ("--input", "talk", "--output_dir", "data", "--ckpt_dir", folder, "--val_split", 0, "--workers", 1), tmp_path)
+    assert process.wait() == 0, process.said
+    report = json.loads((tmp_path / "data/report.json").read_text())
+    assert report["checkpoints"][0]["unknown characters"] == {"§": 1}
+    assert [notice["id"] for notice in report["notices"] if notice["kind"] == "unknown tokens"] == ["a1"]
