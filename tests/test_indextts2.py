@@ -180,6 +180,7 @@ def test_the_texts_reach_every_rule():
     assert any(len(row["segments"]["12"]) > 3 for row in TEXTS) and any(2 in row["ids"] for row in TEXTS)
     duplicated = [row for row in TEXTS if sum(map(len, row["segments"]["120"])) > len(row["pieces"])]
     assert duplicated, "a quote behind a mark opens the next segment as well"
+    assert front.normalize("say <a|b:c> now: it's") == "say <a|b:c> now, it is"
 
 
 def test_unknown_characters_are_named(model):
@@ -483,6 +484,7 @@ def test_emotion_in_speaking(model, tmp_path):
     torch.testing.assert_close(half - plain, (whole - plain) / 2)
     assert (whole - plain)[:-2].abs().max() > 0.01 and not (whole - plain)[-2:].any()
     by_vector = conds(emo_vector=vector)
+    assert torch.equal(conds(emo_vector=[0.33339] + [0] * 7, emo_alpha=0.5), conds(emo_vector=[0.1666] + [0] * 7))  # cut, not rounded
     assert torch.equal(conds(emo_vector=vector, emo_audio=str(tmp_path / "sad.wav")), by_vector)  # the clip is not listened to
     torch.testing.assert_close(conds(emo_vector=vector, emo_alpha=0.5), conds(emo_vector=[x / 2 for x in vector]))
     assert torch.equal(conds(emo_vector=vector, emo_alpha=2.0), by_vector)
@@ -498,6 +500,18 @@ def test_emotion_in_speaking(model, tmp_path):
             conds(emo_vector=wrong)
     with pytest.raises(Invalid, match="emo_text: emotion in words needs a language model.*emo_vector, 8 numbers"):
         indextts2.Sampling(emo_text="very sad")
+
+
+def test_a_prompts_own_emotion_is_that_of_its_file(model, monkeypatch):
+    """A file is read a second time at 16 kHz for it: that reading alone counts, whatever emo_alpha says."""
+    reference = model.codec.reference(T.voice())._replace(emotion=GOLDEN["emotion.0"])
+    monkeypatch.setattr(model.codec, "reference", lambda source: reference)
+    s = indextts2.Sampling(emo_alpha=0.3)
+    conds = model._request("HELLO", T.prompts(model), seed=1, s=s)["conds"]
+    with torch.no_grad():
+        spk = model._alone(model.voice_latents, reference.features)
+        emovec = model._alone(model.emotion_vector, reference.emotion)
+    torch.testing.assert_close(conds[:-2], spk + emovec)
 
 
 def test_the_published_weighing_of_a_vector():
