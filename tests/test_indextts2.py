@@ -279,7 +279,7 @@ def test_the_extra_models_are_found_in_every_usual_place(folder, tmp_path, monke
     shutil.copytree(hub / "hf_cache", tmp_path / "home/hub")
     places = found(bare)
     assert places["bigvgan"].parent == tmp_path and places["campplus"].is_relative_to(tmp_path / "home/hub")
-    with pytest.raises(Invalid, match="extra.bigvgan: nothing at"):
+    with pytest.raises(Invalid, match="extra.bigvgan: no checkpoint at"):
         models.load(bare, extra={"bigvgan": tmp_path / "nowhere"}).codec.part("bigvgan")
 
 
