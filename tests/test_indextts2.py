@@ -595,6 +595,9 @@ def test_beams_end_as_those_of_transformers():
     assert [ending.score for ending in search.endings] == [-1.5, -3.0] and not search.done  # one that runs may still do better
     search.choose([-3.1, -3.2, -5.0, -6.0], [1, 2, 9, 9], [0, 1, 1, 0])
     assert search.done and search.best() == (-1.5, [6], True)
+    low = beam.Beams(2, 9, 0.0)
+    assert low.choose([-1.0, -2.0, -3.0, -4.0], [9, 5, 9, 6], [0, 0, 1, 1]) == [(0, 5), (1, 6)]
+    assert [ending.score for ending in low.endings] == [-1.0]
     unfinished = beam.Beams(2, 9, 1.0)
     unfinished.choose([-1.0, -2.0, -9.0, -9.0], [5, 9, 6, 7], [0, 0, 0, 0])
     unfinished.choose([-3.0, -5.0, -9.0, -9.0], [5, 6, 7, 8], [0, 1, 0, 0])
