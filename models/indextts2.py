@@ -596,7 +596,7 @@ class IndexTTS2(nn.Module):
     def _places(self, examples):
         """Where each embedding stands among the packed positions, and which positions predict text and codes.
 
-        The embeddings come as all conds, all texts, all codes; `order` brings them into rows, one after another.
+        The embeddings come as all conds, all texts, all codes; `order` brings them into rows, one by one.
         """
         heads = self.config.latents + 2
         texts = [len(e["text"]) + 2 for e in examples]

@@ -37,7 +37,7 @@ def narrow(scores, temperature, top_k, top_p, least):
 
 
 def gumbel(shape, generator):
-    """Noise that makes the largest sum a draw from the softmax; on the CPU, so that all devices draw the same."""
+    """Noise that makes the largest sum a draw from the softmax; from the CPU, the same on all devices."""
     uniform = torch.rand(shape, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
     return -torch.log(-torch.log(uniform))
 

@@ -1,4 +1,4 @@
-"""Text front end for Chinese and English: few marks, pinyin spelled one way, characters apart, all upper case.
+"""Text front end for Chinese and English: few marks, one spelling of pinyin, characters apart, upper case.
 
     "它xuan4,it's 好" ─marks, contractions, pinyin─▶ "它XVAN4,it is 好" ─apart─▶ "它 XVAN4,IT IS 好"
     its pieces ─at commas, dashes and sentence ends, neighbours joined again─▶ segments of `most` at most
@@ -17,7 +17,8 @@ MARKS = {"：": ",", "；": ",", ";": ",", "，": ",", "。": ".", "！": "!", "
 CHINESE_MARKS = {"$": ".", **MARKS}
 CONTRACTION = re.compile(r"(what|where|who|which|how|t?here|it|s?he|that|this)'s", re.IGNORECASE)
 SYLLABLE = (r"(?:[bpmfdtnlgkhjqxzcsryw]|[zcs]h)?"
-            r"(?:[aeiouüv]|[ae]i|u[aio]|ao|ou|i[aue]|[uüv]e|[uvü]ang?|uai|[aeiuv]n|[aeio]ng|ia[no]|i[ao]ng)|ng|er")
+            r"(?:[aeiouüv]|[ae]i|u[aio]|ao|ou|i[aue]|[uüv]e|[uvü]ang?|uai|[aeiuv]n|[aeio]ng|ia[no]|i[ao]ng)"
+            r"|ng|er")
 PINYIN = re.compile(rf"(?<![a-z])(?:{SYLLABLE})[1-5]", re.IGNORECASE)  # xuan4, zhong4; not beta1
 UMLAUT = re.compile(r"([jqx])[uü](n|e|an)*(\d)", re.IGNORECASE)  # written u behind these three, spoken ü
 EMAIL = re.compile(r"[a-zA-Z0-9]+@[a-zA-Z0-9]+\.[a-zA-Z]+$")
@@ -30,7 +31,7 @@ QUOTES = ("'", "▁'")
 
 
 def is_chinese(text):
-    """Whether the rules for Chinese hold: ideographs, no Latin letter at all, an e-mail address, or pinyin."""
+    """Whether the rules for Chinese hold: ideographs, no Latin letter, an e-mail address, or pinyin."""
     ideograph = re.search("[\u4e00-\u9fff]", text)
     latin = re.search("[a-zA-Z]", text)
     return bool(ideograph or not latin or EMAIL.match(text) or PINYIN.search(text))
@@ -83,7 +84,7 @@ def apart(text):
 
 
 def prepare(text, terms=None):
-    """What SentencePiece is given. A single character passes as it is, even in lower case: so it was trained."""
+    """What SentencePiece is given. A single character passes as it is, even in lower case: as trained."""
     if len(text.strip()) == 1:
         return text
     return apart(normalize(text, terms))
@@ -104,8 +105,7 @@ def split(pieces, marks, most):
             segments += split(current, DASHES, most)
         elif len(current) > most:
             segments += [current[j : j + most] for j in range(0, len(current), most)]
-            warnings.warn(f"a sentence has more than {most} pieces and no mark to cut it at; it is cut in its "
-                          "middle")
+            warnings.warn(f"a sentence has more than {most} pieces and no mark to cut it at: cut in its middle")
         elif piece in marks and len(current) > 2:
             # The original's slip, kept since everybody speaks with it: a quote behind the mark closes this
             # segment and opens the next one as well.
