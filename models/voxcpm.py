@@ -141,9 +141,11 @@ class Training:
 
     training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
     float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
+    guess_weight: float = opt(0.0, "weight of a linear guess of each patch beside the flow, for models trained from scratch; 0 is off")
+    history_noise: float = opt(0.0, "most noise on the patches that a clip hears of its own past, in their standard deviations; 0 is off")
 
     def __post_init__(self):
-        check(self, training_cfg_rate=0)
+        check(self, training_cfg_rate=0, guess_weight=0, history_noise=0)
 
 
 @dataclass
@@ -152,13 +154,14 @@ class Sampling:
 
     cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
     inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range")
+    noise_scale: float = opt(1.0, "factor of the noise that the solver starts from; less is steadier and less varied")
     min_len: int = opt(2, "patches after which the stop head is first asked")
     max_len: int = opt(4096, "patches at most")
     length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")
     retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
 
     def __post_init__(self):
-        check(self, inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
+        check(self, inference_timesteps=1, noise_scale=0, min_len=0, max_len=1, length_ratio=0, retries=0)
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -323,6 +326,16 @@ class Quantizer(nn.Module):
         return self.out_proj(y + (q - y).detach() if self.training else q)
 
 
+def blur(latents, most, generator):
+    """Latents (A, P, D) with noise of a strength that is drawn for the clip, up to `most` of each channel's deviation in it.
+
+    Speaking freely, a model hears its own patches, never true ones; who has heard only true ones is lost after a few.
+    """
+    strength = most * torch.rand(1, generator=generator)
+    deviation = latents.std((0, 1), correction=0)
+    return latents + strength * deviation * torch.randn(latents.shape, generator=generator)
+
+
 class VoxCPM(nn.Module):
     backbone = "voxcpm"
     namings = ("published",)
@@ -432,12 +445,14 @@ class VoxCPM(nn.Module):
         c = self.config
         P, D = c.patch_size, c.feat_dim
         tokens, patches, place, target, cond, noise, time, keep = [], [], [], [], [], [], [], []
+        history = []  # what the model is told of the patches: themselves, with history_noise blurred
         at, M = 0, 0  # positions and patches so far
         for b, e in enumerate(examples):
             text, latents, ref = e["text"], e["latents"].float(), e.get("ref_latents")
             if ref is not None:
                 tokens += [torch.tensor([REF_START]), torch.zeros(len(ref), dtype=torch.long), torch.tensor([REF_END])]
                 patches.append(ref.float())
+                history.append(ref.float())
                 place.append(at + 1 + torch.arange(len(ref)))
                 at, M = at + len(ref) + 2, M + len(ref)
             A = len(latents)
@@ -445,7 +460,6 @@ class VoxCPM(nn.Module):
             patches.append(latents)
             place.append(at + len(text) + torch.arange(A))
             target.append(M + torch.arange(A))
-            cond.append(torch.cat([torch.zeros(1, P, D), latents[:-1]]))
             at, M = at + len(text) + A, M + A
             fixed = seeds is None
             g = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes()) if fixed else seeds[b])
@@ -454,6 +468,11 @@ class VoxCPM(nn.Module):
             time.append(torch.sigmoid(u - 0.4) if c.t_scheduler == "log-norm" else u)
             dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
             keep.append(torch.ones(A, dtype=torch.bool) if fixed else ~dropped)
+            past = latents
+            if self.training_options.history_noise and not fixed:
+                past = blur(latents, self.training_options.history_noise, g)
+            history.append(past)
+            cond.append(torch.cat([torch.zeros(1, P, D), past[:-1]]))
         ends = torch.tensor([len(e["latents"]) for e in examples])
         place, target = torch.cat(place), torch.cat(target)
         stop = torch.zeros(len(target), dtype=torch.long)
@@ -463,7 +482,7 @@ class VoxCPM(nn.Module):
         positions = torch.cat([torch.arange(n) for n in sizes])
         batch = {"tokens": torch.cat(tokens), "positions": positions, "B": len(examples), "L": L,
                  "real": torch.arange(len(examples)).repeat_interleave(sizes) * L + positions,
-                 "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
+                 "patches": torch.cat(patches), "history": torch.cat(history), "place": place, "target": target, "before": place[target] - 1,
                  "cond": torch.cat(cond), "stop": stop, "row": torch.arange(len(examples)).repeat_interleave(ends),
                  "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
                  "noise": torch.cat(noise), "time": torch.cat(time), "keep": torch.cat(keep)}
@@ -471,7 +490,10 @@ class VoxCPM(nn.Module):
 
     def counts(self, batch):
         N, P = len(batch["target"]), self.config.patch_size
-        return {"loss/diff": N * P, "loss/stop": N, "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        out = {"loss/diff": N * P, "loss/stop": N, "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        if self.training_options.guess_weight:
+            out["metric/guess"] = N * P
+        return out
 
     # ---------------------------------------------------------------------------------- training
 
@@ -479,7 +501,7 @@ class VoxCPM(nn.Module):
         """Sums of the losses over target patches (loss/diff: also over their P frames), float32."""
         dtype = self.dtype
         place, before = batch["place"], batch["before"]  # of the packed positions: a row after the other, without padding
-        embed = self.enc_to_lm_proj(self.feat_encoder(batch["patches"].to(dtype)))  # (M, H)
+        embed = self.enc_to_lm_proj(self.feat_encoder(batch["history"].to(dtype)))  # (M, H)
         x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
         e, r = self._language_models(x, embed, place, mask=Packing(batch["real"], batch["B"], batch["L"]), positions=batch["positions"])
         lm_h, res_h = e[0, before], r[0, before]  # (N, H): a patch is predicted from the position before it
@@ -493,6 +515,13 @@ class VoxCPM(nn.Module):
 
         logits = self._stop_logits(lm_h).float()
         out = {"loss/diff": diff, "loss/stop": F.cross_entropy(logits, batch["stop"], reduction="sum")}
+        weight = self.training_options.guess_weight
+        if weight:
+            guess = self._guess(lm_h, res_h).view_as(clean)
+            wrong = (guess - clean).square().mean(-1).sum()
+            out["metric/guess"] = wrong.detach()
+            if self.training:  # validation stays comparable with runs that guess nothing
+                out["loss/diff"] = diff + weight * wrong
         with torch.no_grad():
             says = logits.argmax(-1)
             out["metric/stop_accuracy"] = (says == batch["stop"]).float().sum()
@@ -517,6 +546,18 @@ class VoxCPM(nn.Module):
     def _condition(self, lm_h, res_h):
         a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
         return torch.cat([a, b], -1) if self.config.fused else a + b
+
+    def _guess(self, lm_h, res_h):
+        """What a fixed matrix reads off the two states that condition the DiT, (N, P * D) float32.
+
+        The flow teaches a model drawn at random how a patch goes on long before it teaches which patch the text wants:
+        its gradient reaches the text through noise, and the quantiser rounds small differences away. The guess is a
+        short way. Its matrix is drawn, not trained, so that it is no part of the model and of no file; the states turn
+        towards it.
+        """
+        H, size = self.config.lm_config.hidden_size, self.config.patch_size * self.config.feat_dim
+        drawn = torch.randn(2 * H, size, generator=torch.Generator().manual_seed(0)) / math.sqrt(2 * H)
+        return torch.cat([lm_h, res_h], -1).float() @ drawn.to(lm_h.device)
 
     def _stop_logits(self, lm_h):
         return self.stop_head(F.silu(self.stop_proj(lm_h)))
@@ -642,7 +683,7 @@ class VoxCPM(nn.Module):
 
         rows = list(range(B))
         for n in range(max(caps)):
-            z = torch.stack([self._noise(requests[i], n, draws[i]) for i in rows]).to(device)
+            z = s.noise_scale * torch.stack([self._noise(requests[i], n, draws[i]) for i in rows]).to(device)
             patch = self.feat_decoder.solve(z, self._condition(lm_h, res_h), cond, s.inference_timesteps, s.cfg_value)
             stop = self._stop_logits(lm_h).argmax(-1).tolist() if n > s.min_len else [0] * len(rows)
             going = []

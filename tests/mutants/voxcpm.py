@@ -49,7 +49,7 @@ MUTANTS = [
     # 4: the shift
     ("9.4 no shift", MODEL, "place[target] - 1", "place[target]", LOSSES),
     ("9.4 shift by two", MODEL, "place[target] - 1", "place[target] - 2", LOSSES),
-    ("9.4 condition not shifted", MODEL, "cond.append(torch.cat([torch.zeros(1, P, D), latents[:-1]]))", "cond.append(latents)", LOSSES),
+    ("9.4 condition not shifted", MODEL, "cond.append(torch.cat([torch.zeros(1, P, D), past[:-1]]))", "cond.append(past)", LOSSES),
     ("9.4 last prompt patch forgotten", MODEL, 'r["patches"][-1] if r["ids"][-1] == -1 else', 'r["patches"][-1] if False else', LATENTS),
     ("9.4 reference taken for a prompt", MODEL, 'r["patches"][-1] if r["ids"][-1] == -1 else', 'r["patches"][-1] if len(r["patches"]) else', LATENTS),
     ("9.4 stop from the residual state", MODEL, "logits = self._stop_logits(lm_h)", "logits = self._stop_logits(res_h)", LOSSES),
