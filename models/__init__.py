@@ -2,8 +2,94 @@
 
     model = models.load("checkpoints/some-folder", device="cuda", dtype=torch.bfloat16)
 
-A backbone is one file here; there is no list to edit. Each offers recognizes(config), load, Config, Training, Sampling,
-LAMBDAS and TINY, and its model the calls that DESIGN of the project names: encode, collate, forward, frames, generate, save.
+A backbone is one file here; there is no list to edit. What follows is the contract: every name that the scripts, lora.py
+and models/parts use on such a file or on its model. tests/test_backbones.py reads it here and holds every backbone
+against it. Audio is (n,) float32 mono in [-1, 1]; K, T and the other letters are those of the model's file.
+
+The file:
+  recognizes(config)            is a checkpoint of this config.json (or {"tensors": names}) one of ours? Several keys
+                                tell, never the folder's name; exactly one file of models/ may say yes
+  load(folder, device, dtype, options, extra, weights, allow_unused)
+                                the model of a published folder or file, in eval mode. options: Training's values;
+                                extra: {part: path} for parts kept elsewhere; weights: which file or naming where several
+                                lie side by side, or "scratch" for drawn ones; dtype None: the file's
+  blank(size, version, device, dtype, options)
+                                a model with drawn weights for bench.py, size "tiny", "mid" or "real"
+  Config                        dataclass of the checkpoint's values, under their published names
+  Training                      dataclass: the section `backbone:` of a training config
+  Sampling                      dataclass: what `generate` takes besides a request; also infer.py's flags
+  LAMBDAS                       {"loss/x": default weight}
+  TINY                          a Config that runs in a second
+
+The model, values:
+  config                        the Config
+  backbone                      name of the file in models/
+  sample_rate                   of the audio that `encode` reads
+  out_sample_rate               of the audio that `generate` returns
+  frame_rate                    steps of `frames` per second of audio
+  max_length                    positions of a row at most
+  codec                         the frozen codec, float32, in no list of parameters: encode(wave), decode(frames),
+                                stream() -> object with decode(chunk), and nn.Module's own
+  codec_key                     text; names the codec and how it is used: another key, other cached codes
+  encode_key                    text; names all else that `encode` reads, so that a cached example can be trusted
+  embeddings                    names of the modules that lora.train_embeddings trains
+  speaker_input                 does `speaker` reach the model?
+  namings                       names of the published layouts, the preferred one first
+  native_adapter                format of adapters in this backbone's own ecosystem, a key of adapter_namings
+  adapter_namings               {format of adapters that can be written: naming of its tensors}
+  lora_dropout_after            is dropout on the adapter's update (True) or on its input?
+
+The model, calls in the order in which data meets them:
+  equip(codec, tokenizer, files, options)
+                                by load and blank, once the weights are there: what does not come with them, and what is
+                                computed from it. files: {role: path} of what `save` copies, "tokenizer" among them
+  encode_text(text, speaker)    ids of a text, exactly what training feeds
+  encode_audio(source, start, end)
+                                CPU tensor that the codec makes of a path or of (n,) samples
+  encode(row)                   {name: CPU tensor} of a row of a manifest, no batch dim; slow, frozen, deterministic
+  length(example)               positions of the trained network, as upstream counts them; 0: nothing to train
+  collate(examples, seeds)      (batch, counts); every draw of training is made here, from each row's own seed;
+                                seeds None: fixed by the rows' content and nothing dropped, for validation
+  counts(batch)                 {name: what the sum of that name in `forward` is divided by}
+  forward(batch)                {"loss/x": 0-dim float32 sum, "metric/y": detached sum}; no draws but dropout
+  set_recompute(on)             activation checkpointing of every layer
+  blocks()                      the modules that torch.compile takes one by one
+  lora_targets(settings)        names of Linears that the words of a lora section mean here; without any: the default
+  sample_request(row)           {argument of generate: value} for a validation sample of a row, besides text and seed
+  generate(text, prompts, speaker, seed, noise)
+                                chunks (n,) of audio; joined they are the whole. prompts: (text, audio, speaker) each;
+                                further keywords are Sampling's
+  generate_batch(requests)      (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them
+  frames(text, prompts, speaker, seed, noise)
+                                what `generate` decodes, step by step; `finish` is then ["end"] or ["cap"]
+  _run(requests, s)             (i, frame) of requests that are checked, for parts/sampling.py
+  published_name(parameter, naming)
+                                its name in a published file
+  published_rows(parameter, naming)
+                                row order of the published weight (published = ours[rows]), None where it is ours
+  published_state_dict(naming, merged)
+                                {published name: tensor}; merged adds the adapters, in float32
+  adapter_words(modules, values)
+                                the backbone's own words for wrapped modules, for the native adapter's settings file
+  save(folder, naming, merged)  write a published folder
+
+The model, set from outside after `equip`; each has a value from the start:
+  path                          by load: where the checkpoint was found; ""
+  fingerprint                   by load: names the weights; ""
+  left_unused                   by load: tensors of the file that were not used; []
+  speakers                      by train.py, infer.py and merge_lora.py: {name: number}; what the folder says, or {}
+  max_length                    by train.py, lower: rows are cut to it
+  finish                        by _run and parts/sampling.py: how each request ended, "end" or "cap"; []
+  training                      by train() and eval()
+
+The model, only where there is something to say, and what counts without it:
+  encode_audio_batch(waves)     encode_audio of several (n,) clips in one pass of the codec; without: one by one
+  published_copies(parameter, naming)
+                                further published names of the same tensor; without: ()
+  harmless_adapter_keys         regexes over names in foreign adapters that never did anything; without: ()
+  refused_adapter_keys          {regex over such names: why they cannot be used}; without: {}
+  idle_in_losses                beginnings of names of parameters that no loss depends on (tests); without: ()
+  lora_state                    by lora.py: what it wrapped; without: no adapter
 """
 import importlib
 import os

@@ -40,8 +40,8 @@ from torch import nn
 from models.codecs import mimi
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
-from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, run_layers
-from models.parts.sampling import chunks, takes
+from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
+from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
@@ -202,25 +202,20 @@ class Tower(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
-                                          c.head_dim, c.rms_norm_eps) for _ in range(c.num_hidden_layers))
+        size = LayerSize(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(size) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.register_buffer("frequencies", None, persistent=False)  # make_rotary computes them, in float32 whatever the weights are
         self.config, self.recompute = c, False
 
     def make_rotary(self, device):
-        self.register_buffer("frequencies", frequencies(self.config).to(device), persistent=False)
+        self.frequencies = frequencies(self.config).to(device)
 
     def rope(self, positions):
         return rotary(positions, self.frequencies)
 
-    def forward(self, x, rope=None, causal=False, mask=None, caches=None, column=None):
-        if rope is None:
-            rope = self.rope(torch.arange(x.shape[1], device=x.device))
-        return self.norm(run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training))
-
-    def caches(self, B, S, x):
-        c = self.config
-        return [Cache(B, c.num_key_value_heads, S, c.head_dim, x.dtype, x.device) for _ in self.layers]
+    def forward(self, x, context, caches=None):
+        return self.norm(run_layers(self.layers, x, context, caches, self.recompute and self.training))
 
 
 def pick(logits, u, temperature, top_k):
@@ -362,7 +357,8 @@ class CSM(nn.Module):
     refused_adapter_keys = {r"layers\.\d+\..*": "without the name of its tower: the trainer that wrote this file let the decoder's layers 0 to 3 "
                                                   "overwrite the backbone's, so what is left fits neither"}
 
-    def __init__(self, config):
+    def __init__(self, config, naming="transformers", raw_config=None):
+        """naming and raw_config (config.json) are of the folder that was read: what is saved is as it was."""
         super().__init__()
         c = self.config = config
         H, D, K, V = c.backbone.hidden_size, c.depth_decoder_config.hidden_size, c.num_codebooks, c.vocab_size
@@ -377,10 +373,32 @@ class CSM(nn.Module):
         self.depth_decoder.model = Tower(c.depth_decoder_config)
         self.depth_decoder.model.inputs_embeds_projector = nn.Linear(H, D, bias=False)
         self.depth_decoder.codebooks_head = Codebooks(K, D, V)
-        self.training_options = Training()
-        self.naming, self.finish = "transformers", []
-        self.speakers = {}  # {name: number} as the training data had them
+        self.register_buffer("offsets", None, persistent=False)  # (K,) the first row of each codebook in the audio table
+        self.naming, self.raw_config = naming, raw_config or {}
+        self.speakers = dict(self.raw_config.get("speakers") or {})  # {name: number} as the training data had them
         self.max_length = c.backbone.max_position_embeddings  # positions of a row; train.py may ask for less
+        self.finish = []
+        self.path = self.fingerprint = ""
+        self.left_unused = []
+        self._frozen, self.tokenizer, self.files, self.training_options = [], None, {}, Training()
+        self.sample_rate = self.out_sample_rate = 0
+        self.bos = self.eos = None
+        self.tokenizer_crc, self._codec_key = 0, None
+
+    def equip(self, codec, tokenizer, files, options):
+        """Give the model what does not come with its weights: codec, tokenizer, {role: path} of what `save` copies, and
+        Training's options. With it, what is computed from them. `load` and `blank` call this."""
+        self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
+        self.sample_rate = self.out_sample_rate = codec.config.sampling_rate
+        self.bos, self.eos = tokenizer.id("<|begin_of_text|>"), tokenizer.id("<|end_of_text|>")
+        if self.bos is None or self.eos is None:
+            raise Invalid(f"{tokenizer.name} has no <|begin_of_text|> and <|end_of_text|>; it is not CSM's tokenizer")
+        self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes()) if "tokenizer" in files else 0
+        for tower in self.stacks():
+            tower.make_rotary(self.device)
+        self.offsets = torch.arange(self.config.num_codebooks, device=self.device) * self.config.vocab_size
+        self.training_options = Training(**options)
+        self.freeze()
 
     # ---------------------------------------------------------------------------------- data: text, audio, batches
 
@@ -519,7 +537,7 @@ class CSM(nn.Module):
         B, L = batch["rows"].shape[:2]
         rows, place = batch["rows"].flatten(0, 1), batch["place"]
         x = self._embed(rows[place], batch["text"], batch["audio"])[None]  # (1, P, H), P real rows
-        h = self.backbone_model(x, self.backbone_model.rope(place % L), mask=Packing(place, B, L))[0, batch["before"]]  # (N, H)
+        h = self.backbone_model(x, Context(self.backbone_model.rope(place % L), mask=Packing(place, B, L)))[0, batch["before"]]  # (N, H)
         codes = rows[batch["trained"]][:, :-1]  # (N, K)
         first = F.cross_entropy(self.lm_head(h).float(), codes[:, 0], reduction="sum")
         h, codes = h[batch["frames"]], codes[batch["frames"]]
@@ -546,7 +564,8 @@ class CSM(nn.Module):
         x = table(codes[:, :-1] + self.offsets[:-1]).to(h.dtype)  # (M, K - 1, H)
         # Projected one by one: where table and projection are frozen, autograd has nothing to keep for all but the state.
         x = torch.cat([decoder.inputs_embeds_projector(h[:, None]), decoder.inputs_embeds_projector(x)], 1)  # (M, K, D)
-        y = decoder(x, causal=True)[:, 1:]  # what stands at position 0 predicts nothing
+        rope = decoder.rope(torch.arange(x.shape[1], device=x.device))
+        y = decoder(x, Context(rope, causal=True))[:, 1:]  # what stands at position 0 predicts nothing
         return torch.bmm(y.transpose(0, 1), self.depth_decoder.codebooks_head.weight)
 
     def sample_request(self, row):
@@ -623,58 +642,44 @@ class CSM(nn.Module):
         c, device = self.config, self.device
         prompts = [self._fit(r, s) for r in requests]
         caps = [cap for _, _, cap in prompts]
-        B, L = len(requests), max(len(rows) for rows, _, _ in prompts)
-        S, K = L + max(caps), c.num_codebooks
-        finish = self.finish = ["cap"] * B  # of this run, should another begin before it ends
-        rows, mask = torch.zeros(B, L, K + 1, dtype=torch.long), torch.zeros(B, L, K + 1, dtype=torch.bool)
-        draws = torch.empty(B, c.backbone.max_position_embeddings, K)
-        for b, (r, m, _) in enumerate(prompts):  # padded on the left, so that all rows end at the same column
-            rows[b, L - len(r):], mask[b, L - len(r):] = r, m
-            g = torch.Generator()
-            g.seed() if requests[b]["seed"] is None else g.manual_seed(requests[b]["seed"])
-            draws[b].uniform_(generator=g)  # all at once and always as many, so that no cap changes a draw
+        K, most = c.num_codebooks, c.backbone.max_position_embeddings
+        batch, speaking = LeftPadded([len(rows) for rows, _, _ in prompts], max(caps), device), Speaking(caps)
+        self.finish = speaking.finish  # of this run, should another begin before it ends
+        # All numbers at once and always as many, so that no cap changes a draw; in (0, 1], for 0 would hit an id of probability 0.
+        draws = torch.stack([torch.empty(most, K).uniform_(generator=generator(r["seed"])) for r in requests])
+        draws = 1 - draws[:, : max(caps)].to(device)
+        rows, mask = batch.stack([rows for rows, _, _ in prompts]), batch.stack([mask for _, mask, _ in prompts])
         text, audio = (mask.flatten(0, 1)[:, k].nonzero().flatten().to(device) for k in (K, 0))
-        pad = torch.tensor([L - len(r) for r, _, _ in prompts], device=device)
-        draws = 1 - draws[:, : max(caps)].to(device)  # in (0, 1]: 0 would hit an id of probability 0
-        column = torch.arange(L, device=device)
-        seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
-        near = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
-        rope = self.backbone_model.rope((column[None] - pad[:, None]).clamp(min=0)[:, None])
         allowed = min(c.vocab_size, self.codec.config.codebook_size) if s.mask_special else c.vocab_size
-        x = self._embed(rows.flatten(0, 1).to(device), text, audio).view(B, L, -1)
-        caches, steps = self.backbone_model.caches(B, S, x), DepthSteps(self, B, allowed)
-        h = self.backbone_model(x, rope, mask=near, caches=caches, column=column)[:, -1]
+        x = self._embed(rows.flatten(0, 1).to(device), text, audio).view(len(rows), batch.width, -1)
+        caches, steps = make_caches(self.backbone_model.layers, len(rows), batch.columns, x), DepthSteps(self, len(rows), allowed)
+        h = self._read(x, batch.prompt(), caches)
 
-        left = list(range(B))
         for n in range(max(caps)):
             frame = self._frame(h, draws[:, n], s, n, steps)  # (B, K)
             shown = frame.cpu().clone()  # outside of inference mode, so that a caller may train on it
-            spoken = shown.numpy().any(1)
-            going = []
-            for k, i in enumerate(left):
-                if not spoken[k]:
-                    finish[i] = "end"
-                    continue
-                if n + 1 < caps[i]:
-                    going.append(k)
-                yield i, shown[k]
-            if not going:
-                self.finish = finish
-                return
-            if len(going) < len(left):
-                left = [left[k] for k in going]
-                keep = torch.tensor(going, device=device)
-                frame, pad, seen, draws = frame[keep], pad[keep], seen[keep], draws[keep]
-                for cache in [*caches, steps]:
-                    cache.keep(keep)
-            h = self._step(frame, seen, pad, torch.tensor([L + n], device=device), caches)
+            ended, requests = ~shown.numpy().any(1), speaking.requests
+            left = speaking.after(n, ended)
+            yield from ((i, shown[k]) for k, i in enumerate(requests) if not ended[k])
+            if not speaking.requests:
+                break
+            if left is not None:
+                keep = torch.tensor(left, device=device)
+                frame, draws = frame[keep], draws[keep]
+                for part in [batch, steps, *caches]:
+                    part.keep(keep)
+            h = self._step(frame, batch.step(n), caches)
+        self.finish = speaking.finish
+
+    def _read(self, x, place, caches):
+        """Embedded positions (B, L, H) go in at their place, the state that predicts the next comes out (B, H)."""
+        rope = self.backbone_model.rope(place.positions)
+        return self.backbone_model(x, Context(rope, mask=place.mask, column=place.column), caches)[:, -1]
 
     @torch.inference_mode()
-    def _step(self, frame, seen, pad, column, caches):
-        """The newest frame (B, K) goes in at `column` (1,), the state that predicts the next comes out (B, H)."""
-        mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
-        rope = self.backbone_model.rope((column - pad)[:, None, None])
-        return self.backbone_model(self._frames(frame)[:, None], rope, mask=mask, caches=caches, column=column)[:, 0]
+    def _step(self, frame, place, caches):
+        """The newest frame (B, K) goes in, the state that predicts the next comes out (B, H)."""
+        return self._read(self._frames(frame)[:, None], place, caches)
 
     @torch.inference_mode()  # a quarter less time than no_grad: most of it goes into calls
     def _frame(self, h, u, s, n, steps):
@@ -766,7 +771,7 @@ class CSM(nn.Module):
                 self.codec, "moshi" if k.kv_width == k.num_attention_heads * k.head_dim else "transformers"))  # moshi knows no groups of heads
         text = json.dumps(self._published_config(), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-        for path in self.files:
+        for path in self.files.values():
             if path.parent.resolve() != folder.resolve():
                 shutil.copyfile(path, folder / path.name)
         return folder
@@ -911,39 +916,20 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     if naming != "transformers":
         stored = {n: t if (rows := pair_order(config, n)) is None else _half_split(t, rows) for n, t in stored.items()}
     with torch.device("meta"):
-        model = CSM(config)
+        model = CSM(config, naming, raw)
     if weights == "scratch":
         model.to_empty(device="cpu")
         draw(model)
         model.to(device, dtype)
     else:
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(source))
-    model._frozen = [_load_codec(folder, extra.get("codec"), parts, config)]
-    _finish(model, device)
-    model.naming, model.raw_config, model.speakers = naming, raw, dict(raw.get("speakers") or {})
     tokenizer = Path(extra.get("tokenizer") or folder / "tokenizer.json")
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not tokenizer.is_file():
         raise Invalid(f"no tokenizer.json at {tokenizer}; it lies in sesame/csm-1b, or put Llama 3.2's into the folder (in Python: extra={{'tokenizer': path}})")
-    model.tokenizer = Tokenizer(tokenizer)
-    model.bos, model.eos = model.tokenizer.id("<|begin_of_text|>"), model.tokenizer.id("<|end_of_text|>")
-    if model.bos is None or model.eos is None:
-        raise Invalid(f"{tokenizer} has no <|begin_of_text|> and <|end_of_text|>; it is not CSM's tokenizer")
-    model.tokenizer_crc = zlib.crc32(tokenizer.read_bytes())
-    model.files = [tokenizer] + [folder / n for n in COMPANIONS if (folder / n).is_file()]
-    model.training_options = Training(**(options or {}))
-    model.freeze()
+    files = {"tokenizer": tokenizer, **{n: folder / n for n in COMPANIONS if (folder / n).is_file()}}
+    model.equip(_load_codec(folder, extra.get("codec"), parts, config), Tokenizer(tokenizer), files, options or {})
     return model.eval()
-
-
-def _finish(model, device):
-    """What is computed, once weights and codec are there."""
-    for tower in model.stacks():
-        tower.make_rotary(device)
-    offsets = torch.arange(model.config.num_codebooks, device=device) * model.config.vocab_size
-    model.register_buffer("offsets", offsets, persistent=False)
-    model._codec_key = None
-    model.sample_rate = model.out_sample_rate = model.codec.config.sampling_rate
 
 
 def _half_split(tensor, rows):
@@ -1030,12 +1016,7 @@ def blank(size, version, device, dtype, options=None):
     model.to_empty(device=device)
     draw(model)
     model.to(dtype)
-    model._frozen = [mimi.blank(codec)]
-    _finish(model, device)
     vocab = {p: i for i, p in enumerate(["<unk>", "<|begin_of_text|>", "<|end_of_text|>", *"[]0abcdefghijklmnopqrstuvwxyz "])}
-    model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
-    model.bos, model.eos = 1, 2
-    model.path, model.fingerprint, model.files, model.raw_config, model.tokenizer_crc = "", "", [], {}, 0
-    model.training_options = Training(**(options or {}))
-    model.freeze()
+    tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
+    model.equip(mimi.blank(codec), tokenizer, {}, options or {})
     return model.eval()

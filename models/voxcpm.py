@@ -28,7 +28,6 @@ batch, N target patches in a batch.
 import dataclasses
 import hashlib
 import math
-import os
 import re
 import shutil
 import zlib
@@ -41,8 +40,8 @@ from torch import nn
 
 from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
-from models.parts.layers import Cache, Layer, Packing, RMSNorm, rotary, rotary_frequencies, run_layers
-from models.parts.sampling import chunks, takes
+from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, rotary_frequencies, run_layers
+from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
@@ -175,11 +174,13 @@ class Stack(nn.Module):
         branch = lm.scale_depth / math.sqrt(num_layers) if lm.use_mup else 1.0
         if vocab_size:
             self.embed_tokens = nn.Embedding.from_pretrained(torch.randn(vocab_size, width), freeze=False)  # as nn.Embedding, whose draw imports a compiler on meta
-        self.layers = nn.ModuleList(Layer(width, hidden, heads, lm.num_key_value_heads, head_size, lm.rms_norm_eps, branch)
-                                    for _ in range(num_layers))
+        size = LayerSize(width, hidden, heads, lm.num_key_value_heads, head_size, lm.rms_norm_eps, branch)
+        self.layers = nn.ModuleList(Layer(size) for _ in range(num_layers))
         self.norm = RMSNorm(width, lm.rms_norm_eps)
         self.lm, self.head_size, self.use_rope = lm, head_size, use_rope
         self.recompute = False
+        self.register_buffer("frequencies", None, persistent=False)  # make_rotary computes them, in float32 whatever the weights are
+        self.rope_scale, self.ropes = 1.0, {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
 
     def make_rotary(self, device):
         """Frequencies are divided by LongRoPE's factors at every length; 'long' ones only past the original length."""
@@ -192,24 +193,21 @@ class Stack(nn.Module):
             if len(factors) != self.head_size // 2:
                 raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; expected {self.head_size // 2}")
         frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
-        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
-        self.ropes = {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
+        self.frequencies, self.ropes = frequencies.to(device), {}
 
-    def forward(self, x, causal=False, mask=None, positions=None, caches=None, column=None, keep=None):
-        rope, key = None, (x.shape[1], x.device)
-        if self.use_rope and positions is not None:
-            rope = rotary(positions, self.frequencies, self.rope_scale)
-        elif self.use_rope:  # a local stack, always of the same few lengths
-            if key not in self.ropes:
-                with torch.inference_mode(False):  # it may be kept for a training step
-                    self.ropes[key] = rotary(torch.arange(x.shape[1], device=x.device), self.frequencies, self.rope_scale)
-            rope = self.ropes[key]
-        x = run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training, keep)
-        return self.norm(x)
+    def rope(self, positions):
+        return rotary(positions, self.frequencies, self.rope_scale) if self.use_rope else None
 
-    def caches(self, B, S, x):
-        heads = self.layers[0].self_attn.kv_heads
-        return [Cache(B, heads, S, self.head_size, x.dtype, x.device) for _ in self.layers]
+    def forward(self, x, context, caches=None):
+        return self.norm(run_layers(self.layers, x, context, caches, self.recompute and self.training))
+
+    def local(self, x, keep):
+        """Without a cache, of positions 0, 1, ..; all see all, and those in `keep` come out."""
+        key = x.shape[1], x.device
+        if key not in self.ropes:  # always the same few lengths
+            with torch.inference_mode(False):  # it may be kept for a training step
+                self.ropes[key] = self.rope(torch.arange(x.shape[1], device=x.device))
+        return self.forward(x, Context(self.ropes[key], keep=keep))
 
 
 class LocalEncoder(nn.Module):
@@ -224,7 +222,7 @@ class LocalEncoder(nn.Module):
     def forward(self, patches):
         x = self.in_proj(patches)
         x = torch.cat([self.special_token[0].expand(len(x), 1, -1), x], 1)  # (M, P + 1, C)
-        return self.encoder(x, keep=slice(0, 1))[:, 0]
+        return self.encoder.local(x, keep=slice(0, 1))[:, 0]
 
 
 class TimeMLP(nn.Module):
@@ -277,7 +275,7 @@ class DiT(nn.Module):
             head = torch.cat([mu.view(len(mu), 2, self.width), time[:, None].expand(len(mu), 1, -1)], 1)  # (N, 3, C)
         else:
             head = (mu + time)[:, None]  # (N, 1, C)
-        return self.out_proj(self.decoder(torch.cat([head, cond, x], 1), keep=slice(-P, None)))
+        return self.out_proj(self.decoder.local(torch.cat([head, cond, x], 1), keep=slice(-P, None)))
 
 
 class Flow(nn.Module):
@@ -360,11 +358,28 @@ class VoxCPM(nn.Module):
         self.fsq_layer = Quantizer(H, c.scalar_quantization_latent_dim, c.scalar_quantization_scale)
         self.enc_to_lm_proj = nn.Linear(c.encoder_config.hidden_dim, H)
         self.lm_to_dit_proj, self.res_to_dit_proj = nn.Linear(H, W), nn.Linear(H, W)
-        if c.fused:
-            self.fusion_concat_proj = nn.Linear(2 * H, H)
+        self.fusion_concat_proj = nn.Linear(2 * H, H) if c.fused else None
         self.stop_proj, self.stop_head = nn.Linear(H, H), nn.Linear(H, 2, bias=False)
-        self.training_options = Training()
-        self.finish, self.max_length = [], c.max_length  # train.py may ask for less
+        self.max_length = c.max_length  # train.py may ask for less
+        self.speakers = {}  # named by the training data, kept in adapters; nobody here reads them
+        self.finish = []
+        self.path = self.fingerprint = ""
+        self.left_unused = []
+        self._frozen, self.tokenizer, self.files, self.training_options = [], None, {}, Training()
+        self.sample_rate = self.out_sample_rate = 0
+        self.split_pieces, self.tokenizer_crc, self._codec_key = set(), 0, None
+
+    def equip(self, codec, tokenizer, files, options):
+        """Give the model what does not come with its weights: codec, tokenizer, {role: path} of what `save` copies, and
+        Training's options. With it, what is computed from them. `load` and `blank` call this."""
+        self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
+        self.sample_rate, self.out_sample_rate = codec.sample_rate, codec.out_sample_rate
+        self.split_pieces = {p for p in tokenizer.vocab if len(p) >= 2 and all("一" <= ch <= "鿿" for ch in p)}
+        self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes()) if "tokenizer" in files else 0
+        for stack in self.stacks():
+            stack.make_rotary(self.device)
+        self.training_options = Training(**options)
+        self.feat_decoder.estimator.float32_time = self.training_options.float32_time
 
     # ---------------------------------------------------------------------------------- data: text, audio, batches
 
@@ -503,7 +518,8 @@ class VoxCPM(nn.Module):
         place, before = batch["place"], batch["before"]  # of the packed positions: a row after the other, without padding
         embed = self.enc_to_lm_proj(self.feat_encoder(batch["history"].to(dtype)))  # (M, H)
         x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
-        e, r = self._language_models(x, embed, place, mask=Packing(batch["real"], batch["B"], batch["L"]), positions=batch["positions"])
+        context = Context(mask=Packing(batch["real"], batch["B"], batch["L"]))
+        e, r = self._language_models(x, embed, place, self._contexts(batch["positions"], context))
         lm_h, res_h = e[0, before], r[0, before]  # (N, H): a patch is predicted from the position before it
 
         clean = batch["patches"][batch["target"]]  # (N, P, D) float32
@@ -534,14 +550,18 @@ class VoxCPM(nn.Module):
         x = self.base_lm.embed_tokens(tokens)
         return x * self.config.lm_config.scale_emb if self.config.lm_config.use_mup else x
 
-    def _language_models(self, x, embed, place, caches=(None, None), **how):
+    def _contexts(self, positions, context):
+        """The context for either LM: only one of them may have rotary positions."""
+        return [context._replace(rope=lm.rope(positions)) for lm in (self.base_lm, self.residual_lm)]
+
+    def _language_models(self, x, embed, place, contexts, caches=(None, None)):
         """Base LM, quantiser at the audio positions `place` (flat), residual LM. x (B, L, H), embed (M, H) at `place`."""
-        e = self.base_lm(x, caches=caches[0], **how)
+        e = self.base_lm(x, contexts[0], caches[0])
         flat = e.flatten(0, 1)
         e = flat.index_copy(0, place, self.fsq_layer(flat[place]).to(flat.dtype)).view_as(e)
-        heard = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # what was heard, zero on text
-        r = self.fusion_concat_proj(torch.cat([e, heard], -1)) if self.config.fused else e + heard
-        return e, self.residual_lm(r, caches=caches[1], **how)
+        spoken = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # zero on text
+        r = self.fusion_concat_proj(torch.cat([e, spoken], -1)) if self.config.fused else e + spoken
+        return e, self.residual_lm(r, contexts[1], caches[1])
 
     def _condition(self, lm_h, res_h):
         a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
@@ -657,62 +677,50 @@ class VoxCPM(nn.Module):
     def _run(self, requests, s):
         """Yields (i, patch (P, D)) of every request, one forward per step for all that still speak; sets self.finish."""
         c, device, dtype = self.config, self.device, self.dtype
-        B, L = len(requests), max(len(r["ids"]) for r in requests)
         caps = [self._cap(r, s) for r in requests]
-        finish = self.finish = ["cap"] * B  # of this run, should another begin before it ends
-        tokens = torch.zeros(B, L, dtype=torch.long)
-        pad = torch.tensor([L - len(r["ids"]) for r in requests])
-        for b, r in enumerate(requests):  # padded on the left, so that all rows end at the same column
-            tokens[b, L - len(r["ids"]):] = torch.tensor(r["ids"])
+        batch, speaking = LeftPadded([len(r["ids"]) for r in requests], max(caps), device), Speaking(caps)
+        self.finish = speaking.finish  # of this run, should another begin before it ends
+        tokens = batch.stack([torch.tensor(r["ids"]) for r in requests])
         place = (tokens.flatten() == -1).nonzero().flatten().to(device)
         patches = torch.cat([r["patches"] for r in requests]).to(device, dtype)
         cond = torch.stack([r["patches"][-1] if r["ids"][-1] == -1 else torch.zeros(c.patch_size, c.feat_dim) for r in requests])
         cond = cond.to(device, dtype)
-        draws = [torch.Generator().manual_seed(r["seed"] if r["seed"] is not None else int.from_bytes(os.urandom(4), "little")) for r in requests]
+        draws = [generator(r["seed"]) for r in requests]
 
-        pad, column = pad.to(device), torch.arange(L, device=device)
-        S = L + max(caps)
-        seen = torch.arange(S, device=device)[None] >= pad[:, None]  # (B, S) columns that hold something
-        mask = seen[:, None, None, :L] & (column[None] <= column[:, None]) | torch.eye(L, dtype=torch.bool, device=device)
-        positions = (column[None] - pad[:, None]).clamp(min=0)[:, None]  # (B, 1, L)
         embed = self.enc_to_lm_proj(self.feat_encoder(patches))
-        x = self._embed(tokens.clamp(min=0).to(device)).flatten(0, 1).index_copy(0, place, embed).view(B, L, -1)
-        caches = self.base_lm.caches(B, S, x), self.residual_lm.caches(B, S, x)
-        e, r = self._language_models(x, embed, place, caches, mask=mask, positions=positions, column=column)
+        x = self._embed(tokens.clamp(min=0).to(device)).flatten(0, 1).index_copy(0, place, embed).view(*tokens.shape, -1)
+        caches = [make_caches(lm.layers, len(requests), batch.columns, x) for lm in (self.base_lm, self.residual_lm)]
+        e, r = self._language_models(x, embed, place, self._contexts_at(batch.prompt()), caches)
         lm_h, res_h = e[:, -1], r[:, -1]
 
-        rows = list(range(B))
         for n in range(max(caps)):
-            z = s.noise_scale * torch.stack([self._noise(requests[i], n, draws[i]) for i in rows]).to(device)
+            z = s.noise_scale * torch.stack([self._noise(requests[i], n, draws[i]) for i in speaking.requests]).to(device)
             patch = self.feat_decoder.solve(z, self._condition(lm_h, res_h), cond, s.inference_timesteps, s.cfg_value)
-            stop = self._stop_logits(lm_h).argmax(-1).tolist() if n > s.min_len else [0] * len(rows)
-            going = []
-            for k, i in enumerate(rows):
-                if stop[k]:
-                    finish[i] = "end"
-                elif n + 1 < caps[i]:
-                    going.append(k)
-                yield i, patch[k]
-            if not going:
-                self.finish = finish
-                return
-            if len(going) < len(rows):
-                rows = [rows[k] for k in going]
-                keep = torch.tensor(going, device=device)
-                patch, pad, seen = patch[keep], pad[keep], seen[keep]
-                for cache in caches[0] + caches[1]:
-                    cache.keep(keep)
+            spoken = speaking.requests
+            ended = self._stop_logits(lm_h).argmax(-1).tolist() if n > s.min_len else [0] * len(spoken)
+            left = speaking.after(n, ended)
+            yield from ((i, patch[k]) for k, i in enumerate(spoken))  # the last one, too
+            if not speaking.requests:
+                break
+            if left is not None:
+                keep = torch.tensor(left, device=device)
+                patch = patch[keep]
+                for part in [batch, *caches[0], *caches[1]]:
+                    part.keep(keep)
             cond = patch.to(dtype)
-            lm_h, res_h = self._step(cond, seen, pad, torch.tensor([L + n], device=device), caches)
+            lm_h, res_h = self._step(cond, batch.step(n), caches)
+        self.finish = speaking.finish
 
-    def _step(self, patch, seen, pad, column, caches):
-        """One position: the newest patch (B, P, D) goes in at `column` (1,), the states that predict the next come out."""
-        mask = (seen & (torch.arange(seen.shape[1], device=seen.device) <= column))[:, None, None]  # (B, 1, 1, S)
-        how = dict(mask=mask, positions=(column - pad)[:, None, None], column=column)
+    def _contexts_at(self, place):
+        return self._contexts(place.positions, Context(mask=place.mask, column=place.column))
+
+    def _step(self, patch, place, caches):
+        """The newest patch (B, P, D) of every row goes in at its place, the states that predict the next come out."""
+        contexts = self._contexts_at(place)
         x = self.enc_to_lm_proj(self.feat_encoder(patch))[:, None]  # (B, 1, H)
-        e = self.fsq_layer(self.base_lm(x, caches=caches[0], **how))
+        e = self.fsq_layer(self.base_lm(x, contexts[0], caches[0]))
         r = self.fusion_concat_proj(torch.cat([e, x], -1)) if self.config.fused else e + x
-        return e[:, 0], self.residual_lm(r, caches=caches[1], **how)[:, 0]
+        return e[:, 0], self.residual_lm(r, contexts[1], caches[1])[:, 0]
 
     def _noise(self, request, n, generator):
         if request["noise"] is None:
@@ -769,7 +777,7 @@ class VoxCPM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
-        for path in self.files:
+        for path in self.files.values():
             if path.parent.resolve() != folder.resolve():
                 shutil.copyfile(path, folder / path.name)
         return folder
@@ -778,8 +786,10 @@ class VoxCPM(nn.Module):
     def codec_key(self):
         """Names the frozen codec and how it is used: cached latents with another key are of another codec."""
         if self._codec_key is None:
-            path = next(p for p in self.files if p.name.startswith("audiovae"))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            if "codec" in self.files:
+                digest = hashlib.sha256(self.files["codec"].read_bytes()).hexdigest()[:16]
+            else:
+                digest = checkpoint.fingerprint(self.codec)
             self._codec_key = f"audiovae-{digest}-{self.sample_rate}-{self.config.patch_size}"
         return self._codec_key
 
@@ -792,7 +802,7 @@ class VoxCPM(nn.Module):
 # ------------------------------------------------------------------------------------------------ files
 
 
-COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
+COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
 
 
 def recognizes(config):
@@ -820,19 +830,11 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         stored = checkpoint.read(path)
         dtype = dtype or checkpoint.main_dtype(stored)
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(path))
-    for stack in model.stacks():
-        stack.make_rotary(device)
-    model.tokenizer = Tokenizer(tokenizer_path)
-    model.split_pieces = {p for p in model.tokenizer.vocab if len(p) >= 2 and all("一" <= ch <= "鿿" for ch in p)}
     codec = audiovae.load(codec_path, config.audio_vae_config, audiovae.V2 if config.fused else audiovae.V1)
     if codec.latent_dim != config.feat_dim:
         raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, config.json says feat_dim {config.feat_dim}")
-    model._frozen = [codec]
-    model.sample_rate, model.out_sample_rate = codec.sample_rate, codec.out_sample_rate
-    model.files = [codec_path, tokenizer_path] + [folder / n for n in COMPANIONS if n != "tokenizer.json" and (folder / n).is_file()]
-    model._codec_key, model.tokenizer_crc = None, zlib.crc32(tokenizer_path.read_bytes())
-    model.training_options = Training(**(options or {}))
-    model.feat_decoder.estimator.float32_time = model.training_options.float32_time
+    files = {"codec": codec_path, "tokenizer": tokenizer_path, **{n: folder / n for n in COMPANIONS if (folder / n).is_file()}}
+    model.equip(codec, Tokenizer(tokenizer_path), files, options or {})
     return model.eval()
 
 
@@ -894,12 +896,7 @@ def blank(size, version, device, dtype, options=None):
     model.to_empty(device=device)
     draw(model)
     model.to(dtype)
-    for stack in model.stacks():
-        stack.make_rotary(device)
-    model._frozen = [audiovae.AudioVAE(**codec).eval().requires_grad_(False)]
-    model.sample_rate, model.out_sample_rate = model.codec.sample_rate, model.codec.out_sample_rate
     vocab = {"<unk>": 0, **{ch: i + 3 for i, ch in enumerate("abcdefghijklmnopqrstuvwxyz ")}}
-    model.tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
-    model.split_pieces, model.path, model.fingerprint, model.files = set(), "", "", []
-    model.training_options = Training(**(options or {}))
+    tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
+    model.equip(audiovae.AudioVAE(**codec).eval().requires_grad_(False), tokenizer, {}, options or {})
     return model.eval()

@@ -1,5 +1,8 @@
 """What must hold for every backbone: a new one joins by tests/tiny_<name>.py with VARIANTS and write(folder, variant)."""
+import ast
 import importlib
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 
 import lora
 import models
+from tests.conftest import ROOT
 
 CASES = [(name, variant) for name in sorted(models.backbones())
          for variant in importlib.import_module(f"tests.tiny_{name}").VARIANTS]
@@ -62,6 +66,122 @@ def perturb(model, std=0.05):
     for _, m in sorted(lora.lora_modules(model).items()):
         m.lora_A.data = torch.randn(m.lora_A.shape, generator=g) * m.in_features**-0.5
         m.lora_B.data = torch.randn(m.lora_B.shape, generator=g) * std
+
+
+# ------------------------------------------------------------------------------------------------ the contract
+
+
+def contract():
+    """{section: {name: its arguments, None for a value}} of the docstring of models/__init__.py."""
+    sections = {}
+    for line in models.__doc__.split("\n"):
+        if head := re.match(r"The (file|model, \w+)\b.*:$", line):
+            entries = sections.setdefault(head[1], {})
+        elif entry := re.match(r"  (\w+)(\([\w, ]*\))?($|  +\S)", line):
+            arguments = entry[2] and tuple(re.findall(r"\w+", entry[2]))
+            entries[entry[1]] = arguments
+    return sections
+
+
+CONTRACT = contract()
+FILE, OPTIONAL = CONTRACT["file"], CONTRACT["model, only"]
+MODEL = {**CONTRACT["model, values"], **CONTRACT["model, calls"], **CONTRACT["model, set"]}
+USERS = [Path(ROOT) / f for f in ("train.py", "infer.py", "prepare_data.py", "merge_lora.py", "validate.py", "bench.py", "lora.py")]
+USERS += [p for p in sorted(Path(ROOT).glob("models/parts/*.py")) if p.stem not in ("tokenizer", "sentencepiece")]  # theirs is BPE
+
+
+def assert_keeps(thing, promised, where):
+    for name, arguments in promised.items():
+        assert hasattr(thing, name), f"{where} lacks {name}"
+        if arguments is not None:
+            signature = inspect.signature(getattr(thing, name)).parameters.values()
+            found = tuple(p.name for p in signature if p.kind is not p.VAR_KEYWORD)
+            assert found == arguments, f"{where}: {name}{found}, the contract says {arguments}"
+
+
+def test_the_contract_can_be_read():
+    assert set(CONTRACT) == {"file", "model, values", "model, calls", "model, set", "model, only"}
+    assert len(FILE) == 8 and len(MODEL) > 40 and MODEL["encode"] == ("row",) and MODEL["frame_rate"] is None
+
+
+@pytest.mark.parametrize("name", sorted(models.backbones()))
+def test_the_file_of_a_backbone_keeps_the_contract(name):
+    assert_keeps(models.backbones()[name], FILE, f"models/{name}.py")
+
+
+def test_a_loaded_model_keeps_the_contract(model):
+    assert_keeps(model, MODEL, type(model).__name__)
+    assert_keeps(model, {k: v for k, v in OPTIONAL.items() if hasattr(model, k)}, type(model).__name__)
+    assert model.native_adapter in model.adapter_namings and set(model.adapter_namings.values()) <= set(model.namings)
+    assert "tokenizer" in model.files and all(path.is_file() for path in model.files.values())
+
+
+@pytest.mark.parametrize("name", sorted(models.backbones()))
+def test_a_blank_model_keeps_the_contract(name):
+    model = models.backbones()[name].blank("tiny", "", "cpu", torch.float32)
+    assert_keeps(model, MODEL, f"a blank {name}")
+
+
+def of_a_model(node):
+    """Is this expression the model, as scripts and parts name it?"""
+    return ast.unparse(node) in ("model", "self.model")
+
+
+def test_what_scripts_and_parts_use_is_in_the_contract():
+    known = {**MODEL, **OPTIONAL}
+    foreign = []
+    for path in filter(Path.exists, USERS):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            asked = None
+            if isinstance(node, ast.Attribute) and of_a_model(node.value):
+                asked = node.attr
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr") and of_a_model(node.args[0]):
+                asked = getattr(node.args[1], "value", None)  # None: a name that the script has in a variable
+            if asked and asked not in known and not hasattr(torch.nn.Module(), asked):
+                foreign.append(f"{path.name} line {node.lineno}: model.{asked}")
+            file = isinstance(node, ast.Attribute) and ast.unparse(node.value)
+            if file == "backbone" or file and file.startswith("models.find("):
+                if node.attr not in FILE:
+                    foreign.append(f"{path.name} line {node.lineno}: {file}.{node.attr}")
+    assert not foreign, "not in the docstring of models/__init__.py: " + "; ".join(foreign)
+
+
+def test_what_is_set_from_outside_is_in_the_contract():
+    """An attribute that a script sets in passing is one that a model made another way lacks."""
+    allowed = {*CONTRACT["model, set"], "lora_state"}
+    backbones = [Path(ROOT) / f"models/{name}.py" for name in models.backbones()]
+    foreign = []
+    for path in [p for p in USERS + backbones + [Path(models.__file__)] if p.exists()]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_a_model(node.value):
+                if node.attr not in allowed:
+                    foreign.append(f"{path.name} line {node.lineno}: model.{node.attr} = ..")
+    assert not foreign, "; ".join(foreign)
+
+
+def reads(cls):
+    """Names of the attributes that the methods of a class read from self."""
+    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+@pytest.mark.parametrize("name", sorted(models.backbones()))
+def test_what_a_method_reads_exists_from_the_start(name):
+    backbone = models.backbones()[name]
+    family = [c for c in vars(backbone).values() if isinstance(c, type) and issubclass(c, torch.nn.Module) and c.__module__ == backbone.__name__]
+    whole = [c for c in family if getattr(c, "backbone", None) == name]
+    assert len(whole) == 1
+    missing = set()
+    for part in whole[0](backbone.TINY).modules():
+        if type(part) in family:
+            there = {*vars(part), *part._parameters, *part._buffers, *part._modules}
+            missing |= {f"{type(part).__name__}.{n}" for n in reads(type(part)) if n not in there and not hasattr(type(part), n)}
+    assert not missing, f"no value after __init__: {sorted(missing)}"
+
+
+# ------------------------------------------------------------------------------------------------ properties
 
 
 def test_who_speaks_in_inference_mode_can_train_afterwards(model):

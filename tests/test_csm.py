@@ -14,6 +14,7 @@ import lora
 import models
 from models import csm
 from models.parts import Invalid, audio, targets
+from models.parts.layers import Context
 from tests import conftest, tiny_csm
 from tests.running import start
 
@@ -292,7 +293,11 @@ def test_long_rows_lose_turns_from_the_left_and_never_their_end(folders):
 def states(model, batch):
     """Backbone states (1, L - 1, H) of a batch of one row, which is packed as it stands."""
     x = model._embed(batch["rows"][0, :-1], batch["text"], batch["audio"])[None]
-    return model.backbone_model(x, causal=True)
+    return causal(model.backbone_model, x)
+
+
+def causal(tower, x):
+    return tower(x, Context(tower.rope(torch.arange(x.shape[1])), causal=True))
 
 
 def test_losses_states_and_logits_equal_transformers(model, hf):
@@ -548,7 +553,7 @@ def test_depth_steps_are_the_depth_decoder(folders, dtype, near, adapter):
             for norm in (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm):
                 norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
         x = table[:3 * K].view(3, K, -1)
-        want = decoder(decoder.inputs_embeds_projector(x), causal=True)
+        want = causal(decoder, decoder.inputs_embeds_projector(x))
         steps, rows = csm.DepthSteps(m, 3, 32), torch.arange(3)
         for j in range(1, K):
             if j == 3:

@@ -1,4 +1,4 @@
-"""Bricks that more than one backbone uses: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact convolutions.
+"""Bricks of more than one backbone: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact convolutions.
 
 Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
 """
@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+# A product of so many rows on a CPU is faster as W x^T: fewer need no help, more are served well by x W^T.
+FEW_ROWS, MANY_ROWS = 4, 32
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, then times the weight: this order is what the published models compute."""
@@ -20,28 +23,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the fused kernel works in float32 inside
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the fused kernel is float32 inside
 
 
 def rotary_frequencies(size, theta, factors=None):
     """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv 2402.13753)."""
-    frequencies = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    exponents = -torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    frequencies = theta**exponents
     if factors is not None:
         frequencies = frequencies / torch.tensor(factors, dtype=torch.float32, device="cpu")
     return frequencies
 
 
 def rotary(positions, frequencies, scale=1.0):
-    """cos and signed sin of every position, (..., D) float32, for the half-split layout. positions: (L,) or (B, 1, L)."""
+    """cos and signed sin of positions (L,) or (B, 1, L), for the half-split layout. Each (..., D) float32."""
     angle = positions[..., None].float() * frequencies
-    cos, sin = angle.cos() * scale, angle.sin() * scale
+    cos = angle.cos() * scale
+    sin = angle.sin() * scale
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + D/2]) in float32 and cast back. x: (B, H, L, D)."""
     y = x.float()
-    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
+    partner = y.roll(y.shape[-1] // 2, -1)
+    return torch.addcmul(y * cos, partner, sin).to(x.dtype)
 
 
 def exact(device):
@@ -59,7 +65,8 @@ class Packing(NamedTuple):
     L: int
 
     def unpack(self, x):  # (1, H, P, D) -> (B, H, L, D), zero in the padding
-        out = x.new_zeros(self.B * self.L, x.shape[1], x.shape[3]).index_copy(0, self.place, x[0].transpose(0, 1))
+        out = x.new_zeros(self.B * self.L, x.shape[1], x.shape[3])
+        out = out.index_copy(0, self.place, x[0].transpose(0, 1))
         return out.view(self.B, self.L, *out.shape[1:]).transpose(1, 2)
 
     def pack(self, x):  # (B, H, L, D) -> (1, H, P, D)
@@ -67,15 +74,18 @@ class Packing(NamedTuple):
 
 
 def attend(q, k, v, causal=False, mask=None):
-    """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D), mask bool, (B, 1, 1, S) or (B, 1, L, S), or a Packing."""
-    if isinstance(mask, Packing):  # only attention needs to know which positions are of one row; all else skips the padding
-        return mask.pack(attend(*(mask.unpack(t) for t in (q, k, v)), causal=True))
+    """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D); mask as in Context."""
+    if isinstance(mask, Packing):
+        # Only attention needs to know which positions are of one row; all else skips the padding.
+        q, k, v = (mask.unpack(t) for t in (q, k, v))
+        return mask.pack(attend(q, k, v, causal=True))
     B, H, L, D = q.shape
     G = k.shape[1]
     if not causal and (mask is None or mask.shape[2] == 1):
         # Every query sees the same keys, so the heads of a group stand in line as more queries of one head.
         q = q.reshape(B, G, H // G * L, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, L, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.reshape(B, H, L, D)
     k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
 
@@ -83,9 +93,10 @@ def attend(q, k, v, causal=False, mask=None):
 class Cache:
     """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they write."""
 
-    def __init__(self, B, G, S, D, dtype, device):
-        self.k = torch.zeros(B, G, S, D, dtype=dtype, device=device)
-        self.v = torch.zeros(B, G, S, D, dtype=dtype, device=device)
+    def __init__(self, shape, like):
+        """like: a tensor of the dtype and on the device that the cache gets."""
+        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def write(self, column, k, v):
         """column: (L,) int64, where the L new positions go."""
@@ -93,21 +104,54 @@ class Cache:
         self.v.index_copy_(2, column, v)
 
     def keep(self, rows):
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.k = self.k[rows]
+        self.v = self.v[rows]
+
+
+def make_caches(layers, B, S, like):
+    """One empty Cache for each of the layers, for B rows of S columns."""
+    attention = layers[0].self_attn
+    shape = (B, attention.kv_heads, S, attention.head_size)
+    return [Cache(shape, like) for _ in layers]
+
+
+class Context(NamedTuple):
+    """What all layers of one forward pass are told besides their input."""
+
+    rope: tuple | None = None  # (cos, sin) of the positions, as `rotary` makes them; None: no position
+    causal: bool = False  # a position sees itself and those before it
+    mask: torch.Tensor | Packing | None = None  # bool, True where a key is seen: (B, 1, 1, S) or (B, 1, L, S)
+    column: torch.Tensor | None = None  # (L,) int64: where the new keys go in the caches
+    keep: slice | None = None  # the positions that are asked for; the others only serve as keys (no mask, no cache)
 
 
 class Linear(nn.Linear):
-    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the weights serves 16
-    rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as fast, by rows and width."""
+    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the weights serves
+    16 rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as fast, by rows and width."""
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
-        if self.bias is None and x.device.type == "cpu" and 4 < rows <= 32:
-            return torch.mm(self.weight, x.reshape(rows, -1).t()).t().unflatten(0, x.shape[:-1])
+        if self.bias is None and x.device.type == "cpu" and FEW_ROWS < rows <= MANY_ROWS:
+            y = torch.mm(self.weight, x.reshape(rows, -1).t()).t()
+            return y.unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight, self.bias)
 
 
+class LayerSize(NamedTuple):
+    """The numbers that a transformer layer is built from."""
+
+    width: int
+    hidden: int  # of the feed-forward
+    heads: int
+    kv_heads: int
+    head_size: int
+    eps: float
+    branch: float = 1.0  # weight with which each branch is added; 1 unless the model is mu-parametrised
+
+
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and without biases. (B, L, C) -> (B, L, C)."""
+
     def __init__(self, width, heads, kv_heads, head_size):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
@@ -116,26 +160,34 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.o_proj = Linear(heads * head_size, width, bias=False)
 
-    def forward(self, x, rope=None, causal=False, mask=None, cache=None, column=None, keep=None):
-        """x (B, L, C). rope: (cos, sin) or None for no position. With a cache, keys are written to it at `column`;
-        a single position then attends to the whole cache under `mask`, several attend to each other. keep: the positions
-        that are asked for; the others only serve as keys (without mask and cache)."""
+    def forward(self, x, context, cache=None):
+        """With a cache, keys are written to it; then a single position attends to the whole cache under the mask,
+        several attend to each other."""
+        rope, causal, mask, column, keep = context
         B, L, _ = x.shape
-        asked = x if keep is None else x[:, keep].contiguous()  # a strided input would take another kernel when weights are frozen: other last bits
-        q = self.q_proj(asked).view(B, asked.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, L, D)
+        # A strided input would take another kernel when weights are frozen, which has other last bits.
+        asked = x if keep is None else x[:, keep].contiguous()
+        A = asked.shape[1]
+        q = self.q_proj(asked).view(B, A, self.heads, self.head_size).transpose(1, 2)  # (B, H, A, D)
         k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
         v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
         if rope is not None:
-            q, k = rotate(q, *(rope if keep is None else (t[..., keep, :] for t in rope))), rotate(k, *rope)
+            cos, sin = rope
+            k = rotate(k, cos, sin)
+            if keep is not None:
+                cos, sin = cos[..., keep, :], sin[..., keep, :]
+            q = rotate(q, cos, sin)
         if cache is not None:
             cache.write(column, k, v)
             if L == 1:
                 k, v = cache.k, cache.v
         y = attend(q, k, v, causal, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, asked.shape[1], self.heads * self.head_size))
+        return self.o_proj(y.transpose(1, 2).reshape(B, A, self.heads * self.head_size))
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward of Llama and its kin."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.gate_proj = Linear(width, hidden, bias=False)
@@ -172,29 +224,33 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer; each branch is added with weight `branch` (1 unless the model is mu-parametrised)."""
+    """Pre-norm transformer layer, as Llama has it. size: LayerSize."""
 
-    def __init__(self, width, hidden, heads, kv_heads, head_size, eps, branch=1.0):
+    def __init__(self, size):
         super().__init__()
-        self.input_layernorm = RMSNorm(width, eps)
-        self.self_attn = Attention(width, heads, kv_heads, head_size)
-        self.post_attention_layernorm = RMSNorm(width, eps)
-        self.mlp = SwiGLU(width, hidden)
-        self.branch = branch
+        self.input_layernorm = RMSNorm(size.width, size.eps)
+        self.self_attn = Attention(size.width, size.heads, size.kv_heads, size.head_size)
+        self.post_attention_layernorm = RMSNorm(size.width, size.eps)
+        self.mlp = SwiGLU(size.width, size.hidden)
+        self.branch = size.branch
 
-    def forward(self, x, rope=None, causal=False, mask=None, cache=None, column=None, keep=None):
-        heard = self.self_attn(self.input_layernorm(x), rope, causal, mask, cache, column, keep)
-        x = torch.add(x if keep is None else x[:, keep], heard, alpha=self.branch)
+    def forward(self, x, context, cache=None):
+        y = self.self_attn(self.input_layernorm(x), context, cache)
+        x = x if context.keep is None else x[:, context.keep]
+        x = torch.add(x, y, alpha=self.branch)
         return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.branch)
 
 
-def run_layers(layers, x, rope=None, causal=False, mask=None, caches=None, column=None, recompute=False, keep=None):
-    """Apply layers in turn. recompute: keep only each layer's input for backward (activation checkpointing). keep: the
-    positions whose output is wanted; the last layer computes no others."""
+def run_layers(layers, x, context, caches=None, recompute=False):
+    """Apply layers in turn; the last one computes only what context.keep asks for.
+
+    recompute: keep only each layer's input for backward (activation checkpointing).
+    """
+    whole = context._replace(keep=None)
     for i, layer in enumerate(layers):
-        asked = keep if i == len(layers) - 1 else None
+        asked = context if i == len(layers) - 1 else whole
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(layer, x, rope, causal, mask, None, None, asked, use_reentrant=False)
+            x = checkpoint(layer, x, asked, use_reentrant=False)
         else:
-            x = layer(x, rope, causal, mask, caches[i] if caches else None, column, asked)
+            x = layer(x, asked, caches[i] if caches else None)
     return x

@@ -1,5 +1,5 @@
 """One-line faults in CSM, by the items of section 9 of its sheet (9, the codec, is in mimi.py)."""
-FILE, ALL = "models/csm.py", "tests/test_csm.py"
+FILE, SAMPLING, ALL = "models/csm.py", "models/parts/sampling.py", "tests/test_csm.py"
 
 
 def some(word):
@@ -7,6 +7,7 @@ def some(word):
 
 
 LOSS, FILES, GREEDY, ROWS = some("losses"), some("namings"), some("greedy"), some("rows_of_a_turn")
+BATCH = some("batch_equal_single")
 MUTANTS = [
     ("1 q and k stay interleaved", FILE, "return mimi.interleaved(torch.arange(heads * c.head_dim), heads)",
      "return torch.arange(heads * c.head_dim)", FILES),
@@ -21,7 +22,7 @@ MUTANTS = [
     ("2 no eos", FILE, "self.tokenizer.encode(f\"[{speaker}]{text}\"), self.eos]", "self.tokenizer.encode(f\"[{speaker}]{text}\")]", ROWS),
     ("2 a space after the bracket", FILE, "[{speaker}]{text}\"), self.eos]", "[{speaker}] {text}\"), self.eos]", ROWS),
     ("2 specials in the text", FILE, "self.tokenizer.encode(f\"[{speaker}]{text}\")", "self.tokenizer.encode(f\"[{speaker}]{text}\", special=True)", ROWS),
-    ("3 offset without the special ids", FILE, "device=device) * model.config.vocab_size", "device=device) * (model.config.vocab_size - 3)", LOSS),
+    ("3 offset without the special ids", FILE, "device=self.device) * self.config.vocab_size", "device=self.device) * (self.config.vocab_size - 3)", LOSS),
     ("3 the depth input's offset", FILE, "table(codes[:, :-1] + self.offsets[:-1])", "table(codes[:, :-1] + self.offsets[1:])", LOSS),
     ("3 text in column 0", FILE, "rows[:S, K], rows[S:, :K] = torch.tensor(ids), codes.T", "rows[:S, 0], rows[S:, :K] = torch.tensor(ids), codes.T", ROWS),
     ("3 mask forgotten", FILE, "x.index_copy(0, text, self.embed_text_tokens", "(x + self._frames(0 * rows[:, :-1])).index_add(0, text, self.embed_text_tokens",
@@ -33,8 +34,8 @@ MUTANTS = [
     ("4 end frame not masked in", FILE, "mask = heard[:, None].repeat(1, K + 1)", "mask = (heard & rows.any(1))[:, None].repeat(1, K + 1)", ROWS),
     ("5 no shift", FILE, "torch.searchsorted(place, trained - 1)", "torch.searchsorted(place, trained).clamp(max=len(place) - 1)", LOSS),
     ("5 shifted by two", FILE, "torch.searchsorted(place, trained - 1)", "torch.searchsorted(place, trained - 2)", LOSS),
-    ("6 depth rows off by one", FILE, "causal=True)[:, 1:]", "causal=True)[:, :-1]", LOSS),
-    ("6 depth decoder not causal", FILE, "y = decoder(x, causal=True)", "y = decoder(x, causal=False)", LOSS),
+    ("6 depth rows off by one", FILE, "causal=True))[:, 1:]", "causal=True))[:, :-1]", LOSS),
+    ("6 depth decoder not causal", FILE, "Context(rope, causal=True)", "Context(rope)", LOSS),
     ("6 head of the wrong codebook", FILE, "pick(y @ steps.heads[j - 1]", "pick(y @ steps.heads[j - 2]", GREEDY),
     ("6 state not projected but padded out", FILE, "decoder.inputs_embeds_projector(h[:, None]), decoder", "0 * decoder.inputs_embeds_projector(h[:, None]), decoder", LOSS),
     ("6 cache of the frame before", FILE, "old[:, 0, : j + 1].mT, old[:, 1, : j + 1])", "old[:, 0].mT, old[:, 1])", GREEDY),
@@ -53,7 +54,7 @@ MUTANTS = [
     ("8 theta", FILE, "theta = given.get(\"rope_theta\", section.get(\"rope_theta\", base.rope_theta))", "theta = 10000.0", LOSS),
     ("10 special ids sampled", FILE, "min(c.vocab_size, self.codec.config.codebook_size) if s.mask_special", "c.vocab_size if s.mask_special",
      some("special_ids")),
-    ("10 end frame kept", FILE, "                if not spoken[k]:", "                if False:", some("end_frame_ends")),
+    ("10 end frame kept", FILE, "for k, i in enumerate(requests) if not ended[k])", "for k, i in enumerate(requests))", some("end_frame_ends")),
     ("10 an empty take says nothing", FILE, "for i in sorted(silent):", "for i in ():", some("empty_take")),
     ("10 a frame with a zero ends", FILE, "shown.numpy().any(1)", "shown.numpy().all(1)", GREEDY),
     ("11 validation redrawn", FILE, "seed = zlib.crc32(e[\"rows\"].numpy().tobytes()) if seeds is None else seeds[b]", "seed = torch.seed() if seeds is None else seeds[b]",
@@ -65,13 +66,16 @@ MUTANTS = [
     ("11 always the first frames", FILE, "drawn = torch.randperm(count,", "drawn = torch.arange(count) if True else torch.randperm(count,", some("frames_for_the_depth")),
     ("12 the file's own rate", FILE, "audio.read(source, self.sample_rate, start, end)[0]", "audio.read(source, None, start, end)[0]", some("24_khz")),
     ("12 loudness", FILE, "self.codec.encode_batch(waves)]", "self.codec.encode_batch([w / w.abs().max() for w in waves])]", some("24_khz")),
-    ("eps", FILE, "c.head_dim, c.rms_norm_eps) for _", "c.head_dim, 1e-4) for _", LOSS),
-    ("final norm left out", FILE, "return self.norm(run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training))",
-     "return run_layers(self.layers, x, rope, causal, mask, caches, column, self.recompute and self.training)", LOSS),
-    ("padding has positions", FILE, "rope = self.backbone_model.rope((column - pad)[:, None, None])", "rope = self.backbone_model.rope((column + 0 * pad)[:, None, None])",
-     some("batch_equal_single")),
-    ("padding is seen", FILE, "seen = torch.arange(S, device=device)[None] >= pad[:, None]", "seen = torch.arange(S, device=device)[None] >= 0 * pad[:, None]",
-     some("batch_equal_single")),
+    ("eps", FILE, "c.head_dim, c.rms_norm_eps)\n", "c.head_dim, 1e-4)\n", LOSS),
+    ("final norm left out", FILE, "return self.norm(run_layers(self.layers, x, context, caches, self.recompute and self.training))",
+     "return run_layers(self.layers, x, context, caches, self.recompute and self.training)", LOSS),
+    ("padding has positions", SAMPLING, "positions = (column - self.pad)[:, None, None]", "positions = (column - 0 * self.pad)[:, None, None]", BATCH),
+    ("padding has positions in the prompt", SAMPLING, "positions = (column[None] - self.pad[:, None])", "positions = (column[None] - 0 * self.pad[:, None])", BATCH),
+    ("padding is seen", SAMPLING, "self.numbers[None] >= self.pad[:, None]", "self.numbers[None] >= 0 * self.pad[:, None]", BATCH),
+    ("prompts see ahead", SAMPLING, "before = column[None] <= column[:, None]", "before = column[None] <= column[:, None] + 1", GREEDY),
+    ("prompts at the left edge", SAMPLING, "out[b, self.width - len(row):] = row", "out[b, : len(row)] = row", BATCH),
+    ("rows that went stay", SAMPLING, "        self.used = self.used[rows]", "        self.used = self.used[: len(rows)]", BATCH),
+    ("one frame over the cap", SAMPLING, "elif n + 1 < self.caps[request]:", "elif n < self.caps[request]:", some("end_frame_ends")),
     ("rows of a batch joined", FILE, "mask=Packing(place, B, L)", "mask=Packing(place, 1, B * L)", some("sum_of_its_rows")),
     ("ties with the k-th dropped", FILE, "logits.masked_fill_(logits < logits.topk", "logits.masked_fill_(logits <= logits.topk", some("distribution")),
     ("temperature upside down", FILE, "logits.float().div_(temperature)", "logits.float().mul_(temperature)", some("distribution")),
@@ -86,12 +90,12 @@ MUTANTS = [
     ("context on the left kept", FILE, "        kept = kept[1:]", "        kept = kept[:-2] + kept[-1:]", some("dropped_from_the_left")),
     ("context turns", FILE, "first = max(0, (trained.index(True) if any(trained) else last) - o.context_turns)", "first = 0", some("turns_are_context")),
     ("masked speakers not heard", FILE, "and not silent & {", "and not set() & {", some("turns_are_context")),
-    ("the host waits", FILE, "            spoken = shown.numpy().any(1)", "            spoken = shown.any(1).tolist()", some("nothing_waits")),
+    ("the host waits", FILE, "ended, requests = ~shown.numpy().any(1), speaking.requests", "ended, requests = [not any(f) for f in shown.tolist()], speaking.requests", some("nothing_waits")),
     ("frozen part trains", FILE, "p.requires_grad = self.training_options.freeze != (\"decoder\" if depth else \"backbone\")", "p.requires_grad = True", some("freezing")),
     ("speakers masked by name", FILE, "return asked | {str(self.speakers[name]) for name in asked & self.speakers.keys()}", "return asked", some("masked_by_name")),
     ("a row without a trained frame counts", FILE, 'return len(example["rows"]) if example["train"].any() else 0', 'return len(example["rows"])', some("masked_by_name")),
     ("a conversation keeps all turns", FILE, "            elif any(trained[1:]):\n", "            elif False:\n", some("cut_to_the_length")),
-    ("two generations end as one", FILE, '                    finish[i] = "end"', '                    self.finish[i] = "end"', some("two_generations")),
+    ("two generations end as one", FILE, '                break\n            if left is not None:', '                return\n            if left is not None:', some("two_generations")),
     ("a code of the next codebook", FILE, "if source.numel() and not 0 <= int(source.min())", "if False and not 0 <= int(source.min())", some("prompts_are_turns")),
     ("options out of range", FILE, "check(self, amortize=1, context_turns=0)", "check(self)", some("wrong_options")),
     ("sampling out of range", FILE, "check(self, temperature=0, top_k=0,", "check(self, top_k=0,", some("wrong_options")),
