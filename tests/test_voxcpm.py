@@ -421,8 +421,8 @@ def test_noise_on_the_past_reaches_what_is_given_and_not_what_is_wanted(golden):
     added = batch["history"] - batch["patches"]
     strong, weak = added[:50, :, 0].std(), added[:50, :, 1:].std()
     assert 8 < strong / weak < 12 and 0 < weak < 0.8 * 1.2
-    strengths = [added[:50, :, 1:].std().item(), added[50:].std().item()]
-    assert abs(strengths[0] - strengths[1]) > 0.01  # drawn for each clip
+    first, second = weak.item(), added[50:].std().item()
+    assert abs(first - second) > 0.1  # drawn for each clip
     assert torch.equal(batch["cond"][1:50], batch["history"][:49]) and not batch["cond"][0].any()
     assert torch.equal(clean["history"], clean["patches"])
     fixed, _ = noisy.collate(clips)

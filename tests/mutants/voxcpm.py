@@ -9,6 +9,7 @@ def seen_by(words):
 
 LOSSES, LATENTS, TEXT = seen_by("losses_equal"), seen_by("generated_latents"), seen_by("token_ids")
 CODEC_TEST, ADAPTER, SETTINGS = seen_by("codec_encodes"), seen_by("adapter_acts"), seen_by("other_settings")
+HISTORY = seen_by("noise_on_the_past")
 GRADIENTS, ROUNDING, DRAWS = seen_by("gradients_equal"), seen_by("bfloat16_rounds"), seen_by("distributions")
 
 MUTANTS = [
@@ -117,6 +118,16 @@ MUTANTS = [
     ("9.11 prompt and target apart", MODEL, "ids += ids_of(spoken + text)", "ids += ids_of(spoken) + ids_of(text)", LATENTS),
     ("9.11 cap counts the prompt", MODEL, "tokens=len(target), seed=seed", "tokens=len(ids), seed=seed", LATENTS),
     ("9.11 cap off by one", MODEL, '* request["tokens"] + 10)', '* request["tokens"] + 11)', LATENTS),
+    # options of this project's own
+    ("noise on what is wanted", MODEL, '"patches": torch.cat(patches), "history"', '"patches": torch.cat(history), "history"', HISTORY),
+    ("noise alike for every channel", MODEL, "latents.std((0, 1), correction=0)", "latents.std()", HISTORY),
+    ("noise alike for every clip", MODEL, "most * torch.rand(1, generator=generator)", "most * torch.ones(1)", HISTORY),
+    ("noise in validation", MODEL, "history_noise and not fixed", "history_noise", HISTORY),
+    ("condition without noise", MODEL, "torch.zeros(1, P, D), past[:-1]", "torch.zeros(1, P, D), latents[:-1]", HISTORY),
+    ("guess in validation", MODEL, "if self.training:  # validation", "if True:  # validation", seen_by("the_guess")),
+    ("guess without weight", MODEL, "diff + weight * wrong", "diff + wrong", seen_by("the_guess")),
+    ("guess that teaches nothing", MODEL, "torch.cat([lm_h, res_h], -1).float() @", "torch.cat([lm_h, res_h], -1).float().detach() @", seen_by("the_guess")),
+    ("noise at its full strength", MODEL, "s.noise_scale * torch.stack", "torch.stack", seen_by("scaled_noise")),
     # 12: files
     ("9.12 safetensors only", MODEL, '("model.safetensors", "pytorch_model.bin")', '("model.safetensors",)', seen_by("wrapped_or_bare")),
     ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
