@@ -1,9 +1,10 @@
 """Adapters into a checkpoint in the published layout, or into one adapter file of another format.
 
     python merge_lora.py --ckpt_dir checkpoints/base --lora runs/voice/latest:0.8 --output_dir merged
-    python merge_lora.py --ckpt_dir checkpoints/base --lora runs/voice/latest --to peft --output_dir voice_peft
+    python merge_lora.py --ckpt_dir checkpoints/base --lora runs/voice/latest --to peft --output_dir peft
 
-The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's dtype.
+The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
+dtype.
 """
 import os
 import sys
@@ -16,8 +17,8 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from infer import base_of, split_strength
-from models.parts import Invalid, adapters, checkpoint
+from infer import base_of, split_strength, trained_speakers
+from models.parts import Invalid, checkpoint
 
 
 @dataclass
@@ -27,26 +28,15 @@ class Merge:
     ckpt_dir: str = opt("", "folder of the base, or org/name in the local hub cache; empty takes the adapter's record")
     lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up", repeat=True)
     output_dir: str = opt("", "folder to write; must not hold anything yet")
-    to: str = opt("", "adapter format to convert to instead of merging: native, peft, or another that the backbone's tools read")
+    to: str = opt("", "adapter format to convert to instead of merging: native, peft, or another that its tools read")
     naming: str = opt("", "tensor names of the file where the backbone has several published ones; empty keeps the base's")
     dtype: str = opt("", "of the merged weights: float32 or bfloat16; empty keeps the base's")
     ignore_base: bool = opt(False, "merge an adapter although it was trained on another base")
     allow_unused_tensors: bool = opt(False, "load a base although some of its tensors have no place in the model")
 
 
-def keep_strength(model):
-    """A file says nothing of a strength, so it goes into alpha, which scales B A and nothing else."""
-    strength = lora.state(model).strength
-    if strength == 1:
-        return
-    if lora.state(model).base or any(m.lora_bias is not None for m in lora.lora_modules(model).values()):
-        raise Invalid(f"strength {strength:g}: the adapter holds more than LoRA pairs, which no other strength can be written for; merge it instead")
-    for module in lora.lora_modules(model).values():
-        module.lora_full_scale *= strength
-
-
-def main():
-    cfg = configs.parse(Merge, script="merge")
+def check(cfg):
+    """What can be said before anything is loaded."""
     if not cfg.lora or not cfg.output_dir:
         raise Usage("give --lora with at least one adapter, and --output_dir")
     out = Path(cfg.output_dir)
@@ -54,29 +44,58 @@ def main():
         raise Usage(f"output_dir {out} already holds something; choose another folder")
     if cfg.to and cfg.dtype:
         raise Usage("--dtype is of merged weights; converted adapters (--to) are float32")
-    chosen = [split_strength(spec) for spec in cfg.lora]
-    base = cfg.ckpt_dir or base_of(chosen[0][0])
+
+
+def load_base(cfg, base):
+    """The base on the CPU, in the dtype of its file unless another is asked for."""
     device = models.pick_device("cpu")
-    model = models.load(base, device, models.pick_dtype(cfg.dtype, device) if cfg.dtype else None, allow_unused=cfg.allow_unused_tensors)
+    dtype = models.pick_dtype(cfg.dtype, device) if cfg.dtype else None
+    model = models.load(base, device, dtype, allow_unused=cfg.allow_unused_tensors)
     if cfg.to and cfg.to not in ("native", *model.adapter_namings):
         raise Usage(f"--to {cfg.to}: for this backbone native or {' or '.join(model.adapter_namings)}")
     if cfg.naming and cfg.naming not in model.namings:
         raise Usage(f"--naming {cfg.naming}: this backbone has {', '.join(model.namings)}")
+    return model
+
+
+def keep_strength(model):
+    """A file says nothing of a strength, so it goes into alpha, which scales B A and nothing else."""
+    strength, modules = lora.state(model).strength, lora.lora_modules(model)
+    if strength == 1:
+        return
+    if lora.state(model).base or any(module.lora_bias is not None for module in modules.values()):
+        raise Invalid(f"strength {strength:g}: the adapter holds more than LoRA pairs, which no other "
+                      "strength can be written for; merge it instead")
+    for module in modules.values():
+        module.lora_full_scale *= strength
+
+
+def main():
+    cfg = configs.parse(Merge, script="merge")
+    check(cfg)
+    chosen = [split_strength(spec) for spec in cfg.lora]
+    base = cfg.ckpt_dir or base_of(chosen[0][0])
+    model = load_base(cfg, base)
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
-    print(f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped", file=sys.stderr)
-    speakers = {name: n for path, _ in chosen for name, n in adapters.read_record(path).get("speakers", {}).items()}
+    modules = lora.lora_modules(model)
+    print(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped", file=sys.stderr)
+    speakers = trained_speakers(chosen)
     model.speakers = {**getattr(model, "speakers", {}), **speakers}
+
+    # Under another name until it is whole: what stands at output_dir can be used.
+    out = Path(cfg.output_dir)
     tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    naming = cfg.naming or None
     try:
         if cfg.to:
             keep_strength(model)
-            lora.save_lora_weights(model, tmp, cfg.to, cfg.naming or None, base=str(base), speakers=speakers)
+            lora.save_lora_weights(model, tmp, cfg.to, naming, base=str(base), speakers=speakers)
         else:
             lora.merge_lora_weights(model)
-            model.save(tmp, cfg.naming or None)
-        checkpoint.remove(out)
+            model.save(tmp, naming)
+        checkpoint.remove(out)  # an empty folder
         tmp.rename(out)
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch says a full disk by a RuntimeError
         raise Invalid(f"{out}: cannot be written ({e}); nothing is left of it") from None
     finally:
         checkpoint.remove(tmp)

@@ -2,16 +2,20 @@
 
     python prepare_data.py --input my_voice/ --output_dir data --ckpt_dir checkpoints/base
 
-    inputs ──read_rows──▶ rows ──measure──▶ cut, trim, judge ──split──▶ train.jsonl val.jsonl ──model.encode──▶ cache/
-                                                       └──▶ report.html report.json
+    inputs --read_rows--> rows --measure, cut, judge--> rows --split--> train.jsonl val.jsonl --encode-->
+    cache/
+                                       |
+                                       +--> report.html report.json
 
-Every row is checked before anything is written, and everything that is wrong is named at once, with file and line.
-Killed anywhere, the same command goes on where it was. train.py uses `read_manifest` and `ClipCache` from here.
+Every row is checked before anything is written, and everything that is wrong is named at once, with file and
+line. Killed anywhere, the same command goes on where it was. train.py uses `read_manifest` and `ClipCache`
+from here.
 """
 import collections
 import copy
 import csv
-import hashlib
+import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -25,24 +29,28 @@ import sys
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 
 import configs
 import models
 from models.parts import Invalid, audio, clips, opt, page
-from models.parts.cache import READ, ClipCache, clock, read_memo, sha, stamp, write_file
-from models.parts.manifests import (KEYS, SHAPES, Ambiguous, check_text, holders, is_file, listing, number_speakers,
-                                    read_manifest, read_rows, read_table, unused, words_in)
+from models.parts.cache import ClipCache, Progress, clock, read_memo, sha, stamp, write_file
+from models.parts.clips import Clip, Cutting, Span, Speech
+from models.parts.manifests import (
+    KEYS, SHAPES, Ambiguous, Fault, Place, Reading, check_text, for_encode, holders, is_file, listing,
+    number_speakers, read_manifest, read_rows, read_table, speaking, unused, voices, words_in)
 
 # ------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass
 class Prepare:
-    """Turn recordings and transcripts into train.jsonl, val.jsonl, the cached codes that training reads, and a report."""
+    """Turn recordings and transcripts into train.jsonl, val.jsonl, cached codes for training, and a
+    report."""
 
     input: list[str] = opt([], "manifests, folders of recordings, or recordings; several are one data set", repeat=True)
     output_dir: str = opt("", "folder for train.jsonl, val.jsonl, report.html, report.json and cache/")
@@ -80,42 +88,99 @@ class Prepare:
     device: str = opt("auto", "where the codec runs: auto, cpu, cuda, cuda:1, mps")
 
 
-# ------------------------------------------------------------------------------------------------ sound: measure, cut, judge
+MANIFESTS = ("train.jsonl", "val.jsonl")
+
+
+def no_changes():
+    """Counts of what was done to the data; the report shows these two also when nothing was cut."""
+    return collections.Counter({"recordings cut": 0, "clips to be transcribed": 0})
+
+
+class Notice(NamedTuple):
+    """What deserves a look, and no more."""
+
+    row: dict
+    kind: str
+    what: str
+
+
+@dataclass
+class Work:
+    """What is known of the data so far. report.json and report.html show all of it."""
+
+    cfg: Prepare
+    out: Path
+    normalise: Callable | None = None  # from text to text
+    device: str = "cpu"  # where the codec runs
+    rows: list[dict] = field(default_factory=list)
+    bad: list[Fault] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    inputs: list[dict] = field(default_factory=list)  # what each of them is
+    changes: collections.Counter = field(default_factory=no_changes)
+    val_ids: set[str] = field(default_factory=set)
+    numbers: dict[str, int] = field(default_factory=dict)  # of the speakers
+    checkpoints: list[dict] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)  # hashes of manifests that this script wrote
+
+    def refuse(self, row, reason):
+        self.bad.append(Fault(row["at"], str(reason)))
+
+    def sides(self):
+        """{name of the manifest: its rows}"""
+        train, val = [], []
+        for row in self.rows:
+            side = val if row["id"] in self.val_ids else train
+            side.append(row)
+        return dict(zip(MANIFESTS, (train, val)))
 
 
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
 
-def measure_all(places, cfg, file):
-    """{(path, start, end): facts}, by several processes; what was measured before and has not changed is in the memo."""
-    memo, facts = read_memo(file), {}
-    places = list(dict.fromkeys(places))
-    for p in places:
-        then, known, check = (*(memo.get(json.dumps([*p, cfg.silence_db])) or ()), None, None, None)[:3]
-        if check and check == sha(json.dumps(known)) and then == stamp(p[0]) and known["seconds"] <= cfg.max_seconds:
-            facts[p] = known
-    left = [p for p in places if p not in facts]
-    jobs = [(*p, cfg.max_seconds, cfg.silence_db) for p in left]
-    workers = min(cfg.workers or os.cpu_count() or 1, len(jobs) // 100)  # a process costs as much as a hundred clips
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, quiet_worker) if workers > 1 else None
-    begun = spoken = saved = time.time()
-    heard = 0.0
+# ------------------------------------------------------------------------------------------------ measure
+
+PROCESS_CLIPS = 100  # starting a process takes as long as measuring so many clips
+CHUNK_CLIPS = 16  # given to a process at a time, so that passing them on costs nothing beside measuring them
+MEMO_SECONDS = 30  # between two times that the measurements are written down; a kill loses no more
+
+
+def clip_of(holder):
+    return Clip(holder["audio"], holder.get("start"), holder.get("end"))
+
+
+def clips_in(rows):
+    """Every clip that has to be measured; a reference is always a whole file."""
+    found = []
+    for row in rows:
+        for holder in holders(row):
+            if "audio" in holder:
+                found.append(clip_of(holder))
+            if "ref_audio" in holder:
+                found.append(Clip(holder["ref_audio"]))
+    return found
+
+
+def measure_all(every_clip, cfg, file):
+    """{Clip: facts}, by several processes; what was measured before and has not changed is in the memo."""
+    memo = read_memo(file)
+    facts = {clip: from_memo(memo, clip, cfg) for clip in every_clip}
+    left = [clip for clip, fact in facts.items() if fact is None]
+    limits = {"longest": cfg.max_seconds, "silence_db": cfg.silence_db}
+    measure = functools.partial(clips.measure, **limits)
+    pool = processes(cfg.workers, len(left))
+    progress, saved = Progress(len(left)), time.time()
     try:
-        found = pool.map(clips.measure, jobs, chunksize=16) if pool else map(clips.measure, jobs)
-        for n, (p, known) in enumerate(zip(left, found), 1):
-            facts[p] = known
-            heard += known.get("seconds", 0)
-            if "error" not in known:
-                memo[json.dumps([*p, cfg.silence_db])] = [stamp(p[0]), known, sha(json.dumps(known))]
-            now = time.time()
-            if now - spoken > 5 or n == len(jobs):
-                spoken, rate = now, n / max(now - begun, 1e-9)
-                say(f"checked {n}/{len(jobs)} | {heard / 3600:.2f} h | {heard / max(now - begun, 1e-9):.0f} s audio/s | "
-                    f"{rate:.0f} clips/s | {clock((len(jobs) - n) / rate)} left")
-            if now - saved > 30 and not cfg.check:
-                saved = now
+        results = pool.map(measure, left, chunksize=CHUNK_CLIPS) if pool else map(measure, left)
+        for clip, result in zip(left, results):
+            facts[clip] = result
+            if "error" not in result:
+                check = sha(json.dumps(result))
+                memo[memo_key(clip, cfg)] = [stamp(clip.path), result, check]
+            if progress.due(result.get("seconds", 0)):
+                say(measure_line(progress))
+            if time.time() - saved > MEMO_SECONDS and not cfg.check:
+                saved = time.time()
                 write_file(file, json.dumps(memo).encode())
     finally:
         if pool:
@@ -125,358 +190,770 @@ def measure_all(places, cfg, file):
     return facts
 
 
-def quiet_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops the others
+def memo_key(clip, cfg):
+    return json.dumps([*clip, cfg.silence_db])
+
+
+def from_memo(memo, clip, cfg):
+    """What was measured before, or None where the file has changed since, or the memo itself."""
+    entry = memo.get(memo_key(clip, cfg))
+    if not isinstance(entry, list) or len(entry) != 3:
+        return None
+    then, facts, check = entry
+    if check != sha(json.dumps(facts)) or then != stamp(clip.path):
+        return None
+    return facts if facts["seconds"] <= cfg.max_seconds else None
+
+
+def processes(workers, count):
+    """A pool for so many clips, or None where one process is as fast."""
+    workers = min(workers or os.cpu_count() or 1, count // PROCESS_CLIPS)
+    if workers <= 1:
+        return None
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    return ProcessPoolExecutor(workers, context, leave_signals_to_the_parent)
+
+
+def leave_signals_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def cut_long(rows, bad, cfg, out):
+def measure_line(progress):
+    rate = progress.done / progress.elapsed
+    left = (progress.count - progress.done) / rate
+    return (f"checked {progress.done}/{progress.count} | {progress.seconds / 3600:.2f} h | "
+            f"{progress.seconds / progress.elapsed:.0f} s audio/s | {rate:.0f} clips/s | {clock(left)} left")
+
+
+# ------------------------------------------------------------------------------------------------ cut
+
+
+def cut_long(work):
     """Rows with word times become rows of pieces; recordings without text become clips/ to be transcribed."""
-    kept, table, cut = [], [], 0
-    lengths = (cfg.slice_min_seconds, cfg.slice_max_seconds, cfg.slice_min_interval, cfg.slice_max_silence)
-    for row in rows:
+    cfg, rows, table = work.cfg, [], []
+    cutting = Cutting(
+        shortest=cfg.slice_min_seconds,
+        longest=cfg.slice_max_seconds,
+        pause=cfg.slice_min_interval,
+        keep=cfg.slice_max_silence,
+    )
+    for row in work.rows:
         try:
-            plain = "audio" in row and "messages" not in row and "start" not in row and "end" not in row
-            total = audio.info(row["audio"]).seconds if plain and (cfg.slice or "alignment" in row) else 0
-            if total == 0 and "text" not in row and "turns" not in row:
-                raise Invalid("no text for this part of a recording")
-            if total == 0 or total <= cfg.max_seconds and "text" in row and not (cfg.slice and "alignment" in row):
-                kept.append(row)
+            seconds = seconds_to_cut(row, cfg)
+            if not seconds:
+                rows.append(row)
                 continue
-            cut += 1
+            work.changes["recordings cut"] += 1
             if "alignment" in row:
-                words = words_in(row["alignment"])
-                pauses = [(a[2], b[1]) for a, b in zip(words, words[1:])]
-                spans = clips.pieces(words[0][1], min(words[-1][2], total), pauses, *lengths)
-                for k, (start, end) in enumerate(spans, 1):
-                    first, last = start if k > 1 else 0, end if k < len(spans) else math.inf
-                    said = " ".join(w for w, a, b in words if first <= (a + b) / 2 < last)
-                    kept.append({**{k: v for k, v in row.items() if k != "duration"}, "id": f"{row['id']}_{k:04d}",
-                                 "start": start, "end": end, "text": said})
-                continue
-            sounding = clips.silences(row["audio"], total, cfg.silence_db, cfg.slice_hop, *lengths[2:])
-            spans = clips.pieces(*sounding, *lengths)
-            for k, (start, end) in enumerate(spans, 1):
-                name = f"{cut:04d}_{k:04d}.wav"  # numbers only: no text of a manifest becomes a file name
-                table.append([name, "", row["audio"], start, end])
-                if not cfg.check:
-                    (out / "clips").mkdir(parents=True, exist_ok=True)
-                    audio.write(out / "clips" / name, *audio.read(row["audio"], None, start, end))
-            if "text" in row:
-                raise Invalid(f"{total:.1f} s, one text, no word times; {len(spans)} clips of it are to be transcribed")
+                rows += cut_at_words(row, seconds, cutting)
+            else:
+                cut_at_silences(row, seconds, table, work, cutting)
         except Invalid as e:
-            bad.append((*row["at"], str(e)))
+            work.refuse(row, e)
+    work.changes["clips to be transcribed"] = len(table)
     if table and not cfg.check:
-        where = out / "clips" / "clips.csv"
-        there = [raw for _, raw in read_table(where, ",") if isinstance(raw, dict)] if is_file(where) else []
-        if any(raw.get("text") for raw in there) and not cfg.overwrite:
-            raise Invalid(f"{where} holds transcripts already; give it as --input, or --overwrite it")
-        with open(where, "w", encoding="utf-8", newline="") as f:
-            csv.writer(f).writerows([["filename", "text", "recording", "from", "to"], *table])
-        say(f"{len(table)} clips; write what is said into the column text of {where}, then --input {where}")
-    return kept, {"recordings cut": cut, "clips to be transcribed": len(table)}
+        write_table(table, work)
+    work.rows = rows
 
 
-ODD = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]", re.I)  # looks like a special token
+def seconds_to_cut(row, cfg):
+    """The length of a recording that is to be cut, 0 for a row that stays as it is."""
+    whole = "audio" in row and not {"messages", "start", "end"} & row.keys()
+    if not whole or not (cfg.slice or "alignment" in row):
+        if "text" not in row and "turns" not in row:
+            raise Invalid("no text for this part of a recording")
+        return 0
+    seconds = audio.info(row["audio"]).seconds
+    fits = seconds <= cfg.max_seconds and "text" in row
+    cut_anyway = cfg.slice and "alignment" in row
+    return 0 if fits and not cut_anyway else seconds
+
+
+def cut_at_words(row, seconds, cutting):
+    """A row for each piece, with the words whose middle lies within it."""
+    words = words_in(row["alignment"])
+    pauses = []
+    for word, following in zip(words, words[1:]):
+        pauses.append(Span(word.end, following.start))
+    end = min(words[-1].end, seconds)
+    spans = clips.pieces(Speech(words[0].start, end, pauses), cutting)
+    rest = {key: value for key, value in row.items() if key != "duration"}
+    rows = []
+    for k, span in enumerate(spans, 1):
+        # What lies outside of the speech by an error of the word times belongs to the outermost pieces.
+        first = span.start if k > 1 else 0
+        last = span.end if k < len(spans) else math.inf
+        said = [word.text for word in words if first <= word.middle < last]
+        piece = {"id": f"{row['id']}_{k:04d}", "text": " ".join(said)}
+        rows.append({**rest, **piece, **span._asdict()})
+    return rows
+
+
+def cut_at_silences(row, seconds, table, work, cutting):
+    """Write the pieces into clips/, and their names into the table to which texts will be added."""
+    cfg, number = work.cfg, work.changes["recordings cut"]
+    speech = clips.find_speech(row["audio"], cfg.silence_db, cfg.slice_hop, cutting)
+    spans = clips.pieces(speech, cutting)
+    folder = work.out / "clips"
+    for k, (start, end) in enumerate(spans, 1):
+        name = f"{number:04d}_{k:04d}.wav"  # numbers only: no text of a manifest becomes a file name
+        table.append([name, "", row["audio"], start, end])
+        if not cfg.check:
+            folder.mkdir(parents=True, exist_ok=True)
+            wave, rate = audio.read(row["audio"], None, start, end)
+            audio.write(folder / name, wave, rate)
+    if "text" in row:
+        raise Invalid(f"{seconds:.1f} s, one text, no word times; "
+                      f"{len(spans)} clips of it are to be transcribed")
+
+
+def write_table(table, work):
+    """clips/clips.csv, which is an --input as soon as somebody has filled in the texts."""
+    path = work.out / "clips" / "clips.csv"
+    lines = read_table(path, ",") if is_file(path) else ()
+    texts = [raw.get("text") for _, raw in lines if isinstance(raw, dict)]
+    if any(texts) and not work.cfg.overwrite:
+        raise Invalid(f"{path} holds transcripts already; give it as --input, or --overwrite it")
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["filename", "text", "recording", "from", "to"])
+        writer.writerows(table)
+    say(f"{len(table)} clips; write what is said into the column text of {path}, then --input {path}")
+
+
+# ------------------------------------------------------------------------------------------------ judge
+
+# What looks like a special token of some tokenizer.
+SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:unk|pad|bos|eos)>|\[/?INST\]", re.I)
+SILENT_DB = -60.0  # RMS; the noise of a bad microphone is louder
+QUIET_DB = -45.0  # RMS; speech is recorded at about -20
+LIMIT_PEAK = 1.001  # of a float file, whose samples may have been rounded
+LOSSY = ("MPEG", "OGG", "MP3")
+LOSSY_PEAK = 2.0  # their decoders overshoot by nature
+CLIPPED_SHARE = 0.001  # of the samples; fewer are single peaks that nobody hears
+LONG_SILENCE = 0.5  # seconds at an end; a model that is trained on more learns to pause
+TRIM_SLACK = 0.005  # seconds: half of a frame, and silence is not known any finer
+DURATION_SLACK = 0.1  # seconds: manifests round
+DURATION_SHARE = 0.01  # of the clip: lengths of mp3 are estimates
+HEADROOM_DB = -0.1  # of full scale, for peaks: resampling moves them a little
+PACE_ROWS = 8  # a median of fewer says nothing
+PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text is another one
 
 
 def clean(text, normalise=None):
     """NFC, without BOM and control characters; line breaks and tabs are spaces."""
     text = unicodedata.normalize("NFC", text).replace("\ufeff", "")
-    text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) != "Cc").strip()
+    spaced = "".join(" " if c.isspace() else c for c in text)
+    text = "".join(c for c in spaced if not is_control(c)).strip()
     return clean(normalise(text)) if normalise else text
 
 
-def hook(name):
-    """The function that --normalizer names, from the working directory or an installed package."""
+def is_control(character):
+    return unicodedata.category(character) == "Cc" and not character.isspace()
+
+
+def hook(name, flag="normalizer", example="my_text:expand"):
+    """The function that a flag names, from the working directory or an installed package."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise configs.Usage(f"--normalizer {name}: {e}; expected module:function, such as my_text:expand") from None
+        what = f"expected module:function, such as {example}"
+        raise configs.Usage(f"--{flag} {name}: {e}; {what}") from None
     finally:
         sys.path.remove(os.getcwd())
 
 
-def judge(row, facts, cfg, normalise, done):
-    """Clean the texts, trim and level the audio of one row, in place. -> notices [(kind, words)]; raises Invalid."""
+def judge_all(work, facts):
+    """Leave good rows, clean, trimmed and levelled; the others are bad."""
+    rows = []
+    for row in work.rows:
+        try:
+            notices = judge(row, facts, work)
+        except Invalid as e:
+            work.refuse(row, e)
+            continue
+        rows.append(row)
+        work.notices += notices
+    work.rows = rows
+    work.notices += compare(rows)
+
+
+def judge(row, facts, work):
+    """Clean the texts, trim and level the audio of one row, in place. -> notices; raises Invalid."""
     notices, total = [], 0.0
     for holder in holders(row):
-        for key in [k for k in ("text", "ref_text") if k in holder]:
-            before, holder[key] = holder[key], clean(holder[key], normalise)
-            check_text(holder[key], f"{key} after cleaning")
-            done["texts changed"] += before != holder[key]
-            odd = sorted({f"U+{ord(c):04X}" for c in before if unicodedata.category(c) == "Cc" and not c.isspace()})
-            notices += [("control characters", f"{', '.join(odd)} taken out of the text")] if odd else []
-            odd = sorted(set(ODD.findall(holder[key])))
-            notices += [("special token", f"{', '.join(odd)} is kept as plain text")] if odd else []
-        if "ref_audio" in holder and "error" in (f := facts[holder["ref_audio"], None, None]):
-            raise Invalid(f"ref_audio {holder['ref_audio']}: {f['error']}")
-        part = holder.get("type") == "audio"  # of a message: checked, and left as it is
-        if "audio" not in holder or part and holder["audio"] == row.get("audio"):
+        notices += clean_texts(holder, row, work)
+        if "ref_audio" in holder:
+            error = facts[Clip(holder["ref_audio"])].get("error")
+            if error:
+                raise Invalid(f"ref_audio {holder['ref_audio']}: {error}")
+        of_message = holder.get("type") == "audio"  # looked at, and left as it is
+        if "audio" not in holder or of_message and holder["audio"] == row.get("audio"):
             continue
-        path, start = holder["audio"], holder.get("start", 0)
-        f, named = facts[path, holder.get("start"), holder.get("end")], "" if row["at"][0] == path else f"{path}: "
-        if "error" in f:
-            raise Invalid(f"{named}{f['error']}" + ("; --max_seconds" if "longer than" in f["error"] else ""))
-        seconds, head, tail = f["seconds"], f["head"], f["tail"]
-        if seconds < cfg.min_seconds:
-            raise Invalid(f"{named}{seconds:.2f} s is shorter than --min_seconds {cfg.min_seconds:g}")
-        if f["rms"] < -60:
-            raise Invalid(f"{named}silence (RMS {f['rms']:.0f} dB of full scale)")
-        lossy = re.match("MPEG|OGG|MP3", f["format"])  # their decoders overshoot by nature
-        if f["peak"] > (2 if lossy else 1.001) and not cfg.loudness:
-            raise Invalid(f"{named}the peak is {f['peak']:.3g}, above 1; --loudness peak:-1 would bring every clip down")
-        if holder is row and abs(row.get("duration", seconds) - seconds) > 0.1 + 0.01 * seconds:
-            notices.append(("duration", f"{row['duration']:g} s in the manifest, {seconds:.2f} s in the file"))
-        if holder is row and row.get("sample_rate", f["rate"]) != f["rate"]:
-            notices.append(("sample rate", f"{row['sample_rate']:g} in the manifest, {f['rate']} in the file"))
-        if f["clipped"] > 0.001:
-            notices.append(("clipping", f"{100 * f['clipped']:.1f} % of the samples are at full scale"))
-        if f["rms"] < -45:
-            notices.append(("level", f"{f['rms']:.0f} dB of full scale is very quiet"))
-        if cfg.trim >= 0 and not part and max(head, tail) > cfg.trim + 0.005:
-            off = [max(0.0, s - cfg.trim) for s in (head, tail)]
-            holder |= {"start": round(start + off[0], 3), "end": round(start + seconds - off[1], 3)}
-            seconds, head, tail = seconds - sum(off), min(head, cfg.trim), min(tail, cfg.trim)
-            done["clips trimmed"] += 1
-            done["seconds trimmed"] += sum(off)
-        if max(head, tail) > 0.5:
-            notices.append(("silence", f"{head:.2f} s before and {tail:.2f} s after the speech; --trim 0.2 would cut it"))
-        if cfg.loudness and not part:
-            kind, target = cfg.loudness.split(":")
-            peak = float(clips.decibels(f["peak"] ** 2))
-            gain = float(target) - (f["rms"] if kind == "rms" else peak)
-            holder["gain_db"] = round(min(gain, -0.1 - peak), 2)  # never above full scale
-            done["clips levelled"] += 1
+        sound = dict(facts[clip_of(holder)])
+        # A row of a folder stands where its recording is, which need not be named twice.
+        name = "" if row["at"].file == holder["audio"] else f"{holder['audio']}: "
+        check_sound(sound, name, work.cfg)
+        if holder is row:
+            notices += compare_with_manifest(row, sound)
+        notices += notices_of(row, sound)
+        seconds = sound["seconds"]
+        if not of_message:
+            seconds -= trim(holder, sound, work)
+        if max(sound["head"], sound["tail"]) > LONG_SILENCE:
+            what = f"{sound['head']:.2f} s before and {sound['tail']:.2f} s after the speech"
+            notices.append(Notice(row, "silence", f"{what}; --trim 0.2 would cut it"))
+        if not of_message:
+            level(holder, sound, work)
         total += seconds
         if holder is row:
-            row |= {"duration": round(seconds, 3), "sample_rate": f["rate"], "facts": {**f, "head": head, "tail": tail}}
+            row |= {"duration": round(seconds, 3), "sample_rate": sound["rate"], "facts": sound}
     if "audio" not in row:
         row["duration"] = round(total, 3)
     return notices
 
 
+def clean_texts(holder, row, work):
+    """Clean the texts of a row, a turn or a part, in place. -> notices"""
+    notices = []
+    for key in ("text", "ref_text"):
+        if key not in holder:
+            continue
+        before = holder[key]
+        text = holder[key] = clean(before, work.normalise)
+        check_text(text, f"{key} after cleaning")
+        work.changes["texts changed"] += before != text
+        controls = {f"U+{ord(c):04X}" for c in before if is_control(c)}
+        if controls:
+            names = ", ".join(sorted(controls))
+            notices.append(Notice(row, "control characters", f"{names} taken out of the text"))
+        tokens = set(SPECIAL.findall(text))
+        if tokens:
+            names = ", ".join(sorted(tokens))
+            notices.append(Notice(row, "special token", f"{names} is kept as plain text"))
+    return notices
+
+
+def check_sound(sound, name, cfg):
+    """Invalid where the sound cannot be trained on; the message begins with the name."""
+    error = sound.get("error")
+    if error:
+        raise Invalid(name + error + ("; --max_seconds" if "longer than" in error else ""))
+    seconds = sound["seconds"]
+    if seconds < cfg.min_seconds:
+        raise Invalid(f"{name}{seconds:.2f} s is shorter than --min_seconds {cfg.min_seconds:g}")
+    if sound["rms"] < SILENT_DB:
+        raise Invalid(f"{name}silence (RMS {sound['rms']:.0f} dB of full scale)")
+    peak = sound["peak"]
+    limit = LOSSY_PEAK if sound["format"].startswith(LOSSY) else LIMIT_PEAK
+    if peak > limit and not cfg.loudness:
+        remedy = "--loudness peak:-1 would bring every clip down"
+        raise Invalid(f"{name}the peak is {peak:.3g}, above 1; {remedy}")
+
+
+def compare_with_manifest(row, sound):
+    """Notices where the manifest says something else than the file."""
+    notices = []
+    seconds, rate = sound["seconds"], sound["rate"]
+    error = abs(row.get("duration", seconds) - seconds)
+    if error > DURATION_SLACK + DURATION_SHARE * seconds:
+        what = f"{row['duration']:g} s in the manifest, {seconds:.2f} s in the file"
+        notices.append(Notice(row, "duration", what))
+    if row.get("sample_rate", rate) != rate:
+        what = f"{row['sample_rate']:g} in the manifest, {rate} in the file"
+        notices.append(Notice(row, "sample rate", what))
+    return notices
+
+
+def notices_of(row, sound):
+    notices = []
+    if sound["clipped"] > CLIPPED_SHARE:
+        what = f"{100 * sound['clipped']:.1f} % of the samples are at full scale"
+        notices.append(Notice(row, "clipping", what))
+    if sound["rms"] < QUIET_DB:
+        notices.append(Notice(row, "level", f"{sound['rms']:.0f} dB of full scale is very quiet"))
+    return notices
+
+
+def trim(holder, sound, work):
+    """Cut the silence at both ends down to --trim. -> seconds that are gone"""
+    keep, head, tail = work.cfg.trim, sound["head"], sound["tail"]
+    if keep < 0 or max(head, tail) <= keep + TRIM_SLACK:
+        return 0.0
+    before = max(0.0, head - keep)
+    behind = max(0.0, tail - keep)
+    start = holder.get("start", 0)
+    holder["start"] = round(start + before, 3)
+    holder["end"] = round(start + sound["seconds"] - behind, 3)
+    sound["head"] = min(head, keep)
+    sound["tail"] = min(tail, keep)
+    work.changes["clips trimmed"] += 1
+    work.changes["seconds trimmed"] += before + behind
+    return before + behind
+
+
+def level(holder, sound, work):
+    """A gain that brings the clip to --loudness, but never above full scale."""
+    if not work.cfg.loudness:
+        return
+    kind, target = work.cfg.loudness.split(":")
+    peak = float(clips.decibels(sound["peak"] ** 2))
+    gain = float(target) - (sound["rms"] if kind == "rms" else peak)
+    holder["gain_db"] = round(min(gain, HEADROOM_DB - peak), 2)
+    work.changes["clips levelled"] += 1
+
+
 def compare(rows):
-    """Notices that need all rows: the same audio, the same text of one speaker, a pace far from the others'."""
+    """Notices that need all rows: the same audio, the same text of one speaker, an odd pace."""
     notices, first = [], {}
     for row in rows:
-        keys = [("duplicate audio", row["facts"]["sha"], row.get("start"), row.get("end"))] if "facts" in row else []
-        keys += [("duplicate text", row.get("speaker"), row["text"])] if "text" in row else []
-        for key in keys:
-            if (other := first.setdefault(key, row)) is not row:
-                notices.append((row, key[0], f"the same as {other['id']} ({place(other)})"))
-    paced = [(len(r["text"]) / r["duration"], r) for r in rows if "text" in r]
-    middle = statistics.median(p for p, _ in paced) if len(paced) >= 8 else math.nan
-    return notices + [(r, "pace", f"{p:.1f} characters per second, the others about {middle:.1f}: is this the right text?")
-                      for p, r in paced if p > middle * 3 or p < middle / 3]
+        for key in twin_keys(row):
+            other = first.setdefault(key, row)
+            if other is not row:
+                notices.append(Notice(row, key[0], f"the same as {other['id']} ({other['at']})"))
+    single = [row for row in rows if "text" in row]
+    if len(single) < PACE_ROWS:
+        return notices
+    middle = statistics.median(map(pace, single))
+    for row in single:
+        if not middle / PACE_FACTOR <= pace(row) <= middle * PACE_FACTOR:
+            what = f"{pace(row):.1f} characters per second, the others about {middle:.1f}"
+            notices.append(Notice(row, "pace", f"{what}: is this the right text?"))
+    return notices
 
 
-def place(row):
-    file, line = row["at"]
-    return f"{file} line {line}" if line else file
+def twin_keys(row):
+    """What no two rows should share, behind the name of the notice."""
+    keys = []
+    if "facts" in row:
+        cut = row.get("start"), row.get("end")
+        keys.append(("duplicate audio", row["facts"]["sha"], cut))
+    if "text" in row:
+        keys.append(("duplicate text", row.get("speaker"), row["text"]))
+    return keys
 
 
-# ------------------------------------------------------------------------------------------------ splitting
+def pace(row):
+    """Characters per second."""
+    return len(row["text"]) / row["duration"]
+
+
+# ------------------------------------------------------------------------------------------------ split
 
 
 def split(rows, share, seed):
     """-> ids of the validation rows: of each speaker about `share`, and never a recording on both sides.
 
-    Rows of one file, with the same bytes or with the same text are one recording. Which ones are chosen depends on the
-    seed and on their own ids, so that a new row moves no other.
+    Rows of one file, with the same bytes or with the same text are one recording. Which ones are chosen
+    depends on the seed and on their own ids, so that a new row moves no other.
     """
-    group = {}
+    recordings = recordings_of(rows)
+    by_speaker, val_ids = collections.defaultdict(list), set()
+    for members in recordings:
+        first_id = min(row["id"] for row in members)
+        speaker = speaker_of(members[0])
+        by_speaker[speaker].append((sha(seed, first_id), members))
+    for groups in by_speaker.values():
+        left = round(share * sum(len(members) for _, members in groups))
+        in_order = sorted(groups, key=lambda group: group[0])
+        for _, members in in_order[:-1]:  # one recording always stays to train on
+            if len(members) <= left:
+                left -= len(members)
+                val_ids.update(row["id"] for row in members)
+    if share > 0 and not val_ids and len(recordings) > 1:  # too few of every speaker; one is better than none
+        groups = max(by_speaker.values(), key=len)
+        if len(groups) == 1:
+            groups = sum(by_speaker.values(), [])
+        _, members = min(groups, key=lambda group: (len(group[1]), group[0]))
+        val_ids.update(row["id"] for row in members)
+    return val_ids
+
+
+def speaker_of(row):
+    return str(row.get("speaker"))
+
+
+def recordings_of(rows):
+    """Lists of rows that have to stay on one side of the split."""
+    parent = {}  # of a row's number or a key; what has one root belongs together
 
     def root(x):
-        while group.setdefault(x, x) != x:
-            group[x] = x = group[group[x]]
+        while parent.setdefault(x, x) != x:
+            parent[x] = x = parent[parent[x]]
         return x
 
     for i, row in enumerate(rows):
-        keys = {("audio", h["audio"]) for h in (row, *row.get("turns", ())) if "audio" in h}
-        keys |= {("text", " ".join(row["text"].casefold().split()))} if "text" in row else set()
-        keys |= {("bytes", row["facts"]["sha"])} if "facts" in row else set()
-        for key in keys:
-            group[root(key)] = root(i)
+        for key in recording_keys(row):
+            parent[root(key)] = root(i)
     together = collections.defaultdict(list)
     for i, row in enumerate(rows):
         together[root(i)].append(row)
-    speakers, chosen = collections.defaultdict(list), set()
-    for members in together.values():
-        speakers[str(members[0].get("speaker"))].append((sha(seed, min(r["id"] for r in members)), members))
-    for groups in speakers.values():
-        left = round(share * sum(len(m) for _, m in groups))
-        for _, members in sorted(groups, key=lambda g: g[0])[:-1]:  # one recording always stays to train on
-            if len(members) <= left:
-                left -= len(members)
-                chosen.update(r["id"] for r in members)
-    if share > 0 and not chosen and len(together) > 1:  # too few of every speaker; one recording is better than none
-        groups = max(speakers.values(), key=len) if max(map(len, speakers.values())) > 1 else sum(speakers.values(), [])
-        chosen.update(r["id"] for r in min(groups, key=lambda g: (len(g[1]), g[0]))[1])
-    return chosen
+    return list(together.values())
 
 
-def references(rows, chosen, cfg, done):
+def recording_keys(row):
+    """What rows of one recording share."""
+    keys = [("audio", voice["audio"]) for voice in voices(row) if "audio" in voice]
+    if "text" in row:
+        keys.append(("text", " ".join(row["text"].casefold().split())))
+    if "facts" in row:
+        keys.append(("bytes", row["facts"]["sha"]))
+    return keys
+
+
+def add_references(work):
     """Write ref_audio: the clip itself, or another one of its speaker from the same side of the split."""
-    whole = [r for r in rows if "audio" in r and r["facts"]["whole"] <= cfg.max_seconds]
+    # (speaker, whether of validation) -> rows. A validation row that is alone takes one of the training rows.
     pools = collections.defaultdict(list)
-    for r in whole:
-        pools[str(r.get("speaker")), r["id"] in chosen].append(r)
-    for row in rows:
+    longest = work.cfg.max_seconds
+    for row in work.rows:
+        if "audio" in row and row["facts"]["whole"] <= longest:
+            side = row["id"] in work.val_ids
+            pools[speaker_of(row), side].append(row)
+    for row in work.rows:
         if "audio" not in row or "ref_audio" in row:
             continue
-        speaker = str(row.get("speaker"))
-        for pool in (pools[speaker, row["id"] in chosen], pools[speaker, False]) if cfg.ref == "other" else ([row],):
-            two = random.Random(f"{cfg.seed} {row['id']}").sample(pool, min(2, len(pool)))
-            other = [r for r in two if r is not row or cfg.ref == "same"]
-            if other and other[0]["facts"]["whole"] <= cfg.max_seconds:
-                row["ref_audio"] = other[0]["audio"]
-                if "start" not in other[0]:
-                    row["ref_text"] = other[0]["text"]
-                break
-        else:
-            done["rows without another clip of the speaker"] += 1
+        choices = [[row]]
+        if work.cfg.ref == "other":
+            speaker, side = speaker_of(row), row["id"] in work.val_ids
+            choices = [pools[speaker, side], pools[speaker, False]]
+        found = (reference_from(pool, row, work.cfg) for pool in choices)
+        other = next(filter(None, found), None)
+        if other is None:
+            work.changes["rows without another clip of the speaker"] += 1
+            continue
+        row["ref_audio"] = other["audio"]
+        if "start" not in other:
+            row["ref_text"] = other["text"]
+
+
+def reference_from(pool, row, cfg):
+    """A row of the pool, drawn for this one, or None; with --ref other never the row itself."""
+    draw = random.Random(f"{cfg.seed} {row['id']}")
+    two = draw.sample(pool, min(2, len(pool)))  # one of them is another row
+    others = [other for other in two if other is not row or cfg.ref == "same"]
+    if others and others[0]["facts"]["whole"] <= cfg.max_seconds:
+        return others[0]
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ report
 
+# Two characters for private use: a tokenizer that has neither and cannot spell bytes gives both one id.
+PRIVATE = "\ue123\uf8a7"
+WORST = 20  # clips to listen to: three minutes
+PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 7 MB and can be mailed
+PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
+
 
 def for_checkpoint(model, cache, rows, cfg):
-    """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours that training keeps.
+    """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours to train on.
 
-    Without a cache (--check) the audio positions of all rows are told from those of one clip. -> (facts, notices)
+    Without a cache (--check) the audio positions of all rows are estimated from one clip. -> (facts, notices)
     """
-    spoken = [(r, " ".join(h["text"] for h in ((r,) if "text" in r else holders(r)) if "text" in h)) for r in rows]
-    # Two characters for private use: a tokenizer that knows neither and cannot spell them in bytes gives both one id.
-    probes = [model.encode_text(c) for c in "\ue123\uf8a7"]
-    letters = {c for _, text in spoken for c in text if unicodedata.category(c)[0] in "LMNPS"}
-    unknown = {c for c in letters if probes[0] == probes[1] == model.encode_text(c)}
-    tokens = [len(model.encode_text(text)) for _, text in spoken]
+    texts = [text_of(row) for row in rows]
+    unknown = unknown_characters(model, texts)
+    tokens = [len(model.encode_text(text)) for text in texts]
     if cache is not None:
-        lengths = [model.length(cache.get(r)) for r in rows]
+        lengths = [model.length(cache.get(row)) for row in rows]
     else:
-        middle = statistics.median(r["duration"] for r in rows)
-        one = min(range(len(rows)), key=lambda i: abs(rows[i]["duration"] - middle))
-        with torch.inference_mode():
-            example = model.encode({k: rows[one][k] for k in READ if k in rows[one]})
-        rate = (model.length(example) - tokens[one]) / rows[one]["duration"]
-        lengths = [t + math.ceil(rate * r["duration"]) for t, r in zip(tokens, rows)]
+        lengths = estimate(model, rows, tokens)
     most = cfg.max_batch_tokens // cfg.batch_size if cfg.max_batch_tokens else math.inf
-    kept = [r for r, n in zip(rows, lengths) if n <= most]
-    notices = []
-    for r, text in spoken:
-        if odd := sorted(set(text) & unknown):
-            share = 100 * sum(c in unknown for c in text) / len(text)
-            names = ", ".join(f"{c} (U+{ord(c):04X})" for c in odd)
-            notices.append((r, "unknown tokens", f"no token for {names}: {share:.1f} % of the text"))
-    notices += [(r, "too many tokens", f"{n} positions, training drops more than max_batch_tokens / batch_size = {most}")
-                for r, n in zip(rows, lengths) if n > most]
-    counted = collections.Counter(c for _, text in spoken for c in text if c in unknown)
-    return {"backbone": model.backbone, "sample_rate": model.sample_rate, "text tokens": sum(tokens),
-            "positions": sum(lengths), "longest": max(lengths, default=0),
-            "rows dropped by max_batch_tokens": len(rows) - len(kept),
-            "hours kept": round(sum(r["duration"] for r in kept) / 3600, 4),
-            "steps per epoch": round(len(kept) / (cfg.batch_size * cfg.grad_accum_steps), 2),
-            "clips with a lower sample rate": sum(r.get("sample_rate", math.inf) < model.sample_rate for r in rows),
-            "unknown characters": dict(counted.most_common())}, notices
+    notices, kept = [], []
+    for row, text in zip(rows, texts):
+        if set(text) & unknown:
+            notices.append(unknown_notice(row, text, unknown))
+    for row, length in zip(rows, lengths):
+        if length <= most:
+            kept.append(row)
+            continue
+        what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
+        notices.append(Notice(row, "too many tokens", what))
+    counts = collections.Counter(c for c in "".join(texts) if c in unknown)
+    rates = [row.get("sample_rate", math.inf) for row in rows]
+    step_rows = cfg.batch_size * cfg.grad_accum_steps
+    facts = {
+        "backbone": model.backbone,
+        "sample_rate": model.sample_rate,
+        "text tokens": sum(tokens),
+        "positions": sum(lengths),
+        "longest": max(lengths, default=0),
+        "rows dropped by max_batch_tokens": len(rows) - len(kept),
+        "hours kept": hours(kept),
+        "steps per epoch": round(len(kept) / step_rows, 2),
+        "clips with a lower sample rate": sum(rate < model.sample_rate for rate in rates),
+        "unknown characters": dict(counts.most_common()),
+    }
+    return facts, notices
 
 
-def worst(rows, notices, count=20):
-    """The clips that stand out most, whatever the reason: listen to these first. -> [(how far, row, reasons)]"""
-    said = collections.defaultdict(list)
-    for row, kind, _ in notices:
-        said[row["id"]].append(kind)
-    single = [r for r in rows if "facts" in r and "text" in r]
+def text_of(row):
+    """All that is said in a row, or in a conversation."""
+    parts = [row] if "text" in row else holders(row)
+    return " ".join(part["text"] for part in parts if "text" in part)
+
+
+def unknown_characters(model, texts):
+    """Letters, digits and signs that the tokenizer has no token for."""
+    first, second = (model.encode_text(c) for c in PRIVATE)
+    if first != second:
+        return set()
+    characters = set("".join(texts))
+    letters = {c for c in characters if unicodedata.category(c)[0] in "LMNPS"}
+    return {c for c in letters if model.encode_text(c) == first}
+
+
+def unknown_notice(row, text, unknown):
+    missing = sorted(set(text) & unknown)
+    names = ", ".join(f"{c} (U+{ord(c):04X})" for c in missing)
+    share = 100 * sum(c in unknown for c in text) / len(text)
+    return Notice(row, "unknown tokens", f"no token for {names}: {share:.1f} % of the text")
+
+
+def estimate(model, rows, tokens):
+    """Lengths by the positions per second of the clip that lies nearest to the median."""
+    seconds = [row["duration"] for row in rows]
+    middle = statistics.median(seconds)
+    one = min(range(len(rows)), key=lambda i: abs(seconds[i] - middle))
+    with torch.inference_mode():
+        example = model.encode(for_encode(rows[one]))
+    rate = (model.length(example) - tokens[one]) / seconds[one]
+    return [count + math.ceil(rate * s) for count, s in zip(tokens, seconds)]
+
+
+def hours(rows):
+    return round(sum(row["duration"] for row in rows) / 3600, 4)
+
+
+class Standout(NamedTuple):
+    """A clip that is unlike the others."""
+
+    score: float
+    row: dict
+    why: list[str]
+
+
+def worst(rows, notices):
+    """The clips that stand out most, whatever the reason: listen to these first."""
+    kinds = collections.defaultdict(list)
+    for notice in notices:
+        kinds[notice.row["id"]].append(notice.kind)
+    single = [row for row in rows if "facts" in row and "text" in row]
     if not single:
         return []
-    pace = statistics.median(len(r["text"]) / r["duration"] for r in single)
-    level = statistics.median(r["facts"]["rms"] for r in single)
-    far = [(abs(math.log(len(r["text"]) / r["duration"] / pace)) + abs(r["facts"]["rms"] - level) / 10 + r["facts"]["head"]
-            + r["facts"]["tail"] + 50 * r["facts"]["clipped"] + len(said[r["id"]]), r) for r in single]
-    return [(round(f, 2), r, said[r["id"]]) for f, r in sorted(far, key=lambda x: (-x[0], x[1]["id"]))[:count]]
+    usual_pace = statistics.median(map(pace, single))
+    usual_level = statistics.median(row["facts"]["rms"] for row in single)
+    found = []
+    for row in single:
+        facts, why = row["facts"], kinds[row["id"]]
+        # One point is a factor of e in pace, 10 dB, a second of silence, 2 % of clipped samples, or a notice.
+        score = abs(math.log(pace(row) / usual_pace))
+        score += abs(facts["rms"] - usual_level) / 10
+        score += facts["head"] + facts["tail"]
+        score += 50 * facts["clipped"] + len(why)
+        found.append(Standout(score, row, why))
+    found.sort(key=lambda one: (-one.score, one.row["id"]))
+    return found[:WORST]
 
 
-def write_report(out, cfg, rows, chosen, bad, notices, about, done, checkpoints, written, numbers):
+def write_report(work):
     """report.json and report.html: the same facts, for programs and for people."""
-    val = [r for r in rows if r["id"] in chosen]
-    single = [r for r in rows if "facts" in r]
-    speakers = {name: {"clips": 0, "hours": 0.0, "number": n} for name, n in numbers.items()}
-    for r in rows:
-        for name in {str(t["speaker"]) for t in (r, *r.get("turns", ())) if "speaker" in t} or {""}:
-            s = speakers.setdefault(name, {"clips": 0, "hours": 0.0})
-            s["clips"], s["hours"] = s["clips"] + 1, round(s["hours"] + r["duration"] / 3600, 5)
-
-    def hours(some):
-        return round(sum(r["duration"] for r in some) / 3600, 4)
-
-    values = {"duration in seconds": [r["duration"] for r in single],
-              "characters per second": [len(r["text"]) / r["duration"] for r in single if "text" in r],
-              "level in dB of full scale (RMS)": [r["facts"]["rms"] for r in single],
-              "samples at full scale in %": [100 * r["facts"]["clipped"] for r in single],
-              "silence before the speech in seconds": [r["facts"]["head"] for r in single],
-              "silence after the speech in seconds": [r["facts"]["tail"] for r in single]}
-    order = {r["id"]: i for i, r in enumerate(rows)}
-    inputs = {a["input"]: i for i, a in enumerate(about)}
-    bad = sorted(bad, key=lambda b: (inputs.get(b[0], -1), b[1]))
-    notices = sorted(notices, key=lambda n: order.get(n[0]["id"], -1))
-    last = worst(rows, notices)
-    data = {"inputs": about,
-            "totals": {"rows": len(rows), "hours": hours(rows), "speakers": len(speakers), "dropped": len(bad),
-                       "train rows": len(rows) - len(val), "train hours": round(hours(rows) - hours(val), 4),
-                       "val rows": len(val), "val hours": hours(val)},
-            "speakers": speakers, "dropped": [{"file": f, "line": n, "reason": why} for f, n, why in bad],
-            "notices": [{"file": r["at"][0], "line": r["at"][1], "id": r["id"], "kind": kind, "what": what}
-                        for r, kind, what in notices],
-            "formats": dict(collections.Counter(r["facts"]["format"] for r in single)),
-            "sample rates": dict(collections.Counter(str(r["facts"]["rate"]) for r in single)),
-            "channels": dict(collections.Counter(str(r["facts"]["channels"]) for r in single)), "changed": done,
-            "histograms": {name: dict(zip(("edges", "counts"), page.bins(v))) for name, v in values.items()},
-            "worst": [{"id": r["id"], "file": r["at"][0], "line": r["at"][1], "score": far, "why": why}
-                      for far, r, why in last],
-            "checkpoints": checkpoints, "inputs_of": sorted(os.path.realpath(p) for p in cfg.input), "written": written}
-    told = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in data.items())  # one fact per line
-    write_file(out / "report.json", ("{" + told + "}\n").encode("utf-8", "backslashreplace"))
-
-    def heard(row):
-        start = row.get("start", 0)
-        wave, rate = audio.read(row["audio"], None, start, min(row.get("end", math.inf), start + 8, row["facts"]["whole"]))
-        return page.player(audio.resample(wave, rate, min(rate, 16000)), min(rate, 16000))
-
-    def short(file, line):
-        return Path(file).name + (f" line {line}" if line else "")
-
-    def pairs(title, counts):
-        return page.section(title, page.table(["", "clips"], list(counts.items())))
-
-    kinds = collections.Counter(kind for _, kind, _ in notices)
-    html = page.page(
-        "Data report", page.facts(data["totals"] | {k: round(v, 2) for k, v in done.items() if v}),
-        page.section("Inputs", page.table(["input", "shape", "rows", "bad"], [list(a.values()) for a in about])),
-        page.section(f"Rows left out: {len(bad)}", page.table(
-            ["where", "reason"], [[short(f, n), why] for f, n, why in bad], "No bad rows.")),
-        page.section(f"Worth a look: {len(notices)}", page.facts(kinds), page.table(
-            ["where", "id", "what"],
-            [[short(*r["at"]), r["id"], f"{kind}: {what}"] for r, kind, what in notices], "Nothing.")),
-        page.section("How the clips are spread", page.grid(*(page.histogram(v, name) for name, v in values.items()))),
-        page.grid(*(pairs(name.capitalize(), data[name]) for name in ("formats", "sample rates", "channels"))),
-        page.section("Speakers", page.table(
-            ["speaker", "number", "clips", "hours"],
-            [[k or "(none named)", v.get("number", ""), v["clips"], v["hours"]] for k, v in speakers.items()])),
-        *(page.section(f"For {c['checkpoint']}",
-                       page.facts({k: v for k, v in c.items() if not isinstance(v, dict) and k != "checkpoint"}),
-                       page.table(["unknown character", "times"], list(c["unknown characters"].items()),
-                                  "Every character has a token."))
-          for c in checkpoints),
-        page.section("The clips that stand out most: listen to these first", page.table(
-            ["id", "the first 8 seconds, and the text", "length", "why"],
-            [[r["id"], page.Piece(heard(r) + page.text(r["text"][:300])), r["duration"],
-              ", ".join(why) or "pace, level or silence"] for _, r, why in last])))
-    write_file(out / "report.html", html.encode("utf-8", "replace"))
+    work = in_order(work)
+    standouts = worst(work.rows, work.notices)
+    data = report_data(work, standouts)
+    facts = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items()]
+    text = "{" + ",\n".join(facts) + "}\n"  # one fact per line
+    write_file(work.out / "report.json", text.encode("utf-8", "backslashreplace"))
+    html = report_page(work, standouts, data)
+    write_file(work.out / "report.html", html.encode("utf-8", "replace"))
 
 
-# ------------------------------------------------------------------------------------------------ the script
+def in_order(work):
+    """The same, with its faults and notices in the order of the inputs."""
+    file_rank = {about["input"]: i for i, about in enumerate(work.inputs)}
+    row_rank = {row["id"]: i for i, row in enumerate(work.rows)}
+
+    def rank_of_fault(fault):
+        return file_rank.get(fault.at.file, -1), fault.at.line
+
+    def rank_of_notice(notice):
+        return row_rank.get(notice.row["id"], -1)
+
+    bad = sorted(work.bad, key=rank_of_fault)
+    notices = sorted(work.notices, key=rank_of_notice)
+    return dataclasses.replace(work, bad=bad, notices=notices)
+
+
+def report_data(work, standouts):
+    rows = work.rows
+    speakers = speaker_totals(work)
+    train, val = work.sides().values()
+    totals = {
+        "rows": len(rows),
+        "hours": hours(rows),
+        "speakers": len(speakers),
+        "dropped": len(work.bad),
+        "train rows": len(train),
+        "train hours": round(hours(rows) - hours(val), 4),
+        "val rows": len(val),
+        "val hours": hours(val),
+    }
+    dropped = []
+    for fault in work.bad:
+        dropped.append({**fault.at._asdict(), "reason": fault.reason})
+    notices = []
+    for row, kind, what in work.notices:
+        at = row["at"]._asdict()
+        notices.append({**at, "id": row["id"], "kind": kind, "what": what})
+    strangest = []
+    for score, row, why in standouts:
+        at = row["at"]._asdict()
+        strangest.append({"id": row["id"], **at, "score": round(score, 2), "why": why})
+    histograms = {}
+    for name, values in spread_of(rows).items():
+        edges, counts = page.bins(values)
+        histograms[name] = {"edges": edges, "counts": counts}
+    return {
+        "inputs": work.inputs,
+        "totals": totals,
+        "speakers": speakers,
+        "dropped": dropped,
+        "notices": notices,
+        "formats": clips_by(rows, "format"),
+        "sample rates": clips_by(rows, "rate"),
+        "channels": clips_by(rows, "channels"),
+        "changed": dict(work.changes),
+        "histograms": histograms,
+        "worst": strangest,
+        "checkpoints": work.checkpoints,
+        "inputs_of": real_paths(work.cfg.input),
+        "written": work.written,
+    }
+
+
+def clips_by(rows, fact):
+    """{value of a fact, as text: clips that have it}"""
+    values = [str(row["facts"][fact]) for row in rows if "facts" in row]
+    return dict(collections.Counter(values))
+
+
+def speaker_totals(work):
+    """{speaker: {clips, hours, number}}; a conversation counts for each one who speaks in it."""
+    totals = {}
+    for name, number in work.numbers.items():
+        totals[name] = {"clips": 0, "hours": 0.0, "number": number}
+    for row in work.rows:
+        names = {str(voice["speaker"]) for voice in speaking([row])}
+        for name in names or {""}:
+            total = totals.setdefault(name, {"clips": 0, "hours": 0.0})
+            total["clips"] += 1
+            total["hours"] = round(total["hours"] + row["duration"] / 3600, 5)
+    return totals
+
+
+def spread_of(rows):
+    """{what: its value for each clip}"""
+    single = [row for row in rows if "facts" in row]
+    facts = [row["facts"] for row in single]
+    return {
+        "duration in seconds": [row["duration"] for row in single],
+        "characters per second": [pace(row) for row in single if "text" in row],
+        "level in dB of full scale (RMS)": [fact["rms"] for fact in facts],
+        "samples at full scale in %": [100 * fact["clipped"] for fact in facts],
+        "silence before the speech in seconds": [fact["head"] for fact in facts],
+        "silence after the speech in seconds": [fact["tail"] for fact in facts],
+    }
+
+
+def report_page(work, standouts, data):
+    changes = {name: round(value, 2) for name, value in work.changes.items() if value}
+    inputs = [list(about.values()) for about in work.inputs]
+    histograms = []
+    for name, values in spread_of(work.rows).items():
+        histograms.append(page.histogram(values, name))
+    counts = [counts_section(name, data[name]) for name in ("formats", "sample rates", "channels")]
+    pieces = [
+        page.facts(data["totals"] | changes),
+        page.section("Inputs", page.table(["input", "shape", "rows", "bad"], inputs)),
+        bad_section(work.bad),
+        notices_section(work.notices),
+        page.section("How the clips are spread", page.grid(*histograms)),
+        page.grid(*counts),
+        speakers_section(data["speakers"]),
+        *map(checkpoint_section, work.checkpoints),
+        standouts_section(standouts),
+    ]
+    return page.page("Data report", *pieces)
+
+
+def bad_section(bad):
+    rows = [[short(fault.at), fault.reason] for fault in bad]
+    table = page.table(["where", "reason"], rows, "No bad rows.")
+    return page.section(f"Rows left out: {len(bad)}", table)
+
+
+def notices_section(notices):
+    kinds = collections.Counter(notice.kind for notice in notices)
+    rows = []
+    for row, kind, what in notices:
+        rows.append([short(row["at"]), row["id"], f"{kind}: {what}"])
+    table = page.table(["where", "id", "what"], rows, "Nothing.")
+    return page.section(f"Worth a look: {len(notices)}", page.facts(kinds), table)
+
+
+def speakers_section(speakers):
+    rows = []
+    for name, total in speakers.items():
+        number = total.get("number", "")
+        rows.append([name or "(none named)", number, total["clips"], total["hours"]])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "hours"], rows))
+
+
+def standouts_section(standouts):
+    rows = []
+    for _, row, why in standouts:
+        text = page.text(row["text"][:PLAYER_TEXT])
+        reason = ", ".join(why) or "pace, level or silence"
+        rows.append([row["id"], page.Piece(player(row) + text), row["duration"], reason])
+    heads = ["id", f"the first {PLAYER_SECONDS} seconds, and the text", "length", "why"]
+    title = "The clips that stand out most: listen to these first"
+    return page.section(title, page.table(heads, rows))
+
+
+def short(at):
+    """A place by the name of the file alone: paths are long, and a telephone is 400 pixels wide."""
+    return str(at._replace(file=Path(at.file).name))
+
+
+def counts_section(name, counts):
+    rows = list(counts.items())
+    return page.section(name.capitalize(), page.table(["", "clips"], rows))
+
+
+def checkpoint_section(about):
+    facts = dict(about)
+    folder = facts.pop("checkpoint")
+    unknown = list(facts.pop("unknown characters").items())
+    table = page.table(["unknown character", "times"], unknown, "Every character has a token.")
+    return page.section(f"For {folder}", page.facts(facts), table)
+
+
+def player(row):
+    start = row.get("start", 0)
+    end = min(row.get("end", math.inf), start + PLAYER_SECONDS, row["facts"]["whole"])
+    wave, rate = audio.read(row["audio"], None, start, end)
+    new_rate = min(rate, PLAYER_RATE)
+    return page.player(audio.resample(wave, rate, new_rate), new_rate)
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def real_paths(paths):
+    return sorted(os.path.realpath(path) for path in paths)
 
 
 def relative(path, folder):
@@ -490,166 +967,214 @@ def relative(path, folder):
 
 
 def manifest(rows, folder):
-    """The text of a manifest in `folder`."""
-    out, folder = [], os.path.realpath(folder)
+    """The bytes of a manifest in `folder`."""
+    lines, folder = [], os.path.realpath(folder)
+    keys = dict.fromkeys(("id", *KEYS, "speaker_id"))  # in this order, the id first
     for row in rows:
-        row = copy.deepcopy({k: row[k] for k in ("id", *KEYS, "speaker_id") if k in row})
+        row = copy.deepcopy({key: row[key] for key in keys if key in row})
         for holder in holders(row):
-            holder.update({k: relative(holder[k], folder) for k in ("audio", "ref_audio", "alignment") if k in holder})
+            for key in ("audio", "ref_audio", "alignment"):
+                if key in holder:
+                    holder[key] = relative(holder[key], folder)
         if isinstance(row.get("emotion"), str):
             row["emotion"] = relative(row["emotion"], folder)
-        out.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(out).encode("utf-8", "backslashreplace")  # a file name need not be UTF-8; JSON spells it with escapes
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    # A file name need not be UTF-8; JSON spells it with escapes.
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def gather(cfg):
-    """The rows of all inputs, with unique ids, data set numbers and speakers. -> (rows, bad, [what each input is])"""
-    rows, bad, about, ids = [], [], [], set()
-    table = cfg.transcripts if is_file(cfg.transcripts) else ""
-    for k, path in enumerate([table] if table else cfg.input):
+def write_manifests(work):
+    """train.jsonl and val.jsonl, and the report that says that they are ours."""
+    sides, said = work.sides(), []
+    for name, side in sides.items():
+        said.append(f"{work.out / name}: {len(side)} rows" if side else f"no {name}: too few recordings")
+    say(", ".join(said))
+    texts = {name: manifest(side, work.out) for name, side in sides.items()}
+    hashes = {clips.hash_bytes(text) for text in texts.values()}
+    work.written = sorted({*work.written, *hashes})
+    write_report(work)  # first, so that a kill in between leaves no manifest that looks foreign
+    for name, text in texts.items():
+        if text:
+            write_file(work.out / name, text)
+        else:
+            (work.out / name).unlink(missing_ok=True)
+
+
+def refuse_foreign(work):
+    """Output that exists is only replaced when it came from the same inputs."""
+    before = read_memo(work.out / "report.json")
+    made_of = before.get("inputs_of")
+    for path in (work.out / name for name in MANIFESTS):
+        if not is_file(path):
+            continue
+        if clips.hash_file(path) not in work.written:
+            raise Invalid(f"{path} is there already and was not written by this script, or was edited since; "
+                          "choose another --output_dir, give it as --input, or --overwrite it")
+        if made_of != real_paths(work.cfg.input):
+            raise Invalid(f"{path} is there already and was made of {', '.join(made_of or [])}; "
+                          "choose another --output_dir or --overwrite it")
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def gather(work):
+    """The rows of all inputs, with unique ids, data set numbers and speakers."""
+    cfg, ids = work.cfg, set()
+    inputs, texts, roots = cfg.input, cfg.transcripts, ()
+    if is_file(texts):  # a table names the recordings, and the inputs say where they lie
+        inputs, texts, roots = [texts], "", tuple(cfg.input)
+    how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots)
+    for k, path in enumerate(inputs):
         try:
-            found, wrong, shape = read_rows(path, cfg.format, "" if table else cfg.transcripts, cfg.alignment_dir,
-                                            not cfg.slice, cfg.input if table else ())
+            rows, bad, shape = read_rows(path, how)
         except Ambiguous as e:
             raise configs.Usage(str(e)) from None
-        say(f"{path}: read as {shape}, {len(found)} rows" + (f", {len(wrong)} bad" if wrong else ""))
-        about.append({"input": str(path), "shape": shape, "rows": len(found), "bad": len(wrong)})
-        bad += wrong if found or wrong else [(str(path), 0, "holds no rows")]
-        for row in found:
+        say(f"{path}: read as {shape}, {len(rows)} rows" + (f", {len(bad)} bad" if bad else ""))
+        about = {"input": str(path), "shape": shape, "rows": len(rows), "bad": len(bad)}
+        work.inputs.append(about)
+        if not rows and not bad:
+            bad = [Fault(Place(str(path)), "holds no rows")]
+        work.bad += bad
+        for row in rows:
             row["id"] = unused(row["id"], ids, k + 1)
             ids.add(row["id"])
-            if len(cfg.input) > 1 and not table:
+            if len(inputs) > 1:
                 row.setdefault("dataset_id", k)
             if cfg.speaker_from_folder and "audio" in row:
                 row.setdefault("speaker", Path(row["audio"]).parent.name)
             elif cfg.speaker and "turns" not in row:
                 row.setdefault("speaker", cfg.speaker)
-        rows += found
-    return rows, bad, about
+        work.rows += rows
 
 
-def refuse_foreign(out, cfg, own):
-    """Output that is there already is only replaced when it came from the same inputs. -> hashes of what was written"""
-    before = read_memo(out / "report.json")
-    written = list(before.get("written", []))
-    for name in ("train.jsonl", "val.jsonl") if not (own or cfg.check or cfg.overwrite) else ():
-        if is_file(out / name) and clips.hash_file(out / name) not in written:
-            raise Invalid(f"{out / name} is there already and was not written by this script, or was edited since; "
-                          "choose another --output_dir, give it as --input, or --overwrite it")
-        if is_file(out / name) and before.get("inputs_of") != sorted(os.path.realpath(p) for p in cfg.input):
-            raise Invalid(f"{out / name} is there already and was made of {', '.join(before.get('inputs_of', []))}; "
-                          "choose another --output_dir or --overwrite it")
-    return written
+def encode(folder, work, as_is):
+    """Fill the cache for a checkpoint, and report what it makes of the rows."""
+    model = models.load(folder, device=work.device)
+    model.codec.to(work.device)
+    if work.cfg.check:
+        cache, rows = None, work.rows
+    else:
+        cache = ClipCache(work.out / "cache", model)
+        rows = fill(cache, folder, work, as_is)
+        say(f"{work.out / 'cache'}: {len(rows)} rows ready for {folder}")
+    about, notices = for_checkpoint(model, cache, rows, work.cfg)
+    work.notices += notices
+    work.checkpoints.append({"checkpoint": str(folder), **about})
+    write_report(work)
 
 
-def main(argv=None):
+def fill(cache, folder, work, as_is):
+    """Encode what the manifests hold, as train.py will read it. -> the rows, with what was measured"""
+    outputs = [work.out / name for name in MANIFESTS]
+    rows = read_manifest(as_is or [path for path in outputs if is_file(path)])
+    by_id = {row["id"]: row for row in work.rows}
+    for row in work.rows:
+        if "facts" in row:  # its bytes have just been read: they are not read again for the key
+            path = row["audio"]
+            cache.memo[path] = [*stamp(path), row["facts"]["sha"]]
+    try:
+        cache.add(rows, say)
+    except Invalid:
+        if not work.cfg.skip_bad or len(cache.failed) == len(work.rows):
+            raise
+        for name, why in cache.failed.items():
+            work.refuse(by_id[name], f"{folder}: {why}")
+        work.rows = [row for row in work.rows if row["id"] not in cache.failed]
+        write_manifests(work)
+        rows = [row for row in rows if row["id"] not in cache.failed]
+    for row in rows:
+        source = by_id[row["id"]]
+        for key in ("at", "duration", "sample_rate"):
+            if key in source:
+                row.setdefault(key, source[key])
+    return rows
+
+
+def settings(argv):
     cfg = configs.parse(Prepare, argv, script="prepare")
     if not cfg.input or not cfg.output_dir:
         raise configs.Usage("--input and --output_dir are needed; --help lists every setting")
     if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d+(\.\d+)?", cfg.loudness):
         raise configs.Usage(f"--loudness {cfg.loudness}: expected rms:-23 or peak:-1")
     if not 0 <= cfg.val_split < 1:
-        raise configs.Usage(f"--val_split {cfg.val_split}: expected a share from 0 up to, but not including, 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    out, normalise = Path(cfg.output_dir), hook(cfg.normalizer) if cfg.normalizer else None
-    outputs = [os.path.realpath(out / name) for name in ("train.jsonl", "val.jsonl")]
-    own = [p for p in cfg.input if os.path.realpath(p) in outputs or cfg.encode_only]  # what was split is not split again
-    changes = cfg.slice or cfg.loudness or cfg.normalizer or cfg.skip_bad or cfg.trim >= 0 or cfg.ref != "none"
-    if own and (own != cfg.input or changes):
-        raise configs.Usage(f"{own[0]} is encoded as it is; to change its rows, prepare it into another --output_dir")
-    written = refuse_foreign(out, cfg, own)
-    write_file(out / ".writable", b"")
-    (out / ".writable").unlink()
+        what = "expected a share from 0 up to, but not including, 1"
+        raise configs.Usage(f"--val_split {cfg.val_split}: {what}")
+    return cfg
+
+
+def main(argv=None):
+    cfg = settings(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is encoded is written first
+    work = Work(cfg, Path(cfg.output_dir))
+    if cfg.normalizer:
+        work.normalise = hook(cfg.normalizer)
+    if cfg.device != "auto":
+        work.device = cfg.device
+    elif torch.cuda.is_available():
+        work.device = "cuda"
+
+    # ---- what was split once is not split again, and what is not ours is not replaced
+    outputs = [os.path.realpath(work.out / name) for name in MANIFESTS]
+    as_is = [path for path in cfg.input if cfg.encode_only or os.path.realpath(path) in outputs]
+    changes_sound = cfg.slice or cfg.loudness or cfg.trim >= 0
+    changes_rows = cfg.normalizer or cfg.skip_bad or cfg.ref != "none"
+    if as_is and (as_is != cfg.input or changes_sound or changes_rows):
+        raise configs.Usage(f"{as_is[0]} is encoded as it is; "
+                            "to change its rows, prepare it into another --output_dir")
+    before = read_memo(work.out / "report.json")
+    work.written = list(before.get("written", []))
+    if not (as_is or cfg.check or cfg.overwrite):
+        refuse_foreign(work)
+    write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
+    (work.out / ".writable").unlink()
 
     # ---- read, cut, measure, judge
-    rows, bad, about = gather(cfg)
-    done = collections.Counter()
-    rows, cut = cut_long(rows, bad, cfg, out)
-    done.update(cut)
-    places = [(h[k], *((h.get("start"), h.get("end")) if k == "audio" else (None, None)))
-              for r in rows for h in holders(r) for k in ("audio", "ref_audio") if k in h]
-    facts = measure_all(places, cfg, out / "cache" / "facts.json")
-    kept, notices = [], []
-    for row in rows:
-        try:
-            notices += [(row, *n) for n in judge(row, facts, cfg, normalise, done)]
-            kept.append(row)
-        except Invalid as e:
-            bad.append((*row["at"], str(e)))
-    rows = kept
-    notices += compare(rows)
-    if own:
-        chosen = {r["id"] for r in rows if Path(r["at"][0]).name == "val.jsonl"}
+    gather(work)
+    cut_long(work)
+    facts = measure_all(clips_in(work.rows), cfg, work.out / "cache" / "facts.json")
+    judge_all(work, facts)
+    if as_is:
+        for row in work.rows:
+            if Path(row["at"].file).name == "val.jsonl":
+                work.val_ids.add(row["id"])
     else:
-        chosen = split(rows, cfg.val_split, cfg.seed)
+        work.val_ids = split(work.rows, cfg.val_split, cfg.seed)
     if cfg.ref != "none":
-        references(rows, chosen, cfg, done)
-
-    numbers = {k: v["number"] for k, v in read_memo(out / "report.json").get("speakers", {}).items() if "number" in v}
-    number_speakers(rows, numbers)
-    for t in (t for row in rows for t in (row, *row.get("turns", ())) if isinstance(t.get("speaker"), str)):
-        t["speaker_id"] = numbers[t["speaker"]]
+        add_references(work)
+    # A speaker keeps its number when others come.
+    for name, about in before.get("speakers", {}).items():
+        if "number" in about:
+            work.numbers[name] = about["number"]
+    number_speakers(work.rows, work.numbers)
+    for voice in speaking(work.rows):
+        if isinstance(voice["speaker"], str):
+            voice["speaker_id"] = work.numbers[voice["speaker"]]
 
     # ---- report, manifests
-    checkpoints = []
-
-    def report():
-        write_report(out, cfg, rows, chosen, bad, notices, about, dict(done), checkpoints, written, numbers)
-
-    def manifests():
-        sides = {"train.jsonl": [r for r in rows if r["id"] not in chosen],
-                 "val.jsonl": [r for r in rows if r["id"] in chosen]}
-        say(", ".join(f"{out / name}: {len(side)} rows" if side else f"no {name}: too few recordings" for name, side in sides.items()))
-        sides = {name: manifest(side, out) for name, side in sides.items()}
-        written[:] = sorted({*written, *(hashlib.sha256(text).hexdigest()[:32] for text in sides.values())})
-        report()  # first, so that a kill in between leaves no manifest that looks foreign
-        for name, text in sides.items():
-            write_file(out / name, text) if text else (out / name).unlink(missing_ok=True)
-
-    if own or cfg.check or not rows or bad and not cfg.skip_bad:
-        report()
-    if bad and not cfg.skip_bad:
-        raise Invalid(f"{listing(bad)}\n{len(bad)} bad rows, all in {out / 'report.html'}. Nothing else was written. "
+    bad, rows, report = work.bad, work.rows, work.out / "report.html"
+    refused = bad and not cfg.skip_bad
+    if as_is or cfg.check or not rows or refused:
+        write_report(work)
+    if refused:
+        raise Invalid(f"{listing(bad)}\n{len(bad)} bad rows, all in {report}. Nothing else was written. "
                       "Mend them, or leave them out with --skip_bad.")
+    if not rows and work.changes["clips to be transcribed"]:
+        return
     if not rows:
-        if done["clips to be transcribed"]:
-            return
-        raise Invalid(f"no rows left of {', '.join(map(str, cfg.input))}; {out / 'report.html'} says why")
+        raise Invalid(f"no rows left of {', '.join(cfg.input)}; {report} says why")
     if bad:
         say(f"{listing(bad, 10)}\n{len(bad)} bad rows left out")
-    if not own and not cfg.check:
-        manifests()
+    if not as_is and not cfg.check:
+        write_manifests(work)
 
     # ---- encode
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     for folder in cfg.ckpt_dir:
-        model, cache = models.load(folder, device=device), None
-        model.codec.to(device)
-        if not cfg.check:
-            there = [out / n for n in ("train.jsonl", "val.jsonl") if is_file(out / n)] if not own else own
-            by_id, encoded = {r["id"]: r for r in rows}, read_manifest(there)
-            cache = ClipCache(out / "cache", model)
-            cache.memo |= {r["audio"]: [*stamp(r["audio"]), r["facts"]["sha"]] for r in rows if "facts" in r}
-            try:
-                cache.add(encoded, say)
-            except Invalid:
-                if not cfg.skip_bad or len(cache.failed) == len(rows):
-                    raise
-                bad += [(*by_id[name]["at"], f"{folder}: {why}") for name, why in cache.failed.items()]
-                rows = [r for r in rows if r["id"] not in cache.failed]
-                manifests()
-                encoded = [r for r in encoded if r["id"] not in cache.failed]
-            encoded = [{k: by_id[r["id"]][k] for k in ("at", "duration", "sample_rate") if k in by_id[r["id"]]} | r
-                       for r in encoded]
-            say(f"{out / 'cache'}: {len(encoded)} rows ready for {folder}")
-        about_it, more = for_checkpoint(model, cache, rows if cfg.check else encoded, cfg)
-        notices += more
-        checkpoints.append({"checkpoint": str(folder), **about_it})
-        report()
-        del model, cache  # before the next one is read
-    hours = sum(r["duration"] for r in rows) / 3600
-    say(f"{len(rows)} rows, {hours:.2f} hours, {len(bad)} left out, {len(notices)} worth a look")
-    print(out / "report.html")
+        encode(folder, work, as_is)
+    seconds = sum(row["duration"] for row in work.rows)
+    say(f"{len(work.rows)} rows, {seconds / 3600:.2f} hours, {len(work.bad)} left out, "
+        f"{len(work.notices)} worth a look")
+    print(report)
 
 
 if __name__ == "__main__":

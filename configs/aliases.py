@@ -1,8 +1,9 @@
-"""What other tools call our settings. One table; `configs` reads it, and tests/coming_from.yaml says whose names these are."""
+"""What other tools call our settings. `configs` reads it; tests/coming_from.yaml says whose they are."""
 
-# What other tools call it: script -> canonical key -> names accepted as well, in YAML and as flags. "-" is "_"; an
-# alias of a key in a section counts at the top level and in the section; one or two letters also take a single dash.
-# moshi-finetune's and sesame-finetune's weights are taken as weights of our means: same purpose, not the same number.
+# Script -> canonical key -> names accepted as well, in YAML and as flags. "-" is "_". An alias of a key in a
+# section counts at the top level and in the section. One or two letters also take a single dash.
+# The losses' weights of moshi-finetune and sesame-finetune become weights of our means: the same purpose, but
+# another number.
 ALIASES = {
     "train": {
         "config": ("config_path",),
@@ -14,8 +15,8 @@ ALIASES = {
         "tensorboard": ("logging_dir",),
         "batch_size": ("per_device_train_batch_size", "batch_size_per_gpu"),
         "max_length": ("max_seq_len",),
-        "grad_accum_steps": ("grad_accum", "grad_accumulation", "grad_acc_steps", "gradient_accumulation_steps",
-                             "num_microbatches"),
+        "grad_accum_steps": ("grad_accum", "grad_accumulation", "grad_acc_steps",
+                             "gradient_accumulation_steps", "num_microbatches"),
         "learning_rate": ("lr",),
         "weight_decay": ("wd",),
         "warmup_steps": ("warmup", "num_warmup_updates"),
@@ -63,6 +64,14 @@ ALIASES = {
         "reference_audio": ("ref_audio", "ra", "spk_audio_prompt"),
         "speaker": ("speaker_id",),
     },
+    "validate": {
+        "ckpt_dir": ("model_path", "pretrained_path", "base_model", "base_ckpt"),
+        "lora": ("lora_path", "lora_ckpt", "adapter"),
+        "text": ("test_texts",),
+        "reference_audio": ("ref_audio",),
+        "manifest": ("val_manifest",),
+        "speaker": ("speaker_id",),
+    },
     "merge": {
         "ckpt_dir": ("model_path", "pretrained_path", "base_model", "base_ckpt"),
         "lora": ("lora_path", "lora_ckpt", "adapter"),
@@ -75,7 +84,8 @@ class Scaling(float):
     """alpha / r, given instead of alpha; multiplied by r when both are known."""
 
 
-# Keys that say another key in other words: script -> key -> (canonical key, type it is given in, its value there).
+# Keys that say another key in other words: script -> key -> (canonical key, type it is given in, its value
+# there).
 COMPUTED = {
     "train": {
         "scaling": ("lora.alpha", float, Scaling),

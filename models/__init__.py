@@ -2,94 +2,96 @@
 
     model = models.load("checkpoints/some-folder", device="cuda", dtype=torch.bfloat16)
 
-A backbone is one file here; there is no list to edit. What follows is the contract: every name that the scripts, lora.py
-and models/parts use on such a file or on its model. tests/test_backbones.py reads it here and holds every backbone
-against it. Audio is (n,) float32 mono in [-1, 1]; K, T and the other letters are those of the model's file.
+A backbone is one file here; there is no list to edit. What follows is the contract: every name that the
+scripts, lora.py and models/parts use on such a file or on its model. tests/test_backbones.py reads it
+here and holds every backbone against it. Audio is (n,) float32 mono in [-1, 1]; a row is one of a manifest.
 
 The file:
-  recognizes(config)            is a checkpoint of this config.json (or {"tensors": names}) one of ours? Several keys
-                                tell, never the folder's name; exactly one file of models/ may say yes
+  recognizes(config)          is a checkpoint of this config.json (or {"tensors": names}) one of ours? Several
+                              keys tell, never a folder's name; exactly one file of models/ may say yes
   load(folder, device, dtype, options, extra, weights, allow_unused)
-                                the model of a published folder or file, in eval mode. options: Training's values;
-                                extra: {part: path} for parts kept elsewhere; weights: which file or naming where several
-                                lie side by side, or "scratch" for drawn ones; dtype None: the file's
+                              the model of a published folder or file, in eval mode. options: Training's;
+                              extra: {part: path} of parts kept elsewhere; weights: which file or naming
+                              where several lie side by side, or "scratch" for drawn ones; dtype None: the
+                              file's
   blank(size, version, device, dtype, options)
-                                a model with drawn weights for bench.py, size "tiny", "mid" or "real"
-  Config                        dataclass of the checkpoint's values, under their published names
-  Training                      dataclass: the section `backbone:` of a training config
-  Sampling                      dataclass: what `generate` takes besides a request; also infer.py's flags
-  LAMBDAS                       {"loss/x": default weight}
-  TINY                          a Config that runs in a second
+                              a model with drawn weights for bench.py; size: "tiny", "mid" or "real"
+  Config                      dataclass of the checkpoint's values, under their published names
+  Training                    dataclass: the section `backbone:` of a training config
+  Sampling                    dataclass: what `generate` takes besides a request; also infer.py's flags
+  LAMBDAS                     {"loss/x": default weight}
+  TINY                        a Config that runs in a second
 
 The model, values:
-  config                        the Config
-  backbone                      name of the file in models/
-  sample_rate                   of the audio that `encode` reads
-  out_sample_rate               of the audio that `generate` returns
-  frame_rate                    steps of `frames` per second of audio
-  max_length                    positions of a row at most
-  codec                         the frozen codec, float32, in no list of parameters: encode(wave), decode(frames),
-                                stream() -> object with decode(chunk), and nn.Module's own
-  codec_key                     text; names the codec and how it is used: another key, other cached codes
-  encode_key                    text; names all else that `encode` reads, so that a cached example can be trusted
-  embeddings                    names of the modules that lora.train_embeddings trains
-  speaker_input                 does `speaker` reach the model?
-  namings                       names of the published layouts, the preferred one first
-  native_adapter                format of adapters in this backbone's own ecosystem, a key of adapter_namings
-  adapter_namings               {format of adapters that can be written: naming of its tensors}
-  lora_dropout_after            is dropout on the adapter's update (True) or on its input?
+  config                      the Config
+  backbone                    name of the file in models/
+  sample_rate                 of the audio that `encode` reads
+  out_sample_rate             of the audio that `generate` returns
+  frame_rate                  steps of `frames` per second of audio
+  codec                       the frozen codec, float32, in no list of parameters: encode(wave),
+                              decode(frames), stream() -> object with decode(chunk), an nn.Module's own
+  codec_key                   text that names the codec and how it is used: another key, other cached codes
+  encode_key                  text that names all else that `encode` reads: another key, other cached examples
+  files                       {role: path} of what `save` copies, "tokenizer" among them; {} of a blank model
+  embeddings                  names of the modules that lora.train_embeddings trains
+  speaker_input               does `speaker` reach the model?
+  namings                     names of the published layouts, the preferred one first
+  native_adapter              format of adapters that this model's own tools read, a key of adapter_namings
+  adapter_namings             {format of adapters that can be written: naming of its tensors}
+  lora_dropout_after          is dropout on the adapter's update (True) or on its input?
 
 The model, calls in the order in which data meets them:
   equip(codec, tokenizer, files, options)
-                                by load and blank, once the weights are there: what does not come with them, and what is
-                                computed from it. files: {role: path} of what `save` copies, "tokenizer" among them
-  encode_text(text, speaker)    ids of a text, exactly what training feeds
+                              by load and blank, once the weights are there: all that does not come with them,
+                              and what is computed from it. options: Training's values
+  encode_text(text, speaker)  ids of a text, exactly what training feeds
   encode_audio(source, start, end)
-                                CPU tensor that the codec makes of a path or of (n,) samples
-  encode(row)                   {name: CPU tensor} of a row of a manifest, no batch dim; slow, frozen, deterministic
-  length(example)               positions of the trained network, as upstream counts them; 0: nothing to train
-  collate(examples, seeds)      (batch, counts); every draw of training is made here, from each row's own seed;
-                                seeds None: fixed by the rows' content and nothing dropped, for validation
-  counts(batch)                 {name: what the sum of that name in `forward` is divided by}
-  forward(batch)                {"loss/x": 0-dim float32 sum, "metric/y": detached sum}; no draws but dropout
-  set_recompute(on)             activation checkpointing of every layer
-  blocks()                      the modules that torch.compile takes one by one
-  lora_targets(settings)        names of Linears that the words of a lora section mean here; without any: the default
-  sample_request(row)           {argument of generate: value} for a validation sample of a row, besides text and seed
+                              CPU tensor that the codec makes of a path or of (n,) samples
+  encode(row)                 {name: CPU tensor} of a row, no batch dim; slow, frozen, deterministic
+  length(example)             positions of the trained network, as upstream counts them; 0: nothing to train
+  collate(examples, seeds)    (batch, counts); every draw of training is made here, from each row's own seed;
+                              seeds None: fixed by the rows' content and nothing dropped, for validation
+  counts(batch)               {name: what the sum of that name in `forward` is divided by}
+  forward(batch)              {"loss/x": 0-dim float32 sum, "metric/y": detached sum}; no draw but dropout
+  set_recompute(on)           activation checkpointing of every layer
+  blocks()                    the modules that torch.compile takes one by one
+  lora_targets(settings)      names of the Linears that the words of a lora section mean; none: a default
+  sample_request(row)         {argument of generate: value} for a validation sample, besides text and seed
   generate(text, prompts, speaker, seed, noise)
-                                chunks (n,) of audio; joined they are the whole. prompts: (text, audio, speaker) each;
-                                further keywords are Sampling's
-  generate_batch(requests)      (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them
+                              chunks (n,) of audio; joined they are the whole. prompts: (text, audio, speaker)
+                              each; further keywords are Sampling's
+  generate_batch(requests)    (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them
   frames(text, prompts, speaker, seed, noise)
-                                what `generate` decodes, step by step; `finish` is then ["end"] or ["cap"]
-  _run(requests, s)             (i, frame) of requests that are checked, for parts/sampling.py
+                              what `generate` decodes, step by step; `finish` is then ["end"] or ["cap"]
+  _run(requests, s)           (i, frame) of requests that are checked, for parts/sampling.py
   published_name(parameter, naming)
-                                its name in a published file
+                              its name in a published file
   published_rows(parameter, naming)
-                                row order of the published weight (published = ours[rows]), None where it is ours
+                              row order of the published weight (published = ours[rows]); None: it is ours
   published_state_dict(naming, merged)
-                                {published name: tensor}; merged adds the adapters, in float32
+                              {published name: tensor}; merged adds the adapters, in float32
   adapter_words(modules, values)
-                                the backbone's own words for wrapped modules, for the native adapter's settings file
-  save(folder, naming, merged)  write a published folder
+                              what the native adapter's settings file says of the wrapped modules
+  save(folder, naming, merged)
+                              write a published folder; returns its path
 
 The model, set from outside after `equip`; each has a value from the start:
-  path                          by load: where the checkpoint was found; ""
-  fingerprint                   by load: names the weights; ""
-  left_unused                   by load: tensors of the file that were not used; []
-  speakers                      by train.py, infer.py and merge_lora.py: {name: number}; what the folder says, or {}
-  max_length                    by train.py, lower: rows are cut to it
-  finish                        by _run and parts/sampling.py: how each request ended, "end" or "cap"; []
-  training                      by train() and eval()
+  path                        by load: where the checkpoint was found; ""
+  fingerprint                 by load: names the weights; ""
+  left_unused                 by load: names of tensors of the file that were not used; []
+  speakers                    by train.py, infer.py and merge_lora.py: {name: number}; the folder's, or {}
+  max_length                  by train.py, lower: positions of a row at most; the checkpoint's
+  finish                      by _run and parts/sampling.py: how each request ended, "end" or "cap"; []
+  training                    by train() and eval()
 
 The model, only where there is something to say, and what counts without it:
-  encode_audio_batch(waves)     encode_audio of several (n,) clips in one pass of the codec; without: one by one
+  encode_audio_batch(waves)   encode_audio of several (n,) clips in one pass of the codec; without: one by one
   published_copies(parameter, naming)
-                                further published names of the same tensor; without: ()
-  harmless_adapter_keys         regexes over names in foreign adapters that never did anything; without: ()
-  refused_adapter_keys          {regex over such names: why they cannot be used}; without: {}
-  idle_in_losses                beginnings of names of parameters that no loss depends on (tests); without: ()
-  lora_state                    by lora.py: what it wrapped; without: no adapter
+                              further published names of the same tensor; without: ()
+  harmless_adapter_keys       regexes over names in foreign adapters that never did anything; without: ()
+  refused_adapter_keys        {regex over such names: why they cannot be used}; without: {}
+  idle_in_losses              beginnings of names of parameters that no loss depends on (tests); without: ()
+  lora_state                  by lora.py: what it wrapped; without: no adapter
 """
 import importlib
 import os
@@ -99,10 +101,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, checkpoint, quant
 
-BACKBONES = {m.name: importlib.import_module(f"models.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.ispkg}
-EXTRA = {"codec", "tokenizer", "w2v_bert", "semantic_codec", "campplus", "bigvgan"}  # parts that may lie elsewhere
+FILES = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]
+BACKBONES = {name: importlib.import_module(f"models.{name}") for name in FILES}
+CONFIGS = ("config.json", "config.yaml")
+ADAPTER_CONFIGS = ("lora_config.json", "adapter_config.json")
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+SHELF = "checkpoints"  # where the README and the files in configs/ have them
+WHOLE = 16  # bits of weights that are left as they are, whatever their dtype
+EXTRA = {"codec", "tokenizer", "w2v_bert", "semantic_codec", "campplus", "bigvgan"}  # may lie elsewhere
 
 
 def backbones():
@@ -111,91 +119,139 @@ def backbones():
 
 
 def folder_of(path):
-    """The local folder (or single file) of a checkpoint: a path, or org/name in an existing hub cache. Never the network."""
+    """The local folder (or single file) of a checkpoint, by path or by org/name of one in the hub cache.
+
+    Nothing is ever downloaded.
+    """
     if Path(path).expanduser().exists():
         return Path(path).expanduser()
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
-        raise Invalid(f"no checkpoint at {path}; expected the folder of one, or org/name of one in the local hub cache")
+        raise Invalid(f"no checkpoint at {path}; "
+                      "expected the folder of one, or org/name of one in the local hub cache")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{parts[0]}--{parts[1]}"
-    ref = cache / "refs" / "main"
-    snapshots = sorted((cache / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime)
-    if ref.is_file() and (cache / "snapshots" / ref.read_text().strip()).is_dir():
-        return cache / "snapshots" / ref.read_text().strip()
-    if snapshots:
-        return snapshots[-1]
-    raise Invalid(f"no folder {path} here ({Path.cwd()}) and no copy of it in the hub cache at {cache}. Nothing is downloaded; if it is the "
-                  f"id of a hub repository, run\n    hf download {path} --local-dir checkpoints/{parts[1]}\nand give checkpoints/{parts[1]}")
+    snapshots = cache / "snapshots"
+    main = cache / "refs" / "main"
+    if main.is_file():
+        current = snapshots / main.read_text().strip()
+        if current.is_dir():
+            return current
+    by_age = sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime)
+    if by_age:
+        return by_age[-1]
+    # A path of the user's own looks like org/name, too; as a hub id it would lead nowhere.
+    if parts[0] == SHELF or Path(parts[0]).is_dir():
+        raise Invalid(f"no checkpoint at {path} (seen from {Path.cwd()}). Nothing is downloaded; "
+                      "README.md has the hub id of each and the command that fetches it")
+    raise Invalid(f"no folder {path} here ({Path.cwd()}) and no copy of it in the hub cache at {cache}. "
+                  "Nothing is downloaded; if it is the id of a hub repository, run\n"
+                  f"    hf download {path} --local-dir {SHELF}/{parts[1]}\n"
+                  f"and give {SHELF}/{parts[1]}")
 
 
 def read_config(path):
-    """The dictionary in config.json or config.yaml; without one, {"tensors": names} so that names can tell."""
+    """The dictionary in config.json or config.yaml; without one, {"tensors": names}, for names can tell."""
     folder = path if path.is_dir() else path.parent
-    for name in ("config.json", "config.yaml"):
-        if (folder / name).is_file():
-            config = checkpoint.read_json(folder / name) if name.endswith("json") else yaml.safe_load((folder / name).read_text())
-            if not isinstance(config, dict):
-                raise Invalid(f"{folder / name} holds a {type(config).__name__}, expected a mapping")
-            return config
-    files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".pt", ".pth", ".bin")]
+    for file in (folder / name for name in CONFIGS):
+        if not file.is_file():
+            continue
+        if file.suffix == ".json":
+            config = checkpoint.read_json(file)
+        else:
+            config = yaml.safe_load(file.read_text())
+        if not isinstance(config, dict):
+            raise Invalid(f"{file} holds a {type(config).__name__}, expected a mapping")
+        return config
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS]
     if not files:
         raise Invalid(f"{path} holds no config.json, no config.yaml and no weights; is it the right folder?")
-    return {"tensors": sorted({name for file in files for name in checkpoint.read(file)})}
+    names = set()
+    for file in files:
+        names.update(checkpoint.read(file))
+    return {"tensors": sorted(names)}
 
 
 def find(path):
     """The module of models/ whose checkpoints look like this one."""
     folder = folder_of(path)
-    if not any((folder / name).is_file() for name in ("config.json", "config.yaml")):
-        for name in ("lora_config.json", "adapter_config.json"):
-            if (folder / name).is_file():
-                raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
+    if not any((folder / name).is_file() for name in CONFIGS):
+        if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
+            raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")
     config = read_config(folder)
-    known = [module for module in BACKBONES.values() if module.recognizes(config)]
-    if len(known) == 1:
-        return known[0]
-    keys = ", ".join(map(str, config.get("tensors", config)))[:300]
-    said = f"{' and '.join(m.__name__ for m in known)} all recognize it" if known else "no backbone recognizes it"
-    said += " (without config.json or config.yaml, only names of tensors can tell)" if "tensors" in config else ""
-    raise Invalid(f"{path}: {said}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {keys}")
+    found = [module for module in BACKBONES.values() if module.recognizes(config)]
+    if len(found) == 1:
+        return found[0]
+    fault = "no backbone recognizes it"
+    if found:
+        fault = f"{' and '.join(module.__name__ for module in found)} all recognize it"
+    if "tensors" in config:
+        fault += " (without config.json or config.yaml, only names of tensors can tell)"
+    keys = ", ".join(map(str, config.get("tensors", config)))
+    raise Invalid(f"{path}: {fault}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {keys[:300]}")
 
 
 def pick_device(name="auto", local_rank=0):
     """torch.device of a name; auto is CUDA, else Apple's MPS, else the CPU."""
-    if name != "auto":
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps") from None
-        if device.type not in ("cpu", "cuda", "mps", "xpu"):
-            raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps")
-        count = {"cpu": lambda: 1, "mps": lambda: int(torch.backends.mps.is_available())}.get(device.type) or getattr(torch, device.type).device_count
-        if (device.index or 0) >= count():
-            raise Invalid(f"device {name} is not there on this machine; use auto or cpu")
-        return torch.device("cuda", local_rank) if name == "cuda" else device
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise Invalid(f"device {name!r} is not known; use auto, cpu, cuda, cuda:1 or mps")
+    if (device.index or 0) >= count_devices(device.type):
+        raise Invalid(f"device {name} is not there on this machine; use auto or cpu")
+    return torch.device("cuda", local_rank) if name == "cuda" else device
+
+
+def count_devices(kind):
+    """How many devices of a type this machine has."""
+    if kind == "cpu":
+        return 1
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return getattr(torch, kind).device_count()
 
 
 def pick_dtype(name, device):
     """torch.dtype of a name; auto is bfloat16 on CUDA and float32 elsewhere."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
-    if name not in known:
+    dtypes = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }
+    if name not in dtypes:
         raise Invalid(f"dtype {name!r} is not known; use auto, float32 or bfloat16")
-    return known[name]
+    return dtypes[name]
 
 
-def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
-    """The model of a published folder, in eval mode. options: the backbone's Training; extra: paths of parts kept elsewhere."""
+def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False,
+         bits=WHOLE):
+    """The model of a published folder, in eval mode; the arguments are those of a backbone's own load.
+
+    bits: 8 or 4 rounds the weights of its layers, for frozen bases under an adapter (parts/quant.py). They
+    are loaded and rounded on the CPU, so that the device never holds more than the codes.
+    """
     unknown = set(extra or ()) - EXTRA
     if unknown:
         raise Invalid(f"extra: {', '.join(sorted(unknown))} unknown; known are {', '.join(sorted(EXTRA))}")
     module = find(path)
     folder = folder_of(path)
-    device = pick_device(device) if isinstance(device, str) else device
-    model = module.load(folder, device, dtype, options or {}, extra or {}, weights, allow_unused)
-    model.path, model.fingerprint = str(path), checkpoint.fingerprint(model)
+    if isinstance(device, str):
+        device = pick_device(device)
+    first = device if bits == WHOLE else torch.device("cpu")
+    model = module.load(folder, first, dtype, options or {}, extra or {}, weights, allow_unused)
+    model.path = str(path)
+    model.fingerprint = checkpoint.fingerprint(model)
+    if bits != WHOLE:
+        quant.quantise(model, bits)
+        model.to(device)
     return model

@@ -1,29 +1,31 @@
 """VoxCPM 0.5B, 1.5 and 2: text in, continuous audio latents out, one patch of P latent frames per step.
 
-Four transformers of one kind share the work. The base LM reads text and earlier patches, a quantiser keeps the coarse
-part of its state (audio positions only), the residual LM adds the fine part; from both a small diffusion transformer
-(DiT) draws the next patch by flow matching, and a head says whether it was the last. A local encoder turns each patch
-into one vector for the LMs. There are no audio tokens and there is no sampling over a vocabulary.
+Four transformers of one kind share the work. The base LM reads text and earlier patches, a quantiser keeps
+the coarse part of its state (audio positions only), the residual LM adds the fine part; from both a small
+diffusion transformer (DiT) draws the next patch by flow matching, and a head says whether it was the last. A
+local encoder turns each patch into one vector for the LMs. There are no audio tokens and there is no sampling
+over a vocabulary.
 
-    position      0 ... S-2   S-1     S    ...   S+A-1            S text tokens with the 101, A patches
-    base LM in    text        101     patch 1 .. patch A          reference first where there is one: 103 ref 104 text
-    DiT predicts              patch 1 patch 2 .. (after A: stop)  position t is drawn from the state at t - 1
+    position      0 ... S-2   S-1     S    ...   S+A-1       S text tokens with the 101, A patches
+    base LM in    text        101     patch 1 .. patch A     a reference comes first: 103 patches 104 text
+    DiT predicts              patch 1 patch 2 .. (stop)      position t is drawn from the state at t - 1
 
 Papers: arXiv 2509.24650 (VoxCPM), 2606.06928 (VoxCPM2). Checkpoints: openbmb/VoxCPM-0.5B, VoxCPM1.5, VoxCPM2.
 
 What differs from the original code, on purpose:
-- Losses are sums over target patches; local encoder and DiT see audio patches and target patches only. The original
-  runs both on every position and masks afterwards: the same loss for more than twice the work.
-- The token 102 that the original appends in training is counted in `length` but not fed: it stands after everything
-  that is predicted, so no loss and no gradient depends on it.
+- Losses are sums over target patches; local encoder and DiT see audio patches and target patches only. The
+  original runs both on every position and masks afterwards: the same loss for more than twice the work.
+- The token 102 that the original appends in training is counted in `length` but not fed: it stands after
+  everything that is predicted, so no loss and no gradient depends on it.
 - Rotary tables and the flow's running sample stay float32 in every dtype.
-- Streaming keeps the codec's state for both generations (the original re-decodes three patches in 0.5B and 1.5, and
-  only the first three come out exact); continuation cuts exactly the prompt patches that it decoded in front.
+- Streaming keeps the codec's state for both generations (the original re-decodes three patches in 0.5B and
+  1.5, and only the first three come out exact); continuation cuts exactly the prompt patches that it decoded
+  in front.
 - The length cap counts generated patches against the tokens of the target text only.
 - Truncation never removes the stop label: rows that are too long are the caller's to drop.
 
-Letters besides the usual: P latent frames per patch, D latent channels, A patches of a clip, M audio patches in a
-batch, N target patches in a batch.
+Letters besides the usual: P latent frames per patch, D latent channels, A patches of a clip, M audio patches
+in a batch, N target patches in a batch.
 """
 import dataclasses
 import hashlib
@@ -33,6 +35,7 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +43,29 @@ from torch import nn
 
 from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
-from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, rotary_frequencies, run_layers
+from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
+                                 rotary_frequencies, run_layers)
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
+PATCH = -1  # stands among token ids where a patch of audio stands in the sequence
 LAMBDAS = {"loss/diff": 1.0, "loss/stop": 1.0}
+TIME_SHIFT = -0.4  # mean of the logit of flow time in training: a little more data than noise
+# of the solver's steps, at its noisy end, in which guidance is not to be trusted (CFG-Zero*)
+IDLE_SHARE = 0.04
+MORE_PATCHES = 10  # that a take may have over length_ratio, for texts of a word or two
+CHUNK = 16  # patches per chunk of audio at most
+# Last patches of a prompt that the codec decodes in front of its continuation, so that there is no seam.
+WARM_PATCHES, WARM_PATCHES_FUSED = 2, 3
 
-# ------------------------------------------------------------------------------------------------ settings
+# -------------------------------------------------------------------------------------------- settings
 
 
 @dataclass
 class LMConfig:
+    """Numbers of the base LM, whose kind all four transformers are."""
+
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -74,11 +88,17 @@ class LMConfig:
 
 @dataclass
 class LocalConfig:
+    """Numbers of the local encoder or of the DiT; the others are the base LM's."""
+
     hidden_dim: int
     ffn_dim: int
     num_heads: int
     num_layers: int
     kv_channels: int | None = None
+
+    @property
+    def head_size(self):
+        return self.kv_channels or self.hidden_dim // self.num_heads
 
 
 @dataclass
@@ -100,33 +120,40 @@ class Config:
     audio_vae_config: dict | None = None
 
     @property
-    def fused(self):  # what "voxcpm2" does: two conditioning tokens, a concatenating residual input, reference audio
+    def fused(self):
+        """What "voxcpm2" does: two conditioning tokens, a concatenating residual input, reference audio."""
         return self.architecture == "voxcpm2"
+
+
+def read_section(cls, values, where):
+    """An instance of one of the dataclasses above; where: what errors call the section."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise Invalid(f"{where} lacks {', '.join(missing)}")
+    return cls(**{key: value for key, value in values.items() if key in fields})
 
 
 def read_config(raw, where):
     """Config from the dictionary in config.json; a value that the published models never had is refused."""
-    def section(cls, values, name):
-        known = {f.name for f in dataclasses.fields(cls)}
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
-                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-        if missing:
-            raise Invalid(f"{where}: {name} lacks {', '.join(missing)}")
-        return cls(**{k: v for k, v in values.items() if k in known})
-
     dit = raw.get("dit_config", {})
     flow = dit.get("cfm_config", {})
     if dit.get("dit_mean_mode") or dit.get("mean_mode"):
-        raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses and which is not built")
-    for key, known in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
-        if flow.get(key, known[0]) not in known:
-            raise Invalid(f"{where}: cfm_config.{key} is {flow[key]!r}; known are {', '.join(known)}")
+        raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses "
+                      "and which is not built")
+    for key, choices in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
+        if flow.get(key, choices[0]) not in choices:
+            raise Invalid(f"{where}: cfm_config.{key} is {flow[key]!r}; known are {', '.join(choices)}")
     if raw.get("architecture", "voxcpm") not in ("voxcpm", "voxcpm2"):
         raise Invalid(f"{where}: architecture is {raw['architecture']!r}; known are voxcpm and voxcpm2")
-    values = dict(raw, lm_config=section(LMConfig, raw.get("lm_config", {}), "lm_config"),
-                  encoder_config=section(LocalConfig, raw.get("encoder_config", {}), "encoder_config"),
-                  dit_config=section(LocalConfig, dit, "dit_config"), t_scheduler=flow.get("t_scheduler", "log-norm"))
-    return section(Config, values, "config.json")
+    values = dict(
+        raw,
+        lm_config=read_section(LMConfig, raw.get("lm_config", {}), f"{where}: lm_config"),
+        encoder_config=read_section(LocalConfig, raw.get("encoder_config", {}), f"{where}: encoder_config"),
+        dit_config=read_section(LocalConfig, dit, f"{where}: dit_config"),
+        t_scheduler=flow.get("t_scheduler", "log-norm"))
+    return read_section(Config, values, f"{where}: config.json")
 
 
 TINY = Config(
@@ -140,8 +167,8 @@ class Training:
 
     training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
     float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
-    guess_weight: float = opt(0.0, "weight of a linear guess of each patch beside the flow, for models trained from scratch; 0 is off")
-    history_noise: float = opt(0.0, "most noise on the patches that a clip hears of its own past, in their standard deviations; 0 is off")
+    guess_weight: float = opt(0.0, "weight of a linear guess of each patch beside the flow, to learn from scratch; 0 is off")
+    history_noise: float = opt(0.0, "most noise on the past that a clip hears of itself, in its deviations; 0 is off")
 
     def __post_init__(self):
         check(self, training_cfg_rate=0, guess_weight=0, history_noise=0)
@@ -163,46 +190,57 @@ class Sampling:
         check(self, inference_timesteps=1, noise_scale=0, min_len=0, max_len=1, length_ratio=0, retries=0)
 
 
-# ------------------------------------------------------------------------------------------------ modules
+# -------------------------------------------------------------------------------------------- modules
 
 
 class Stack(nn.Module):
     """MiniCPM4 layers with a final norm: both LMs, the local encoder and the DiT. (B, L, C) -> (B, L, C)."""
 
-    def __init__(self, lm, width, hidden, heads, head_size, num_layers, vocab_size=0, use_rope=True):
+    def __init__(self, lm, size, num_layers, vocab_size=0, use_rope=True):
+        """lm: LMConfig, for what all stacks share. size: LayerSize, whose `branch` is set here."""
         super().__init__()
-        branch = lm.scale_depth / math.sqrt(num_layers) if lm.use_mup else 1.0
-        if vocab_size:
-            self.embed_tokens = nn.Embedding.from_pretrained(torch.randn(vocab_size, width), freeze=False)  # as nn.Embedding, whose draw imports a compiler on meta
-        size = LayerSize(width, hidden, heads, lm.num_key_value_heads, head_size, lm.rms_norm_eps, branch)
+        if lm.use_mup:
+            size = size._replace(branch=lm.scale_depth / math.sqrt(num_layers))
+        if vocab_size:  # drawn as nn.Embedding draws, whose own draw imports a compiler on the meta device
+            table = torch.randn(vocab_size, size.width)
+            self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(size) for _ in range(num_layers))
-        self.norm = RMSNorm(width, lm.rms_norm_eps)
-        self.lm, self.head_size, self.use_rope = lm, head_size, use_rope
+        self.norm = RMSNorm(size.width, lm.rms_norm_eps)
+        self.register_buffer("frequencies", None, persistent=False)
+        self.rope_scale = 1.0
+        self.ropes = {}  # (length, device) -> what `rope` makes of positions 0, 1, ..
+        self.lm, self.head_size, self.use_rope = lm, size.head_size, use_rope
         self.recompute = False
-        self.register_buffer("frequencies", None, persistent=False)  # make_rotary computes them, in float32 whatever the weights are
-        self.rope_scale, self.ropes = 1.0, {}  # (length, device) -> what `rotary` makes of the positions 0, 1, ...
 
     def make_rotary(self, device):
-        """Frequencies are divided by LongRoPE's factors at every length; 'long' ones only past the original length."""
-        scaling, factors, self.rope_scale = self.lm.rope_scaling, None, 1.0
+        """After loading and casting: frequencies stay float32, and the meta device holds no numbers.
+
+        They are divided by LongRoPE's factors at every length; 'long' ones only past the original length.
+        """
+        scaling, limit, factors = self.lm.rope_scaling, self.lm.max_position_embeddings, None
+        self.rope_scale, self.ropes = 1.0, {}
         if scaling:
-            original = scaling.get("original_max_position_embeddings", self.lm.max_position_embeddings)
-            ratio = self.lm.max_position_embeddings / original
+            original = scaling.get("original_max_position_embeddings", limit)
+            ratio = limit / original
             factors = scaling["long_factor" if ratio > 1 else "short_factor"]
-            self.rope_scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+            if ratio > 1:
+                self.rope_scale = math.sqrt(1 + math.log(ratio) / math.log(original))
             if len(factors) != self.head_size // 2:
-                raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; expected {self.head_size // 2}")
+                raise Invalid(f"rope_scaling has {len(factors)} factors for heads of {self.head_size}; "
+                              f"expected {self.head_size // 2}")
         frequencies = rotary_frequencies(self.head_size, self.lm.rope_theta, factors)
-        self.frequencies, self.ropes = frequencies.to(device), {}
+        self.frequencies = frequencies.to(device)
 
     def rope(self, positions):
+        """The rotary pair of positions; None where this stack has none."""
         return rotary(positions, self.frequencies, self.rope_scale) if self.use_rope else None
 
     def forward(self, x, context, caches=None):
-        return self.norm(run_layers(self.layers, x, context, caches, self.recompute and self.training))
+        x = run_layers(self.layers, x, context, caches, self.recompute and self.training)
+        return self.norm(x)
 
     def local(self, x, keep):
-        """Without a cache, of positions 0, 1, ..; all see all, and those in `keep` come out."""
+        """Of a few positions that all see each other: what comes out at those in `keep`."""
         key = x.shape[1], x.device
         if key not in self.ropes:  # always the same few lengths
             with torch.inference_mode(False):  # it may be kept for a training step
@@ -210,25 +248,36 @@ class Stack(nn.Module):
         return self.forward(x, Context(self.ropes[key], keep=keep))
 
 
+def local_stack(lm, c):
+    """The Stack of a LocalConfig."""
+    size = LayerSize(width=c.hidden_dim, hidden=c.ffn_dim, heads=c.num_heads,
+                     kv_heads=lm.num_key_value_heads, head_size=c.head_size, eps=lm.rms_norm_eps)
+    return Stack(lm, size, c.num_layers)
+
+
 class LocalEncoder(nn.Module):
-    """One vector per patch: a special token in front of its P frames, then what stands at that token. (M, P, D) -> (M, C)."""
+    """(M, P, D) -> (M, C): a special token in front of the P frames of a patch, and what comes out at it."""
 
     def __init__(self, lm, c, feat_dim):
         super().__init__()
         self.special_token = nn.Parameter(torch.zeros(1, 1, 1, c.hidden_dim))
         self.in_proj = nn.Linear(feat_dim, c.hidden_dim)
-        self.encoder = Stack(lm, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels or c.hidden_dim // c.num_heads, c.num_layers)
+        self.encoder = local_stack(lm, c)
 
     def forward(self, patches):
         x = self.in_proj(patches)
-        x = torch.cat([self.special_token[0].expand(len(x), 1, -1), x], 1)  # (M, P + 1, C)
+        first = self.special_token[0].expand(len(x), 1, -1)
+        x = torch.cat([first, x], 1)  # (M, P + 1, C)
         return self.encoder.local(x, keep=slice(0, 1))[:, 0]
 
 
 class TimeMLP(nn.Module):
+    """Two layers over an embedding of flow time. (N, C) -> (N, C)."""
+
     def __init__(self, width):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -237,8 +286,8 @@ class TimeMLP(nn.Module):
 def sinusoid(t, size):
     """Embedding of flow time, (N,) -> (N, size), sines before cosines, in the dtype of t.
 
-    In bf16 the phases are coarse (near 1 the angle moves in steps of 4). The published models were most likely trained
-    so, hence it is what happens with bf16 weights unless float32_time says otherwise.
+    In bf16 the phases are coarse (near 1 the angle moves in steps of 4). The published models were most
+    likely trained so, hence it is what happens with bf16 weights unless float32_time says otherwise.
     """
     half = size // 2
     k = torch.arange(half, dtype=t.dtype, device=t.device)
@@ -247,75 +296,90 @@ def sinusoid(t, size):
 
 
 class DiT(nn.Module):
-    """Velocity of the flow for one patch: [condition and time] [previous patch] [noisy patch] -> last P positions."""
+    """Velocity of the flow for one patch: [condition, time] [previous patch] [noisy patch] -> the last P."""
 
     def __init__(self, lm, c, feat_dim, fused):
         super().__init__()
-        self.in_proj, self.cond_proj = nn.Linear(feat_dim, c.hidden_dim), nn.Linear(feat_dim, c.hidden_dim)
+        self.in_proj = nn.Linear(feat_dim, c.hidden_dim)
+        self.cond_proj = nn.Linear(feat_dim, c.hidden_dim)
         self.out_proj = nn.Linear(c.hidden_dim, feat_dim)
-        self.time_mlp, self.delta_time_mlp = TimeMLP(c.hidden_dim), TimeMLP(c.hidden_dim)
-        self.decoder = Stack(lm, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels or c.hidden_dim // c.num_heads, c.num_layers)
-        self.width, self.fused, self.float32_time = c.hidden_dim, fused, False
+        self.time_mlp = TimeMLP(c.hidden_dim)
+        self.delta_time_mlp = TimeMLP(c.hidden_dim)
+        self.decoder = local_stack(lm, c)
+        self.width, self.fused = c.hidden_dim, fused
+        self.float32_time = False
 
     def embed_time(self, t, dtype):
         """Times (N,) float32 in [0, 1], 1 is noise -> (N, C)."""
         t = t if self.float32_time else t.to(dtype)
         time = self.time_mlp(sinusoid(t, self.width).to(dtype))
         # The step size is always given as zero, yet what its MLP makes of a zero was trained and is added.
-        return time + self.delta_time_mlp(sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype))
+        zero = sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype)
+        return time + self.delta_time_mlp(zero)
 
     def forward(self, x, mu, t, cond):
         """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) -> (N, P, D)."""
         return self.velocity(self.in_proj(x), mu, self.embed_time(t, x.dtype), self.cond_proj(cond))
 
     def velocity(self, x, mu, time, cond):
-        """The same of embedded x, cond (N, P, C) and time (N, C) or (1, C): generation embeds once what its branches and steps share."""
+        """The same of embedded x, cond (N, P, C) and time (N, C) or (1, C).
+
+        Generation embeds once what its branches and steps share.
+        """
         P = x.shape[1]
         if self.fused:
-            head = torch.cat([mu.view(len(mu), 2, self.width), time[:, None].expand(len(mu), 1, -1)], 1)  # (N, 3, C)
+            time = time[:, None].expand(len(mu), 1, -1)
+            head = torch.cat([mu.view(len(mu), 2, self.width), time], 1)  # (N, 3, C)
         else:
             head = (mu + time)[:, None]  # (N, 1, C)
-        return self.out_proj(self.decoder.local(torch.cat([head, cond, x], 1), keep=slice(-P, None)))
+        y = self.decoder.local(torch.cat([head, cond, x], 1), keep=slice(-P, None))
+        return self.out_proj(y)
 
 
 class Flow(nn.Module):
-    """Holds the DiT under its published name and integrates its velocity from noise (time 1) to data (time 0)."""
+    """Holds the DiT under its published name and integrates its velocity from noise (1) to data (0)."""
 
     def __init__(self, estimator):
         super().__init__()
         self.estimator = estimator
 
     def grid(self, steps, dtype, device):
-        """Times from 1 to 0, denser near 1 ("sway" with coefficient one), rounded as the original rounds them."""
+        """Times from 1 to 0, denser near 1 ("sway", coefficient one), rounded as the original does."""
         t = torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
         return (t + (torch.cos(torch.pi / 2 * t) - 1 + t)).float()
 
     def solve(self, z, mu, cond, steps, cfg_value):
-        """Euler steps with guidance. z (B, P, D) float32 noise, mu (B, .), cond (B, P, D) -> (B, P, D) float32.
+        """Euler steps with guidance. z (B, P, D) float32 noise, mu (B, .), cond (B, P, D) -> (B, P, D)
+        float32.
 
-        The condition `cond` stays in both branches, only mu is zeroed. The branch without mu is first rescaled to fit
-        the other ("CFG-Zero*", arXiv 2503.18886), and the first 4 % of the steps, at least one, do nothing.
+        The condition `cond` stays in both branches, only mu is zeroed. The branch without mu is first
+        rescaled to fit the other ("CFG-Zero*", arXiv 2503.18886), and the first 4 % of the steps, at least
+        one, do nothing.
         """
         t, dit = self.grid(steps, mu.dtype, z.device), self.estimator
         times = dit.embed_time(t, mu.dtype)
-        mu, cond = torch.cat([mu, torch.zeros_like(mu)]), dit.cond_proj(cond).repeat(2, 1, 1)
+        mu = torch.cat([mu, torch.zeros_like(mu)])
+        cond = dit.cond_proj(cond).repeat(2, 1, 1)
         x = z
-        for i in range(max(1, int((steps + 1) * 0.04)), steps):
+        idle = max(1, int((steps + 1) * IDLE_SHARE))
+        for i in range(idle, steps):
             noisy = dit.in_proj(x.to(mu.dtype)).repeat(2, 1, 1)
             with_mu, without = dit.velocity(noisy, mu, times[i:i + 1], cond).float().chunk(2)
             a, b = with_mu.flatten(1), without.flatten(1)
-            scale = ((a * b).sum(1) / (b.square().sum(1) + 1e-8))[:, None, None]
-            velocity = torch.add(scale * without * (1 - cfg_value), with_mu, alpha=cfg_value)
+            scale = (a * b).sum(1) / (b.square().sum(1) + 1e-8)
+            guided = scale[:, None, None] * without * (1 - cfg_value)
+            velocity = torch.add(guided, with_mu, alpha=cfg_value)
             x = x - (t[i] - t[i + 1]) * velocity
         return x
 
 
 class Quantizer(nn.Module):
-    """Finite scalar quantisation: 2 x 9 + 1 levels per channel, straight-through in training. (.., C) -> (.., C)."""
+    """Finite scalar quantisation, 2 x 9 + 1 levels a channel, straight-through in training; (.., C) stays."""
 
     def __init__(self, width, latent, levels):
         super().__init__()
-        self.in_proj, self.out_proj = nn.Linear(width, latent), nn.Linear(latent, width)
+        self.in_proj = nn.Linear(width, latent)
+        self.out_proj = nn.Linear(latent, width)
         self.levels = levels
 
     def forward(self, x):
@@ -325,63 +389,85 @@ class Quantizer(nn.Module):
 
 
 def blur(latents, most, generator):
-    """Latents (A, P, D) with noise of a strength that is drawn for the clip, up to `most` of each channel's deviation in it.
+    """Latents (A, P, D) with noise of a strength drawn for the clip, up to `most` deviations of each channel.
 
-    Speaking freely, a model hears its own patches, never true ones; who has heard only true ones is lost after a few.
+    Speaking freely, a model hears its own patches, never true ones; after a training on true ones it is soon
+    lost.
     """
     strength = most * torch.rand(1, generator=generator)
     deviation = latents.std((0, 1), correction=0)
-    return latents + strength * deviation * torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents + strength * deviation * noise
+
+
+class Part(NamedTuple):
+    """A piece of a training sequence: tokens, or a clip."""
+
+    tokens: torch.Tensor  # (n,)
+    patches: torch.Tensor  # (n, P, D) of a clip, else (0, P, D)
+    target: bool  # are its patches trained?
 
 
 class VoxCPM(nn.Module):
+    """The trained model under its published names; the codec is in no list of parameters."""
+
     backbone = "voxcpm"
     namings = ("published",)
     speaker_input = False
     lora_dropout_after = True  # the original drops out the update, not its input
     native_adapter = "voxcpm"
     adapter_namings = {"voxcpm": "published", "peft": "published"}
+    embeddings = ("base_lm.embed_tokens",)
 
     def __init__(self, config):
         super().__init__()
         c, lm = config, config.lm_config
-        self.config = c
         H, W = lm.hidden_size, c.dit_config.hidden_dim
-
-        def stack(layers, vocab_size=0, use_rope=True):
-            return Stack(lm, H, lm.intermediate_size, lm.num_attention_heads, lm.head_size, layers, vocab_size, use_rope)
-
-        self.base_lm = stack(lm.num_hidden_layers, lm.vocab_size)
-        self.residual_lm = stack(c.residual_lm_num_layers, use_rope=not c.residual_lm_no_rope)
+        size = LayerSize(width=H, hidden=lm.intermediate_size, heads=lm.num_attention_heads,
+                         kv_heads=lm.num_key_value_heads, head_size=lm.head_size, eps=lm.rms_norm_eps)
+        self.base_lm = Stack(lm, size, lm.num_hidden_layers, lm.vocab_size)
+        self.residual_lm = Stack(lm, size, c.residual_lm_num_layers, use_rope=not c.residual_lm_no_rope)
         self.feat_encoder = LocalEncoder(lm, c.encoder_config, c.feat_dim)
         self.feat_decoder = Flow(DiT(lm, c.dit_config, c.feat_dim, c.fused))
         self.fsq_layer = Quantizer(H, c.scalar_quantization_latent_dim, c.scalar_quantization_scale)
         self.enc_to_lm_proj = nn.Linear(c.encoder_config.hidden_dim, H)
-        self.lm_to_dit_proj, self.res_to_dit_proj = nn.Linear(H, W), nn.Linear(H, W)
+        self.lm_to_dit_proj = nn.Linear(H, W)
+        self.res_to_dit_proj = nn.Linear(H, W)
         self.fusion_concat_proj = nn.Linear(2 * H, H) if c.fused else None
-        self.stop_proj, self.stop_head = nn.Linear(H, H), nn.Linear(H, 2, bias=False)
-        self.max_length = c.max_length  # train.py may ask for less
-        self.speakers = {}  # named by the training data, kept in adapters; nobody here reads them
-        self.finish = []
+        self.stop_proj = nn.Linear(H, H)
+        self.stop_head = nn.Linear(H, 2, bias=False)
+        self.config = config
+
+        # What may be set from outside, and what `equip` fills.
         self.path = self.fingerprint = ""
-        self.left_unused = []
-        self._frozen, self.tokenizer, self.files, self.training_options = [], None, {}, Training()
+        self.left_unused, self.finish = [], []
+        self.speakers = {}  # as the training data named them; adapters keep them, nothing here reads them
+        self.max_length = c.max_length
+        self._frozen, self.tokenizer, self.files = [], None, {}
         self.sample_rate = self.out_sample_rate = 0
-        self.split_pieces, self.tokenizer_crc, self._codec_key = set(), 0, None
+        self.split_pieces = set()  # of several Chinese characters, which become single ones
+        self.tokenizer_crc = 0
+        self._codec_key = None
+        self.training_options = Training()
 
     def equip(self, codec, tokenizer, files, options):
-        """Give the model what does not come with its weights: codec, tokenizer, {role: path} of what `save` copies, and
-        Training's options. With it, what is computed from them. `load` and `blank` call this."""
-        self._frozen, self.tokenizer, self.files = [codec], tokenizer, files
+        """Give the model what does not come with its weights, and compute what hangs on it; by `load` and
+        `blank`.
+
+        files: {role: path} of what `save` copies. options: values of Training.
+        """
+        self._frozen = [codec]
+        self.tokenizer, self.files = tokenizer, files
         self.sample_rate, self.out_sample_rate = codec.sample_rate, codec.out_sample_rate
-        self.split_pieces = {p for p in tokenizer.vocab if len(p) >= 2 and all("一" <= ch <= "鿿" for ch in p)}
-        self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes()) if "tokenizer" in files else 0
+        self.split_pieces = {piece for piece in tokenizer.vocab if len(piece) >= 2 and is_chinese(piece)}
+        if "tokenizer" in files:
+            self.tokenizer_crc = zlib.crc32(files["tokenizer"].read_bytes())
         for stack in self.stacks():
             stack.make_rotary(self.device)
         self.training_options = Training(**options)
         self.feat_decoder.estimator.float32_time = self.training_options.float32_time
 
-    # ---------------------------------------------------------------------------------- data: text, audio, batches
+    # -------------------------------------------------------------------------- data: text, audio, batches
 
     @property
     def codec(self):
@@ -398,48 +484,62 @@ class VoxCPM(nn.Module):
     def encode_text(self, text, speaker=None):
         """Token ids without BOS, EOS or markers; multi-character Chinese pieces become single characters."""
         if speaker is not None:
-            raise Invalid(f"speaker {speaker!r}: this backbone has no speaker input; train one adapter per speaker"
-                          + (", or give a reference clip" if self.config.fused else ""))
+            clip = ", or give a reference clip" if self.config.fused else ""
+            raise Invalid(f"speaker {speaker!r}: this backbone has no speaker input; "
+                          f"train one adapter per speaker{clip}")
         text = re.sub(r"\s+", " ", text.replace("\n", " "))
         pieces = []
         for piece in self.tokenizer.pieces(text):
             bare = piece.replace("▁", "")
             pieces += list(bare) if bare in self.split_pieces else [piece]  # the marker goes with the split
-        return [self.tokenizer.vocab.get(p, 0) for p in pieces]  # 0 is <unk>
+        return [self.tokenizer.vocab.get(piece, 0) for piece in pieces]  # 0 is <unk>
 
     def encode_audio(self, source, start=None, end=None):
-        """Latents (T, D) of a path or of (n,) samples at `sample_rate`, padded with zeros to a whole number of patches."""
-        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
-        return self.encode_audio_batch([wave])[0]
+        """Latents (T, D) of a path or of (n,) samples at `sample_rate`, zero-padded to whole patches."""
+        return self.encode_audio_batch([self._wave(source, start, end)])[0]
 
     def encode_audio_batch(self, waves):
         """What encode_audio makes of each of several clips (n,), in one pass of the codec."""
         whole = self.config.patch_size * self.codec.hop
-        return [z.cpu() for z in self.codec.encode_batch([F.pad(w, (0, -len(w) % whole)) for w in waves])]
+        padded = [F.pad(w, (0, -len(w) % whole)) for w in waves]
+        return [z.cpu() for z in self.codec.encode_batch(padded)]
+
+    def _wave(self, source, start=None, end=None):
+        """(n,) samples of a path, or the samples themselves."""
+        if torch.is_tensor(source):
+            return source
+        wave, _ = audio.read(source, self.sample_rate, start, end)
+        return wave
 
     def _patches(self, source, start=None, end=None, left=False):
-        """(A, P, D) patches of a path, of samples (n,) or of latents (T, D). Audio is padded to whole patches: on the right
-        in training and for a reference, on the left for a prompt to be continued; latents lose their odd frames there."""
+        """(A, P, D) patches of a path, of samples (n,) or of latents (T, D).
+
+        Audio is padded to whole patches: on the right in training and for a reference, on the left for a
+        prompt to be continued; latents lose their odd frames there.
+        """
         P, D = self.config.patch_size, self.config.feat_dim
         if torch.is_tensor(source) and source.ndim == 2:
             T = len(source) - len(source) % P
             if T == 0 or source.shape[1] != D:
-                raise Invalid(f"latents of shape {list(source.shape)}: expected (T, {D}) with at least {P} frames")
-            return (source[-T:] if left else source[:T]).float().cpu().view(-1, P, D)
-        wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
+                raise Invalid(f"latents of shape {list(source.shape)}: "
+                              f"expected (T, {D}) with at least {P} frames")
+            kept = source[-T:] if left else source[:T]
+            return kept.float().cpu().view(-1, P, D)
+        wave = self._wave(source, start, end)
         if left:
             wave = F.pad(wave, (-len(wave) % (P * self.codec.hop), 0))
         return self.encode_audio(wave).view(-1, P, D)
 
     def encode(self, row):
-        """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row with text and audio."""
+        """{text (S,) with 101 last, latents (A, P, D), ref_latents (R, P, D) if any} of a row."""
         if row.get("turns"):
-            raise Invalid("this row has turns; this backbone trains on single sentences, so give rows with audio and text")
+            raise Invalid("this row has turns; this backbone trains on single sentences, "
+                          "so give rows with audio and text")
         ids = self.encode_text(row["text"])
         if not ids:
             raise Invalid(f"text {row['text']!r} has no tokens")
-        example = {"text": torch.tensor(ids + [AUDIO_START]),
-                   "latents": self._patches(row["audio"], row.get("start"), row.get("end"))}
+        latents = self._patches(row["audio"], row.get("start"), row.get("end"))
+        example = {"text": torch.tensor(ids + [AUDIO_START]), "latents": latents}
         if row.get("ref_audio") is not None:
             self._check_reference()
             example["ref_latents"] = self._patches(row["ref_audio"])
@@ -447,90 +547,123 @@ class VoxCPM(nn.Module):
 
     def _check_reference(self):
         if not self.config.fused:
-            raise Invalid("reference audio: this checkpoint (architecture voxcpm) has no place for it; use VoxCPM2, or give "
-                          "the clip together with its transcript as a prompt to be continued")
+            raise Invalid("reference audio: this checkpoint (architecture voxcpm) has no place for it; "
+                          "use VoxCPM2, or give the clip together with its transcript as a prompt to be "
+                          "continued")
 
     def length(self, example):
-        """Positions of the LMs, as the original counts them: text with 101, patches, 102, and the reference with its two marks."""
+        """Positions of the LMs, as upstream counts: text and 101, patches, 102, a reference and marks."""
         reference = len(example["ref_latents"]) + 2 if "ref_latents" in example else 0
         return len(example["text"]) + len(example["latents"]) + 1 + reference
 
     def collate(self, examples, seeds=None):
-        """Batch and counts. Draws per row, from its own seed: noise, time, keep. seeds=None: fixed by content, all kept."""
-        c = self.config
-        P, D = c.patch_size, c.feat_dim
-        tokens, patches, place, target, cond, noise, time, keep = [], [], [], [], [], [], [], []
-        history = []  # what the model is told of the patches: themselves, with history_noise blurred
-        at, M = 0, 0  # positions and patches so far
-        for b, e in enumerate(examples):
-            text, latents, ref = e["text"], e["latents"].float(), e.get("ref_latents")
-            if ref is not None:
-                tokens += [torch.tensor([REF_START]), torch.zeros(len(ref), dtype=torch.long), torch.tensor([REF_END])]
-                patches.append(ref.float())
-                history.append(ref.float())
-                place.append(at + 1 + torch.arange(len(ref)))
-                at, M = at + len(ref) + 2, M + len(ref)
-            A = len(latents)
-            tokens += [text, torch.zeros(A, dtype=torch.long)]
-            patches.append(latents)
-            place.append(at + len(text) + torch.arange(A))
-            target.append(M + torch.arange(A))
-            at, M = at + len(text) + A, M + A
-            fixed = seeds is None
-            g = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes()) if fixed else seeds[b])
-            noise.append(torch.randn(A, P, D, generator=g))
-            u = torch.randn(A, generator=g) if c.t_scheduler == "log-norm" else torch.rand(A, generator=g)
-            time.append(torch.sigmoid(u - 0.4) if c.t_scheduler == "log-norm" else u)
-            dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
-            keep.append(torch.ones(A, dtype=torch.bool) if fixed else ~dropped)
-            past = latents
-            if self.training_options.history_noise and not fixed:
-                past = blur(latents, self.training_options.history_noise, g)
-            history.append(past)
-            cond.append(torch.cat([torch.zeros(1, P, D), past[:-1]]))
+        """Batch and counts. Draws of a row, from its seed: see _draw. seeds=None: fixed, all kept."""
+        B = len(examples)
+        tokens, patches, is_patch, is_target = [], [], [], []
+        for e in examples:
+            for part in self._sequence(e):
+                tokens.append(part.tokens)
+                patches.append(part.patches)
+                is_patch.append(torch.full((len(part.tokens),), len(part.patches) > 0))
+                is_target.append(torch.full((len(part.patches),), part.target))
+        draws = [self._draw(e, None if seeds is None else seeds[b]) for b, e in enumerate(examples)]
+        # The patch before each.
+        cond = [torch.cat([torch.zeros_like(past[:1]), past[:-1]]) for *_, past in draws]
+        noise, time, keep, past = (torch.cat(some) for some in zip(*draws))
+        place = torch.cat(is_patch).nonzero().flatten()
+        target = torch.cat(is_target).nonzero().flatten()
+        patches = torch.cat(patches)
+        history = patches.index_copy(0, target, past)
         ends = torch.tensor([len(e["latents"]) for e in examples])
-        place, target = torch.cat(place), torch.cat(target)
         stop = torch.zeros(len(target), dtype=torch.long)
         stop[ends.cumsum(0) - 1] = 1  # the last patch of a clip, not the position after it
         sizes = torch.tensor([self.length(e) - 1 for e in examples])  # without the 102, see above
         L = int(sizes.max())
         positions = torch.cat([torch.arange(n) for n in sizes])
-        batch = {"tokens": torch.cat(tokens), "positions": positions, "B": len(examples), "L": L,
-                 "real": torch.arange(len(examples)).repeat_interleave(sizes) * L + positions,
-                 "patches": torch.cat(patches), "history": torch.cat(history), "place": place, "target": target, "before": place[target] - 1,
-                 "cond": torch.cat(cond), "stop": stop, "row": torch.arange(len(examples)).repeat_interleave(ends),
-                 "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
-                 "noise": torch.cat(noise), "time": torch.cat(time), "keep": torch.cat(keep)}
+        rows = torch.arange(B)
+        batch = {
+            # the sequences one behind the other, and where they stand in (B, L)
+            "tokens": torch.cat(tokens), "positions": positions, "B": B, "L": L,
+            "real": rows.repeat_interleave(sizes) * L + positions,
+            # all patches, their positions among the tokens, which of them are targets, and what predicts
+            # those
+            "patches": patches, "place": place, "target": target, "before": place[target] - 1,
+            # what the model hears of the patches: themselves, or blurred
+            "history": history,
+            # of each target: the patch before it, its label, its row, its number in the row
+            "cond": torch.cat(cond), "stop": stop, "row": rows.repeat_interleave(ends),
+            "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
+            "noise": noise, "time": time, "keep": keep,
+        }
         return batch, self.counts(batch)
+
+    def _sequence(self, example):
+        """The Parts of an example, as the base LM reads them; token 0 stands where a patch stands."""
+        def mark(token):
+            return Part(torch.tensor([token]), latents[:0], False)
+
+        def clip(patches, target):
+            return Part(torch.zeros(len(patches), dtype=torch.long), patches.float(), target)
+
+        latents = example["latents"].float()
+        reference = example.get("ref_latents")
+        if reference is not None:
+            yield from (mark(REF_START), clip(reference, False), mark(REF_END))
+        yield Part(example["text"], latents[:0], False)
+        yield clip(latents, True)
+
+    def _draw(self, example, seed):
+        """(noise, time, keep, past) of the target patches of a row; seed None: fixed by its text, all kept.
+
+        The past is what the row hears of its own patches.
+        """
+        past = example["latents"].float()
+        A = len(past)
+        fixed = zlib.crc32(example["text"].numpy().tobytes()) if seed is None else seed
+        g = torch.Generator().manual_seed(fixed)
+        noise = torch.randn(A, self.config.patch_size, self.config.feat_dim, generator=g)
+        if self.config.t_scheduler == "log-norm":
+            time = torch.sigmoid(torch.randn(A, generator=g) + TIME_SHIFT)
+        else:
+            time = torch.rand(A, generator=g)
+        dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
+        keep = torch.ones_like(dropped) if seed is None else ~dropped
+        if self.training_options.history_noise and seed is not None:
+            past = blur(past, self.training_options.history_noise, g)
+        return noise, time, keep, past
 
     def counts(self, batch):
         N, P = len(batch["target"]), self.config.patch_size
-        out = {"loss/diff": N * P, "loss/stop": N, "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        out = {"loss/diff": N * P, "loss/stop": N,
+               "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
         if self.training_options.guess_weight:
             out["metric/guess"] = N * P
         return out
 
-    # ---------------------------------------------------------------------------------- training
+    # -------------------------------------------------------------------------- training
 
     def forward(self, batch):
         """Sums of the losses over target patches (loss/diff: also over their P frames), float32."""
         dtype = self.dtype
-        place, before = batch["place"], batch["before"]  # of the packed positions: a row after the other, without padding
+        # of the packed positions: a row after the other, no padding
+        place, before = batch["place"], batch["before"]
         embed = self.enc_to_lm_proj(self.feat_encoder(batch["history"].to(dtype)))  # (M, H)
         x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
-        context = Context(mask=Packing(batch["real"], batch["B"], batch["L"]))
-        e, r = self._language_models(x, embed, place, self._contexts(batch["positions"], context))
+        packing = Packing(batch["real"], batch["B"], batch["L"])
+        contexts = self._contexts(batch["positions"], Context(mask=packing))
+        e, r = self._language_models(x, embed, place, contexts)
         lm_h, res_h = e[0, before], r[0, before]  # (N, H): a patch is predicted from the position before it
 
-        clean = batch["patches"][batch["target"]]  # (N, P, D) float32
+        noise, clean = batch["noise"], batch["patches"][batch["target"]]  # (N, P, D) float32
         t = batch["time"][:, None, None]
-        noisy = (1 - t) * clean + t * batch["noise"]
+        noisy = (1 - t) * clean + t * noise
         mu = self._condition(lm_h, res_h) * batch["keep"][:, None].to(dtype)
         velocity = self.feat_decoder.estimator(noisy.to(dtype), mu, batch["time"], batch["cond"].to(dtype))
-        diff = (velocity.float() - (batch["noise"] - clean)).square().mean(-1).sum()
+        diff = (velocity.float() - (noise - clean)).square().mean(-1).sum()
 
         logits = self._stop_logits(lm_h).float()
-        out = {"loss/diff": diff, "loss/stop": F.cross_entropy(logits, batch["stop"], reduction="sum")}
+        stop = F.cross_entropy(logits, batch["stop"], reduction="sum")
+        out = {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
         weight = self.training_options.guess_weight
         if weight:
             guess = self._guess(lm_h, res_h).view_as(clean)
@@ -538,30 +671,42 @@ class VoxCPM(nn.Module):
             out["metric/guess"] = wrong.detach()
             if self.training:  # validation stays comparable with runs that guess nothing
                 out["loss/diff"] = diff + weight * wrong
-        with torch.no_grad():
-            says = logits.argmax(-1)
-            out["metric/stop_accuracy"] = (says == batch["stop"]).float().sum()
-            first = torch.where(says == 1, batch["step"], batch["ends"][batch["row"]])  # where it would stop, or never
-            stops = batch["ends"].scatter_reduce(0, batch["row"], first, "amin")
-            out["metric/stop_frame_error"] = (stops - (batch["ends"] - 1)).abs().float().sum()
         return out
+
+    def _stop_metrics(self, logits, batch):
+        """How often the stop head (N, 2) is right, and how many patches off each clip would end."""
+        answer = logits.argmax(-1)
+        right = (answer == batch["stop"]).float().sum()
+        never = batch["ends"][batch["row"]]
+        first = torch.where(answer == 1, batch["step"], never)
+        stops = batch["ends"].scatter_reduce(0, batch["row"], first, "amin")
+        error = (stops - (batch["ends"] - 1)).abs().float().sum()
+        return {"metric/stop_accuracy": right, "metric/stop_frame_error": error}
 
     def _embed(self, tokens):
         x = self.base_lm.embed_tokens(tokens)
         return x * self.config.lm_config.scale_emb if self.config.lm_config.use_mup else x
 
     def _contexts(self, positions, context):
-        """The context for either LM: only one of them may have rotary positions."""
+        """The context of the base LM and that of the residual LM, which may have no rotary positions."""
         return [context._replace(rope=lm.rope(positions)) for lm in (self.base_lm, self.residual_lm)]
 
+    def _contexts_at(self, place):
+        """The same for a Place of generation."""
+        return self._contexts(place.positions, Context(mask=place.mask, column=place.column))
+
     def _language_models(self, x, embed, place, contexts, caches=(None, None)):
-        """Base LM, quantiser at the audio positions `place` (flat), residual LM. x (B, L, H), embed (M, H) at `place`."""
+        """Base LM, quantiser at the audio positions `place` (flat), residual LM. (B, L, H) each."""
         e = self.base_lm(x, contexts[0], caches[0])
         flat = e.flatten(0, 1)
-        e = flat.index_copy(0, place, self.fsq_layer(flat[place]).to(flat.dtype)).view_as(e)
+        coarse = self.fsq_layer(flat[place]).to(flat.dtype)
+        e = flat.index_copy(0, place, coarse).view_as(e)
         spoken = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # zero on text
-        r = self.fusion_concat_proj(torch.cat([e, spoken], -1)) if self.config.fused else e + spoken
-        return e, self.residual_lm(r, contexts[1], caches[1])
+        return e, self.residual_lm(self._residual_input(e, spoken), contexts[1], caches[1])
+
+    def _residual_input(self, e, spoken):
+        """(B, L, H) from the quantised state and the embedded patches."""
+        return self.fusion_concat_proj(torch.cat([e, spoken], -1)) if self.config.fused else e + spoken
 
     def _condition(self, lm_h, res_h):
         a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
@@ -570,10 +715,10 @@ class VoxCPM(nn.Module):
     def _guess(self, lm_h, res_h):
         """What a fixed matrix reads off the two states that condition the DiT, (N, P * D) float32.
 
-        The flow teaches a model drawn at random how a patch goes on long before it teaches which patch the text wants:
-        its gradient reaches the text through noise, and the quantiser rounds small differences away. The guess is a
-        short way. Its matrix is drawn, not trained, so that it is no part of the model and of no file; the states turn
-        towards it.
+        The flow teaches a model drawn at random how a patch goes on long before it teaches which patch the
+        text wants: its gradient reaches the text through noise, and the quantiser rounds small differences
+        away. The guess is a short way. Its matrix is drawn, not trained, so that it is no part of the model
+        and of no file; the states turn towards it.
         """
         H, size = self.config.lm_config.hidden_size, self.config.patch_size * self.config.feat_dim
         drawn = torch.randn(2 * H, size, generator=torch.Generator().manual_seed(0)) / math.sqrt(2 * H)
@@ -592,7 +737,7 @@ class VoxCPM(nn.Module):
         return self.sample_rate / self.codec.hop / self.config.patch_size
 
     def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation memory."""
+        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
         for stack in self.stacks():
             stack.recompute = on
 
@@ -604,159 +749,186 @@ class VoxCPM(nn.Module):
         return [m for m in self.modules() if isinstance(m, Layer)]
 
     def lora_targets(self, settings):
-        """Module names for the words enable_lm, enable_dit, enable_proj and their lists. With none of them: both LMs and the DiT.
+        """Module names for the words enable_lm, enable_dit, enable_proj and their lists. Without: both LMs
+        and the DiT.
 
-        The local encoder is never among them: no other tool could read such an adapter. `target_modules` reaches it.
+        The local encoder is never among them: no other tool could read such an adapter. `target_modules`
+        reaches it.
         """
         s = settings
-        lm, dit = s.enable_lm, s.enable_dit
-        if not (lm or dit or s.enable_proj) and (lm, dit, s.enable_proj) == (None, None, None):
+        lm, dit, proj = s.enable_lm, s.enable_dit, s.enable_proj
+        if lm is None and dit is None and proj is None:
             lm = dit = True
         attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        projections = ["enc_to_lm_proj", "lm_to_dit_proj", "res_to_dit_proj"] + ["fusion_concat_proj"] * self.config.fused
-        wanted = [("target_modules_lm", ("base_lm.", "residual_lm."), s.target_modules_lm or attention)] if lm else []
-        wanted += [("target_modules_dit", ("feat_decoder.estimator.",), s.target_modules_dit or attention)] if dit else []
-        wanted += [("target_proj_modules", ("",), s.target_proj_modules or projections)] if s.enable_proj else []
-        linears = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)]
+        projections = ["enc_to_lm_proj", "lm_to_dit_proj", "res_to_dit_proj"]
+        if self.config.fused:
+            projections.append("fusion_concat_proj")
+        linears = [name for name, m in self.named_modules() if isinstance(m, nn.Linear)]
         names = []
-        for key, roots, words in wanted:
-            for word in words:
-                hits = [n for n in linears if n.split(".")[-1] == word and n.startswith(roots) and (roots != ("",) or "." not in n)]
-                if not hits:
-                    known = sorted({n.split(".")[-1] for n in linears if n.startswith(roots) and (roots != ("",) or "." not in n)})
-                    raise Invalid(f"lora.{key}: {word!r} matches no Linear there; known are {', '.join(known)}")
-                names += hits
+        if lm:
+            inside = [name for name in linears if name.startswith(LM_ROOTS)]
+            names += named(inside, s.target_modules_lm or attention, "target_modules_lm")
+        if dit:
+            inside = [name for name in linears if name.startswith(DIT_ROOT)]
+            names += named(inside, s.target_modules_dit or attention, "target_modules_dit")
+        if proj:
+            outside = [name for name in linears if "." not in name]
+            names += named(outside, s.target_proj_modules or projections, "target_proj_modules")
         return names
 
-    embeddings = ("base_lm.embed_tokens",)  # what lora.train_embeddings trains
-
     def adapter_words(self, modules, values):
-        """lora_config.json's words for wrapped modules: the original builds its layers from these, then fills them by name."""
-        def last(*roots):
-            return sorted({m.split(".")[-1] for m in modules if m.startswith(roots)})
-
-        lm, dit, proj = last("base_lm.", "residual_lm."), last("feat_decoder.estimator."), sorted(m for m in modules if "." not in m)
+        """lora_config.json's words for wrapped modules: the original builds its layers from these."""
+        lm = leaves(name for name in modules if name.startswith(LM_ROOTS))
+        dit = leaves(name for name in modules if name.startswith(DIT_ROOT))
+        proj = sorted(name for name in modules if "." not in name)
         return {"enable_lm": bool(lm), "enable_dit": bool(dit), "enable_proj": bool(proj), **values,
                 "target_modules_lm": lm, "target_modules_dit": dit, "target_proj_modules": proj}
 
-    # ---------------------------------------------------------------------------------- generation
+    # -------------------------------------------------------------------------- generation
 
     def _request(self, text, prompts=(), speaker=None, seed=None, noise=None):
-        """Token ids (-1 where a patch stands), patches and cap of one request."""
-        ids_of, patches, ids, spoken = self.encode_text, [], [], ""
-        references = [p for p in prompts if p[0] is None]
-        turns = [p for p in prompts if p[0] is not None]
+        """What a request puts in front of its speech.
+
+        ids: token ids, PATCH where a patch stands; patches (R, P, D): those; warm: the last ones of a prompt
+        to be continued, for the codec; tokens: of the target text alone.
+        """
+        references = [clip for transcript, clip, _ in prompts if transcript is None]
+        turns = [(transcript, clip) for transcript, clip, _ in prompts if transcript is not None]
         if len(references) > 1:
             raise Invalid(f"{len(references)} reference clips: this backbone takes one")
-        for prompt in references:
+        ids, patches = [], []
+        for clip in references:
             self._check_reference()
-            patches.append(self._patches(prompt[1]))
-            ids += [REF_START] + [-1] * len(patches[-1]) + [REF_END]
-        for prompt in turns:
-            spoken += prompt[0]
-        target = ids_of(text, speaker)
+            patches.append(self._patches(clip))
+            ids += [REF_START] + [PATCH] * len(patches[-1]) + [REF_END]
+        target = self.encode_text(text, speaker)
         if not target:
             raise Invalid(f"text {text!r} has no tokens")
-        ids += ids_of(spoken + text) + [AUDIO_START]
-        context = [self._patches(prompt[1], left=True) for prompt in turns]
-        ids += [-1] * sum(len(p) for p in context)
-        prefix = torch.cat(context) if context else torch.zeros(0, self.config.patch_size, self.config.feat_dim)
+        transcripts = "".join(transcript for transcript, _ in turns)
+        ids += self.encode_text(transcripts + text) + [AUDIO_START]
+        context = [self._patches(clip, left=True) for _, clip in turns]
+        ids += [PATCH] * sum(len(some) for some in context)
+        prefix = torch.cat([torch.zeros(0, self.config.patch_size, self.config.feat_dim), *context])
         if noise is not None and noise.shape[1:] != prefix.shape[1:]:
-            raise Invalid(f"noise has shape {list(noise.shape)}, expected (patches, {prefix.shape[1]}, {prefix.shape[2]})")
-        return dict(ids=ids, patches=torch.cat(patches + [prefix]), warm=prefix[-(3 if self.config.fused else 2):],
+            raise Invalid(f"noise has shape {list(noise.shape)}, "
+                          f"expected (patches, {prefix.shape[1]}, {prefix.shape[2]})")
+        warm = WARM_PATCHES_FUSED if self.config.fused else WARM_PATCHES
+        return dict(ids=ids, patches=torch.cat([*patches, prefix]), warm=prefix[-warm:],
                     tokens=len(target), seed=seed, noise=noise)
 
     def _cap(self, request, s):
         """Patches at most: by the text's length, by max_len, by what fits the model."""
-        cap = min(int(s.length_ratio * request["tokens"] + 10), s.max_len, self.config.max_length - len(request["ids"]))
+        by_text = int(s.length_ratio * request["tokens"] + MORE_PATCHES)
+        cap = min(by_text, s.max_len, self.config.max_length - len(request["ids"]))
         if cap < 1:
-            raise Invalid(f"prompt and text take {len(request['ids'])} positions, the model has {self.config.max_length}")
+            raise Invalid(f"prompt and text take {len(request['ids'])} positions, "
+                          f"the model has {self.config.max_length}")
         return cap
 
     @torch.no_grad()
     def _run(self, requests, s):
-        """Yields (i, patch (P, D)) of every request, one forward per step for all that still speak; sets self.finish."""
-        c, device, dtype = self.config, self.device, self.dtype
-        caps = [self._cap(r, s) for r in requests]
-        batch, speaking = LeftPadded([len(r["ids"]) for r in requests], max(caps), device), Speaking(caps)
+        """Yields (i, patch (P, D)) of every request, one step for all that still speak; sets self.finish."""
+        caps = [self._cap(request, s) for request in requests]
+        batch = LeftPadded([len(request["ids"]) for request in requests], max(caps), self.device)
+        speaking = Speaking(caps)
         self.finish = speaking.finish  # of this run, should another begin before it ends
-        tokens = batch.stack([torch.tensor(r["ids"]) for r in requests])
-        place = (tokens.flatten() == -1).nonzero().flatten().to(device)
-        patches = torch.cat([r["patches"] for r in requests]).to(device, dtype)
-        cond = torch.stack([r["patches"][-1] if r["ids"][-1] == -1 else torch.zeros(c.patch_size, c.feat_dim) for r in requests])
-        cond = cond.to(device, dtype)
-        draws = [generator(r["seed"]) for r in requests]
-
-        embed = self.enc_to_lm_proj(self.feat_encoder(patches))
-        x = self._embed(tokens.clamp(min=0).to(device)).flatten(0, 1).index_copy(0, place, embed).view(*tokens.shape, -1)
-        caches = [make_caches(lm.layers, len(requests), batch.columns, x) for lm in (self.base_lm, self.residual_lm)]
-        e, r = self._language_models(x, embed, place, self._contexts_at(batch.prompt()), caches)
-        lm_h, res_h = e[:, -1], r[:, -1]
-
+        draws = [generator(request["seed"]) for request in requests]
+        cond = torch.stack([self._last_patch(request) for request in requests]).to(self.device, self.dtype)
+        caches, lm_h, res_h = self._read(batch, requests)
         for n in range(max(caps)):
-            z = s.noise_scale * torch.stack([self._noise(requests[i], n, draws[i]) for i in speaking.requests]).to(device)
-            patch = self.feat_decoder.solve(z, self._condition(lm_h, res_h), cond, s.inference_timesteps, s.cfg_value)
-            spoken = speaking.requests
-            ended = self._stop_logits(lm_h).argmax(-1).tolist() if n > s.min_len else [0] * len(spoken)
-            left = speaking.after(n, ended)
-            yield from ((i, patch[k]) for k, i in enumerate(spoken))  # the last one, too
+            numbers = speaking.requests
+            noise = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers])
+            z = s.noise_scale * noise.to(self.device)
+            mu = self._condition(lm_h, res_h)
+            patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
+            ended = [0] * len(numbers)
+            if n > s.min_len:
+                ended = self._stop_logits(lm_h).argmax(-1).tolist()
+            going = speaking.after(n, ended)
+            for row, i in enumerate(numbers):
+                yield i, patch[row]  # the last one belongs to the speech, too
             if not speaking.requests:
                 break
-            if left is not None:
-                keep = torch.tensor(left, device=device)
-                patch = patch[keep]
+            if going is not None:
+                going = torch.tensor(going, device=self.device)
+                patch = patch[going]
                 for part in [batch, *caches[0], *caches[1]]:
-                    part.keep(keep)
-            cond = patch.to(dtype)
+                    part.keep(going)
+            cond = patch.to(self.dtype)
             lm_h, res_h = self._step(cond, batch.step(n), caches)
         self.finish = speaking.finish
 
-    def _contexts_at(self, place):
-        return self._contexts(place.positions, Context(mask=place.mask, column=place.column))
+    def _last_patch(self, request):
+        """(P, D): the patch that stands in front of the first one to be drawn; zeros after text."""
+        if request["ids"][-1] == PATCH:
+            return request["patches"][-1]
+        return torch.zeros(self.config.patch_size, self.config.feat_dim)
+
+    def _read(self, batch, requests):
+        """All prompts go in: (caches of both LMs, the two states (B, H) that predict the first patches)."""
+        tokens = batch.stack([torch.tensor(request["ids"]) for request in requests])
+        place = (tokens.flatten() == PATCH).nonzero().flatten().to(self.device)
+        patches = torch.cat([request["patches"] for request in requests]).to(self.device, self.dtype)
+        embed = self.enc_to_lm_proj(self.feat_encoder(patches))
+        x = self._embed(tokens.clamp(min=0).to(self.device)).flatten(0, 1)
+        x = x.index_copy(0, place, embed).view(*tokens.shape, -1)
+        both = self.base_lm, self.residual_lm
+        caches = [make_caches(lm.layers, len(requests), batch.columns, x) for lm in both]
+        e, r = self._language_models(x, embed, place, self._contexts_at(batch.prompt()), caches)
+        return caches, e[:, -1], r[:, -1]
 
     def _step(self, patch, place, caches):
-        """The newest patch (B, P, D) of every row goes in at its place, the states that predict the next come out."""
+        """The newest patch of every row (B, P, D) goes in; the states that predict the next come out."""
         contexts = self._contexts_at(place)
         x = self.enc_to_lm_proj(self.feat_encoder(patch))[:, None]  # (B, 1, H)
         e = self.fsq_layer(self.base_lm(x, contexts[0], caches[0]))
-        r = self.fusion_concat_proj(torch.cat([e, x], -1)) if self.config.fused else e + x
-        return e[:, 0], self.residual_lm(r, contexts[1], caches[1])[:, 0]
+        r = self.residual_lm(self._residual_input(e, x), contexts[1], caches[1])
+        return e[:, 0], r[:, 0]
 
     def _noise(self, request, n, generator):
-        if request["noise"] is None:
+        """(P, D) that the flow of patch n starts from."""
+        noise = request["noise"]
+        if noise is None:
             return torch.randn(self.config.patch_size, self.config.feat_dim, generator=generator)
-        if n >= len(request["noise"]):
-            raise Invalid(f"noise holds {len(request['noise'])} patches and patch {n} is asked for; give more, or set max_len")
-        return request["noise"][n].float().cpu()
+        if n >= len(noise):
+            raise Invalid(f"noise holds {len(noise)} patches and patch {n} is asked for; "
+                          "give more, or set max_len")
+        return noise[n].float().cpu()
 
     def _takes(self, requests, s):
         """_run, and again with the next seed for requests whose take reached its length_ratio."""
-        return takes(self, requests, s, lambda request, patches, finish: len(patches) >= s.length_ratio * request["tokens"])
+        def failed(request, patches, finish):
+            return len(patches) >= s.length_ratio * request["tokens"]
+
+        return takes(self, requests, s, failed)
 
     def frames(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
-        """Latent patches (P, D) float32, one by one, before the codec; self.finish is then ["end"] or ["cap"]."""
+        """Latent patches (P, D) float32, one by one, before the codec; self.finish is then ["end"] or
+        ["cap"]."""
         s = Sampling(**sampling)
-        for _, patch in self._takes([self._request(text, prompts, speaker, seed, noise)], s):
+        request = self._request(text, prompts, speaker, seed, noise)
+        for _, patch in self._takes([request], s):
             yield patch.cpu()
 
     def generate(self, text, prompts=(), speaker=None, seed=None, noise=None, **sampling):
         """Audio in chunks (n,) at `out_sample_rate`; joined they are the whole."""
-        for _, chunk in self.generate_batch([dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)], **sampling):
+        request = dict(text=text, prompts=prompts, speaker=speaker, seed=seed, noise=noise)
+        for _, chunk in self.generate_batch([request], **sampling):
             yield chunk
 
     @torch.no_grad()
     def generate_batch(self, requests, **sampling):
-        """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. 16 patches."""
+        """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. CHUNK patches."""
         s = Sampling(**sampling)
-        requests = [self._request(**r) for r in requests]
+        requests = [self._request(**request) for request in requests]
         codec = self.codec.to(self.device)
         streams = [codec.stream() for _ in requests]
-        for stream, r in zip(streams, requests):
-            if len(r["warm"]):  # the codec remembers: the last patches of the prompt are decoded first and cut off
-                stream.decode(r["warm"].flatten(0, 1).to(self.device))
-        yield from chunks(self._takes(requests, s), streams, torch.cat, 16)
+        for stream, request in zip(streams, requests):
+            if len(request["warm"]):  # the codec remembers: these are decoded in front, and not given out
+                stream.decode(request["warm"].flatten(0, 1).to(self.device))
+        yield from chunks(self._takes(requests, s), streams, torch.cat, CHUNK)
 
-    # ---------------------------------------------------------------------------------- names and files
+    # -------------------------------------------------------------------------- names and files
 
     def published_name(self, parameter, naming=None):
         """The name of a parameter in the published file: here its own."""
@@ -771,9 +943,10 @@ class VoxCPM(nn.Module):
         return checkpoint.weights(self, merged)
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in the published layout: model.safetensors, config.json, the codec and the tokenizer as they were read."""
-        if not merged and any(".lora_" in n for n, _ in self.named_parameters()):
-            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, lora.save_lora_weights keeps them apart")
+        """Write a folder in the published layout; all but the weights is copied as it was read."""
+        if not merged and any(".lora_" in name for name, _ in self.named_parameters()):
+            raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
+                          "lora.save_lora_weights keeps them apart")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
@@ -799,54 +972,91 @@ class VoxCPM(nn.Module):
         return f"{self.codec_key}-{self.tokenizer_crc:08x}-{self.config.architecture}"
 
 
-# ------------------------------------------------------------------------------------------------ files
+LM_ROOTS = ("base_lm.", "residual_lm.")
+DIT_ROOT = "feat_decoder.estimator."
 
+
+def named(linears, words, key):
+    """Those of the linears whose last name is one of the words; key: the setting that the words are from."""
+    names = []
+    for word in words:
+        hits = [name for name in linears if name.split(".")[-1] == word]
+        if not hits:
+            known = ", ".join(leaves(linears))
+            raise Invalid(f"lora.{key}: {word!r} matches no Linear there; known are {known}")
+        names += hits
+    return names
+
+
+def leaves(names):
+    """The last names, sorted."""
+    return sorted({name.split(".")[-1] for name in names})
+
+
+def is_chinese(text):
+    return all("一" <= ch <= "鿿" for ch in text)
+
+
+# -------------------------------------------------------------------------------------------- files
 
 COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
+CODEC_FILES = ("audiovae.safetensors", "audiovae.pth")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def recognizes(config):
     return {"lm_config", "encoder_config", "dit_config", "patch_size"} <= set(config)
 
 
-def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None, allow_unused=False):
+def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None,
+         allow_unused=False):
     """The model in eval mode from a published folder. extra: paths of codec and tokenizer kept elsewhere.
 
-    dtype None keeps the file's. weights names the file to read where several stand side by side; "scratch" draws them.
+    dtype None keeps the file's. weights names the file to read where several stand side by side; "scratch"
+    draws them.
     """
     folder, extra = Path(folder), extra or {}
     config = read_config(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-    codec_path = _first(folder, extra.get("codec"), ("audiovae.safetensors", "audiovae.pth"), "the codec")
-    tokenizer_path = _first(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
-    if weights != "scratch":
-        path = _first(folder, folder / weights if weights else None, ("model.safetensors", "pytorch_model.bin"), "the model's weights")
+    codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
+    tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
+    scratch = weights == "scratch"
+    if not scratch:
+        path = find_file(folder, folder / weights if weights else None, WEIGHT_FILES, "the model's weights")
     with torch.device("meta"):
         model = VoxCPM(config)
-    if weights == "scratch":
+    if scratch:
         model.to_empty(device="cpu")
         draw(model)
         model.to(device, dtype or torch.float32)
     else:
         stored = checkpoint.read(path)
         dtype = dtype or checkpoint.main_dtype(stored)
-        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device, allow_unused=allow_unused, what=str(path))
-    codec = audiovae.load(codec_path, config.audio_vae_config, audiovae.V2 if config.fused else audiovae.V1)
+        model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device,
+                                            allow_unused=allow_unused, what=str(path))
+    version = audiovae.V2 if config.fused else audiovae.V1
+    codec = audiovae.load(codec_path, config.audio_vae_config, version)
     if codec.latent_dim != config.feat_dim:
-        raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, config.json says feat_dim {config.feat_dim}")
-    files = {"codec": codec_path, "tokenizer": tokenizer_path, **{n: folder / n for n in COMPANIONS if (folder / n).is_file()}}
+        raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, "
+                      f"config.json says feat_dim {config.feat_dim}")
+    files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    files = {"codec": codec_path, "tokenizer": tokenizer_path, **files}
     model.equip(codec, Tokenizer(tokenizer_path), files, options or {})
     return model.eval()
 
 
-def _first(folder, given, names, what):
-    for path in [Path(given)] if given else [folder / n for n in names]:
+def find_file(folder, given, names, what):
+    """The path of a file that was given, or of the first of the names in the folder."""
+    candidates = [Path(given)] if given else [folder / name for name in names]
+    for path in candidates:
         if path.is_file():
             return path
-    raise Invalid(f"{what}: no file at {given}" if given else f"{folder} has no {' or '.join(names)}, so {what} cannot be loaded")
+    if given:
+        raise Invalid(f"{what}: no file at {given}")
+    raise Invalid(f"{folder} has no {' or '.join(names)}, so {what} cannot be loaded")
 
 
 def draw(model):
-    """Weights as PyTorch draws them, which is how the original starts; the special token is standard normal."""
+    """Weights as PyTorch draws them, as the original starts; the special token is standard normal."""
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -855,41 +1065,90 @@ def draw(model):
     nn.init.normal_(model.feat_encoder.special_token)
 
 
-# ------------------------------------------------------------------------------------------------ shapes for measuring
+# -------------------------------------------------------------------------------------------- shapes for
+# measuring
 
-# LM layers, width, feed-forward, head size, local layers, residual layers, patch, quantiser
-SHAPES = {"1.5": (24, 1024, 4096, None, 8, 8, 4, 256), "0.5": (24, 1024, 4096, None, 4, 6, 2, 256), "2": (28, 2048, 6144, 128, 12, 8, 4, 512)}
+
+@dataclass
+class Shape:
+    """Numbers of a version in its published size."""
+
+    layers: int  # of the base LM
+    width: int
+    hidden: int  # of the feed-forward
+    head: int | None
+    local: int  # layers of the local encoder and of the DiT
+    residual: int  # layers of the residual LM
+    patch: int
+    latent: int  # of the quantiser
+    heads: int = 16
+    groups: int = 2
+    local_width: int = 1024
+    local_hidden: int = 4096
+    vocab: int = 73448
+    limit: int = 8192
+
+
+VERSIONS = {
+    "1.5": Shape(24, 1024, 4096, None, 8, 8, 4, 256),
+    "0.5": Shape(24, 1024, 4096, None, 4, 6, 2, 256),
+    "2": Shape(28, 2048, 6144, 128, 12, 8, 4, 512),
+}
+MID_LAYERS, MID_WIDTH = 6, 512
+
+
+def tiny(s):
+    """A Shape that runs in a blink."""
+    return Shape(
+        layers=2, width=64, hidden=128, head=s.head and 16, local=1, residual=1, patch=s.patch,
+        latent=16, heads=4, local_width=64, local_hidden=128, vocab=300, limit=512)
+
+
+def mid(s):
+    """A Shape in the proportions of s, of six layers and 512 channels."""
+    def wide(n):
+        return MID_WIDTH * n // s.width
+
+    def deep(n):
+        return round(MID_LAYERS * n / s.layers)
+
+    return Shape(
+        layers=MID_LAYERS, width=MID_WIDTH, hidden=wide(s.hidden), head=s.head and 64,
+        local=deep(s.local), residual=deep(s.residual), patch=s.patch, latent=wide(s.latent),
+        heads=8, groups=1, local_width=wide(s.local_width), local_hidden=wide(s.local_hidden), vocab=4096)
 
 
 def shape(size, version):
-    """(Config, arguments of the codec) of a version in its published size, or smaller in the same proportions."""
-    if (version or "1.5") not in SHAPES:
-        raise Invalid(f"version {version!r} is not known; there are {', '.join(SHAPES)}")
+    """(Config, arguments of the codec) of a version, in its published size or smaller."""
     version = version or "1.5"
-    layers, H, ffn, head, local, residual, P, latent = SHAPES[version]
-    heads, groups, W, local_ffn, vocab, limit = 16, 2, 1024, 4096, 73448, 8192
+    if version not in VERSIONS:
+        raise Invalid(f"version {version!r} is not known; there are {', '.join(VERSIONS)}")
+    s = VERSIONS[version]
     codec = dict(audiovae.V2 if version == "2" else audiovae.V1)
     if version == "1.5":
-        codec |= dict(encoder_dim=64, encoder_rates=[2, 3, 6, 7, 7], decoder_dim=2048, decoder_rates=[7, 7, 6, 3, 2], sample_rate=44100)
+        codec |= dict(encoder_dim=64, encoder_rates=[2, 3, 6, 7, 7], decoder_dim=2048,
+                      decoder_rates=[7, 7, 6, 3, 2], sample_rate=44100)
     if size == "tiny":
-        layers, H, ffn, head, local, residual, latent = 2, 64, 128, head and 16, 1, 1, 16
-        heads, W, local_ffn, vocab, limit = 4, 64, 128, 300, 512
+        s = tiny(s)
         codec |= dict(encoder_dim=8, decoder_dim=64)
     elif size == "mid":
-        local, residual, layers = round(6 * local / layers), round(6 * residual / layers), 6
-        H, ffn, head, latent, W, local_ffn, heads, groups, vocab = (512, 512 * ffn // H, head and 64, 512 * latent // H, 512 * W // H,
-                                                                    512 * local_ffn // H, 8, 1, 4096)
+        s = mid(s)
         codec |= dict(encoder_dim=codec["encoder_dim"] // 4, decoder_dim=codec["decoder_dim"] // 4)
-    factors = [1.0] * ((head or H // heads) // 2)
+    factors = [1.0] * ((s.head or s.width // s.heads) // 2)
     scaling = {"long_factor": factors, "short_factor": factors, "original_max_position_embeddings": 32768}
-    lm = LMConfig(H, ffn, layers, heads, groups, vocab, rope_scaling=scaling, kv_channels=head, use_mup=False)
-    stack = LocalConfig(W, local_ffn, heads, local, head)
-    two = version == "2"
-    return Config(lm, stack, stack, "voxcpm2" if two else "voxcpm", P, 64, residual, two, latent, max_length=limit), codec
+    lm = LMConfig(s.width, s.hidden, s.layers, s.heads, s.groups, s.vocab, rope_scaling=scaling,
+                  kv_channels=s.head, use_mup=False)
+    stack = LocalConfig(s.local_width, s.local_hidden, s.heads, s.local, s.head)
+    fused = version == "2"
+    config = Config(
+        lm, stack, stack, architecture="voxcpm2" if fused else "voxcpm", patch_size=s.patch, feat_dim=64,
+        residual_lm_num_layers=s.residual, residual_lm_no_rope=fused,
+        scalar_quantization_latent_dim=s.latent, max_length=s.limit)
+    return config, codec
 
 
 def blank(size, version, device, dtype, options=None):
-    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only. options: Training's."""
+    """A model of a known shape with drawn weights and a tokenizer of single letters, for measuring only."""
     config, codec = shape(size, version)
     with torch.device("meta"):
         model = VoxCPM(config)
@@ -898,5 +1157,6 @@ def blank(size, version, device, dtype, options=None):
     model.to(dtype)
     vocab = {"<unk>": 0, **{ch: i + 3 for i, ch in enumerate("abcdefghijklmnopqrstuvwxyz ")}}
     tokenizer = Tokenizer({"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}})
-    model.equip(audiovae.AudioVAE(**codec).eval().requires_grad_(False), tokenizer, {}, options or {})
+    codec = audiovae.AudioVAE(**codec).eval().requires_grad_(False)
+    model.equip(codec, tokenizer, {}, options or {})
     return model.eval()

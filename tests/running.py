@@ -24,6 +24,7 @@ import infer  # noqa: F401  (the server imports this file, so a run finds them a
 import merge_lora  # noqa: F401
 import prepare_data  # noqa: F401
 import train  # noqa: F401
+import validate  # noqa: F401
 from tests.conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -3,7 +3,6 @@ import math
 import os
 import resource
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def cut(path, part):
 def test_a_cut_wav_is_refused(good, part):
     cut(good, part)
     for ask in (audio.info, audio.read):
-        with pytest.raises(Invalid, match=r"good.wav: cut off.*\d+ bytes more.*samples found, rate 24000"):
+        with pytest.raises(Invalid, match=r"good.wav: cut off.*\d+ bytes more"):
             ask(good)
 
 
@@ -146,7 +145,7 @@ def test_half_a_compressed_file_is_refused(tmp_path, name, part):
     path = tmp_path / name
     soundfile.write(path, tone(440, 1, 24000) + random(24000).numpy() * 0.01, 24000)
     cut(path, part)
-    with pytest.raises(Invalid, match=f"{name}: damaged or cut off.*rate 24000, 24000 samples"):
+    with pytest.raises(Invalid, match=f"{name}: (damaged or )?cut off"):
         audio.read(path)
 
 
@@ -162,15 +161,17 @@ def test_nan_and_infinity_are_refused_with_their_index(tmp_path, value):
     assert audio.read(tmp_path / "bad.wav", end=0.25)[0].shape == (6000,)
 
 
-def test_an_hour_in_a_small_flac_is_refused_before_decoding(tmp_path):
+def test_an_hour_in_a_small_flac_is_refused_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "hour.flac"
     with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16") as f:
         for _ in range(60):
             f.write(np.zeros(8000 * 60, dtype=np.int16))
-    before, t = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
-    with pytest.raises(Invalid, match="hour.flac: 3600.0 s are wanted, the limit is 60 s"):
-        audio.read(path, max_seconds=60)
-    assert time.time() - t < 0.5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20000  # kB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with monkeypatch.context() as patch:
+        patch.setattr(audio.soundfile, "read", lambda *_, **__: pytest.fail("it was decoded"))
+        with pytest.raises(Invalid, match="hour.flac: 3600.0 s are wanted, the limit is 60 s"):
+            audio.read(path, max_seconds=60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20000  # kB
     assert audio.read(path, start=1800, end=1801, max_seconds=60)[0].shape == (8000,)
 
 
@@ -242,9 +243,8 @@ def test_what_lies_above_the_new_nyquist_frequency_is_weak(hertz, decibels):
 
 
 def test_rates_without_a_common_factor_take_no_gigabytes():
-    t, x = time.time(), torch.from_numpy(tone(440, 1, 44101))
-    y = audio.resample(x, 44101, 16000)
-    assert y.shape == (16000,) and time.time() - t < 5
+    x = torch.from_numpy(tone(440, 1, 44101))
+    assert audio.resample(x, 44101, 16000).shape == (16000,)
     assert sum(k.numel() for _, k in audio._sinc_kernels(44101, 16000, torch.float32)[1]) < 4e6
     with pytest.raises(Invalid, match="positive"):
         audio.resample(x, 0, 16000)
@@ -308,3 +308,47 @@ def test_a_tone_is_one_line_in_the_picture():
     assert low.shape[:2] == (1, 80) and 80 < low.shape[2] < 92 and 0 <= low.min() and low.max() == 1
     assert low[0].mean(1).argmax() > 60 and high[0].mean(1).argmax() < 25  # row 0 is the top of the picture
     assert audio.mel_picture(torch.zeros(10), 48000).isfinite().all()
+
+
+def test_what_a_header_hides_is_read_whole(tmp_path):
+    """An mp3 without an index, joined Ogg files, a FLAC of unknown length: any span of them is that of the whole sound."""
+    loud = 0.3 * np.sin(np.arange(6 * 22050) * 0.05)
+    whole = np.concatenate([0.001 * loud, loud]).astype("float32")
+    soundfile.write(tmp_path / "a.mp3", whole, 22050, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(data[data.find(b"\xff\xf3", 4) :])
+    assert audio.info(tmp_path / "a.mp3").seconds == pytest.approx(12, abs=0.1)
+    wave, rate = audio.read(tmp_path / "a.mp3")
+    assert len(wave) / rate == pytest.approx(12, abs=0.1) and wave[-rate:].abs().max() > 0.2
+
+    for name in ("one", "two"):
+        soundfile.write(tmp_path / f"{name}.ogg", loud if name == "one" else 0.5 * loud, 22050, format="OGG")
+    (tmp_path / "both.ogg").write_bytes((tmp_path / "one.ogg").read_bytes() + (tmp_path / "two.ogg").read_bytes())
+    assert audio.info(tmp_path / "both.ogg").frames == 2 * len(loud)
+    one, two, both = (audio.read(tmp_path / f"{name}.ogg")[0] for name in ("one", "two", "both"))
+    assert torch.equal(both, torch.cat([one, two]))
+    assert torch.equal(audio.read(tmp_path / "both.ogg", start=5.0, end=7.0)[0], both[5 * 22050 : 7 * 22050])
+
+    soundfile.write(tmp_path / "a.flac", loud, 22050)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    expected = audio.read(tmp_path / "a.flac")[0]
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    (tmp_path / "b.flac").write_bytes(data)
+    assert torch.equal(audio.read(tmp_path / "b.flac")[0], expected)
+
+
+def test_joined_recordings_of_two_rates_are_refused(tmp_path):
+    for rate in (16000, 22050):
+        soundfile.write(tmp_path / f"{rate}.ogg", 0.1 * np.sin(np.arange(rate) * 0.05), rate, format="OGG")
+    (tmp_path / "both.ogg").write_bytes((tmp_path / "16000.ogg").read_bytes() + (tmp_path / "22050.ogg").read_bytes())
+    with pytest.raises(Invalid, match="both.ogg: recordings of 16000 Hz with 1 channels and 22050 Hz"):
+        audio.info(tmp_path / "both.ogg")
+
+
+@pytest.mark.parametrize("kind", ("ogg", "aiff", "mp3"))
+def test_half_a_file_is_called_cut_off(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, 0.3 * np.sin(np.arange(3 * 16000) * 0.05), 16000, format=kind.upper())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(Invalid, match=f"a.{kind}: cut off"):
+        audio.read(path)

@@ -10,6 +10,7 @@ import torch
 
 import lora
 import models
+from models.parts.sampling import LeftPadded, Speaking
 from tests.conftest import ROOT
 
 CASES = [(name, variant) for name in sorted(models.backbones())
@@ -179,6 +180,33 @@ def test_what_a_method_reads_exists_from_the_start(name):
             there = {*vars(part), *part._parameters, *part._buffers, *part._modules}
             missing |= {f"{type(part).__name__}.{n}" for n in reads(type(part)) if n not in there and not hasattr(type(part), n)}
     assert not missing, f"no value after __init__: {sorted(missing)}"
+
+
+# ------------------------------------------------------------------------------------------------ speaking together
+
+
+def test_prompts_end_at_the_same_column_and_go_on_from_there():
+    batch = LeftPadded([3, 5], steps=2, device=torch.device("cpu"))
+    rows = batch.stack([torch.tensor([[1], [2], [3]]), torch.tensor([[4], [5], [6], [7], [8]])])
+    assert rows[..., 0].tolist() == [[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]] and batch.columns == 7
+    prompt = batch.prompt()
+    assert prompt.positions[:, 0].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]] and prompt.column.tolist() == [0, 1, 2, 3, 4]
+    assert prompt.mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert torch.equal(prompt.mask[1, 0], torch.ones(5, 5).tril().bool())
+    step = batch.step(1)
+    assert step.positions.flatten().tolist() == [4, 6] and step.column.tolist() == [6]
+    assert step.mask[:, 0, 0].int().tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+    batch.keep(torch.tensor([1]))
+    step = batch.step(0)
+    assert step.positions.flatten().tolist() == [5] and step.mask[:, 0, 0].int().tolist() == [[1, 1, 1, 1, 1, 1, 0]]
+
+
+def test_who_ends_or_meets_the_cap_leaves():
+    speaking = Speaking([9, 2, 9])
+    assert speaking.after(0, [False, False, False]) is None and speaking.requests == [0, 1, 2]
+    assert speaking.after(1, [False, False, True]) == [0] and speaking.requests == [0]
+    assert speaking.after(2, [True]) == [] and not speaking.requests
+    assert speaking.finish == ["end", "cap", "end"]
 
 
 # ------------------------------------------------------------------------------------------------ properties

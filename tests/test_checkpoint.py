@@ -65,6 +65,34 @@ def test_unused_tensors_can_be_listed_or_allowed(tmp_path):
     assert checkpoint.fill(meta(), checkpoint.read(tmp_path / "x.safetensors"), allow_unused=True) == ["old.weight"]
 
 
+class More(torch.nn.Linear):
+    """A layer that carries something beyond what it was published with, whatever that is."""
+
+    added = ("extra",)
+
+    def __init__(self):
+        super().__init__(2, 2, bias=False)
+        self.extra = torch.nn.Parameter(torch.ones(2, 2))
+
+    def merged(self, leaf):
+        return getattr(self, leaf) + self.extra
+
+
+def test_what_a_module_has_added_is_no_part_of_the_published_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), More())
+    before = checkpoint.fingerprint(model)
+    plain, merged = checkpoint.weights(model), checkpoint.weights(model, merged=True)
+    assert list(plain) == list(merged) == ["0.weight", "1.weight"]
+    assert torch.equal(plain["0.weight"], merged["0.weight"]) and torch.equal(merged["1.weight"], plain["1.weight"] + 1)
+    model[1].extra.data += 1
+    assert checkpoint.fingerprint(model) == before
+    model[0].weight.published_dtype = torch.bfloat16
+    assert checkpoint.weights(model)["0.weight"].dtype == torch.bfloat16
+    model[0].weight.data += 0.5
+    assert checkpoint.fingerprint(model) != before
+    assert "lora" not in Path(checkpoint.__file__).read_text(encoding="utf-8").lower()
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL_FOLDER"],)

@@ -17,6 +17,7 @@ from prepare_data import Prepare
 from tests import coming_from
 from tests.conftest import ROOT
 from train import Train
+from validate import Validate
 
 SHIPPED = sorted(Path(ROOT, "configs").glob("*.yaml"))
 UPSTREAM = """\
@@ -61,7 +62,7 @@ distribute: true
 
 def settings_of(script):
     """The dataclass at the top of a script."""
-    return {"train": Train, "prepare": Prepare, "infer": Infer, "merge": Merge}[script]
+    return {"train": Train, "prepare": Prepare, "infer": Infer, "merge": Merge, "validate": Validate}[script]
 
 
 @dataclass
@@ -423,12 +424,9 @@ def test_a_command_of_another_tool_is_understood(entry):
     resolved(settings_of(entry["script"]), entry["script"], coming_from.arguments(entry["theirs"]))
 
 
-def test_the_readme_holds_the_table_of_other_tools():
-    readme = Path(ROOT, "README.md")
-    if not readme.exists():
-        pytest.skip("no README.md yet")
-    text = readme.read_text(encoding="utf-8")
-    assert coming_from.table().strip() in text, "paste the output of: python -m tests.coming_from"
+def test_the_page_for_other_tools_is_what_the_table_gives():
+    page = Path(ROOT, "configs", "COMING_FROM.md").read_text(encoding="utf-8")
+    assert page == coming_from.page(), "run: python -m tests.coming_from > configs/COMING_FROM.md"
 
 
 @pytest.mark.parametrize("script", ["train", "prepare_data", "infer", "merge_lora"])

@@ -14,6 +14,7 @@ import lora
 import models
 from models import csm
 from models.parts import Invalid, audio, targets
+from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context
 from tests import conftest, tiny_csm
 from tests.running import start
@@ -554,7 +555,7 @@ def test_depth_steps_are_the_depth_decoder(folders, dtype, near, adapter):
                 norm.weight.copy_(torch.linspace(0.5, 2.0, len(norm.weight)))
         x = table[:3 * K].view(3, K, -1)
         want = causal(decoder, decoder.inputs_embeds_projector(x))
-        steps, rows = csm.DepthSteps(m, 3, 32), torch.arange(3)
+        steps, rows = DepthSteps(decoder, 3, K), torch.arange(3)
         for j in range(1, K):
             if j == 3:
                 rows = torch.tensor([0, 2])
@@ -624,7 +625,7 @@ def test_context_that_does_not_fit_is_dropped_from_the_left(model):
         warnings.simplefilter("error")
         want = list(model.frames("x", prompts=long[2:], seed=1, max_len=60))
     assert len(got) == len(want) == 60 and torch.equal(torch.stack(got), torch.stack(want))
-    assert len(list(model.frames("x", prompts=long[2:], seed=1, min_len=500))) == 256 - len(model._segment(*long[2])[0]) - len(model.encode_text("x"))
+    assert len(list(model.frames("x", prompts=long[2:], seed=1, min_len=500))) == 256 - len(model._segment(dict(zip(("text", "audio", "speaker"), long[2]))).rows) - len(model.encode_text("x"))
     with pytest.raises(Invalid, match="the model has 256 positions"):
         list(model.frames("too long " * 60))
 

@@ -21,8 +21,8 @@ DEV = {"pytest", "transformers", "peft", "tokenizers", "sentencepiece"}
 OWN = {"configs", "lora", "models", "tests", "demo"} | {p.stem for p in ROOT.glob("*.py")}
 SCRIPTS = sorted(p for p in ROOT.glob("*.py") if p.name != "lora.py")
 PRODUCT = sorted(p for glob in ("*.py", "models/**/*.py", "configs/*.py", "demo/*.py") for p in ROOT.glob(glob))
-TESTS = sorted(p for p in ROOT.glob("tests/**/*.py") if "golden" not in p.parts)
-GOLDEN = sorted(ROOT.glob("tests/golden/*.py"))
+GOLDEN = sorted(p for glob in ("golden", "peers") for p in ROOT.glob(f"tests/{glob}/*.py"))    # import other packages
+TESTS = sorted(p for p in ROOT.glob("tests/**/*.py") if p not in GOLDEN)
 TEXTS = {p: p.read_text(encoding="utf-8") for p in PRODUCT + TESTS + GOLDEN}
 TREES = {p: ast.parse(text, str(p), feature_version=(3, 10)) for p, text in TEXTS.items()}      # Python 3.10 reads it
 

@@ -201,7 +201,7 @@ def test_every_warning_is_printed_with_its_file(capsys):
 
     for n in range(2):  # Python itself says the same words once
         item = dict(text="x", reference_audio="", prompt_audio="", context=[], speaker="", seed=0)
-        infer.speak(Mute(), [(f"a{n}.wav", item), (f"b{n}.wav", item)], {})
+        infer.speak(Mute(), [infer.Request(f"{name}{n}.wav", item) for name in "ab"], {})
     assert capsys.readouterr().err.splitlines() == ["b0.wav: only silence", "b1.wav: only silence"]
 
 

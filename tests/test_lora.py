@@ -209,6 +209,15 @@ def test_the_dropout_of_an_adapter_comes_with_it(model, tmp_path):
         assert {m.lora_dropout for m in lora.lora_modules(model).values()} == {dropout}
 
 
+def test_where_dropout_acts_comes_with_an_adapter_of_the_same_shape(model, tmp_path):
+    adapter(model, tmp_path / "own", 1, enable_lm=True)
+    lora.load_lora_weights(model, tmp_path / "own")
+    lora.save_lora_weights(model, tmp_path / "peft", format="peft")
+    for name, after in (("own", True), ("peft", False), ("own", True)):
+        lora.load_lora_weights(model, tmp_path / name)
+        assert {m.lora_after for m in lora.lora_modules(model).values()} == {after}
+
+
 @pytest.mark.parametrize("words, why", [({"init_lora_weights": "pissa"}, "moves the base weights"), ({"alora_invocation_tokens": [1]}, "aLoRA"),
                                         ({"lora_alpha": float("nan")}, "does not say alpha")])
 def test_peft_adapters_that_mean_something_else_are_refused(model, tmp_path, words, why):

@@ -42,7 +42,7 @@ def read(html):
 def test_a_page_is_whole_and_refers_to_nothing_outside():
     wave = torch.sin(torch.arange(800) * 0.1)
     html = page.page("A <title>", page.section("One", page.facts({"hours": 2.71828, "clips": 24}), page.text("plain & simple")),
-                     page.grid(page.histogram([1, 2, 2, 3], "length"), page.chart({"a": [(0, 1.0), (1, 2.0)], "b": [(0, 3.0)]}, "loss")),
+                     page.grid(page.histogram([1, 2, 2, 3], "length")),
                      page.section("Two", page.table(["id", "sound"], [["x", page.player(wave, 8000)]])))
     found = read(html)
     assert len(found.refs) == 1 and found.refs[0].startswith("data:audio/wav;base64,")
@@ -55,8 +55,7 @@ def test_a_page_is_whole_and_refers_to_nothing_outside():
 
 def test_text_of_users_cannot_become_html():
     bad = '<script>alert("x")</script>\0\ud83d'
-    html = page.page(bad, page.section(bad, page.text(bad), page.facts({bad: bad}), page.table([bad], [[bad]], bad), page.histogram([1], bad),
-                                       page.chart({bad: [(0, 1)]}, bad, bad)))
+    html = page.page(bad, page.section(bad, page.text(bad), page.facts({bad: bad}), page.table([bad], [[bad]], bad), page.histogram([1], bad)))
     assert "<script" not in html and '"x"' not in html and "\0" not in html
     html.encode("utf-8")
     read(html)
@@ -80,9 +79,3 @@ def test_long_tables_are_cut_and_counted_and_empty_ones_say_so():
     assert html.count("<tr>") == 501 and "and 700 more" in html
     assert "nothing here" in page.table(["a"], [], "nothing here")
     assert 'class="n"' in page.table(["n"], [[1.5]]) and 'class="n"' not in page.table(["n"], [["1.5"]])
-
-
-def test_charts_skip_what_is_no_number():
-    html = page.chart({"loss": [(0, 1.0), (1, math.nan), (2, 0.5)]}, "loss")
-    assert "nan" not in html and len(re.search('points="([^"]*)"', html)[1].split()) == 2
-    assert "no values" in page.chart({"loss": []}, "loss")

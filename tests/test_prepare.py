@@ -3,8 +3,8 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 import configs
 import prepare_data
-from models.parts import Invalid, audio, cache as cache_part, clips as cutting
+from models.parts import Invalid, audio, cache as cache_part, clips as cutting, manifests
 from prepare_data import ClipCache, read_manifest
 from tests import running
 from tests.conftest import ROOT
@@ -52,21 +52,21 @@ def prepared(tmp_path, *flags):
 
 
 class Model:
-    """A stand-in with the calls that prepare_data uses: it frames the audio and knows the characters of `known`."""
+    """A stand-in with the calls that prepare_data uses: it frames the audio and knows the characters of `alphabet`."""
 
-    backbone, sample_rate, codec_key, encode_key, known = "stand-in", 16000, "codec 1", "rest 1", None
+    backbone, sample_rate, codec_key, encode_key, alphabet = "stand-in", 16000, "codec 1", "rest 1", None
     codec = torch.nn.Identity()
 
     def __init__(self):
-        self.encoded, self.heard = 0, 0
+        self.encode_calls, self.codec_calls = 0, 0
 
     def encode_audio(self, source, start=None, end=None):
-        self.heard += 1
+        self.codec_calls += 1
         wave = source if torch.is_tensor(source) else audio.read(source, self.sample_rate, start, end)[0]
         return wave[: len(wave) // 640 * 640].view(-1, 640)[:, ::80].contiguous()
 
     def encode(self, row):
-        self.encoded += 1
+        self.encode_calls += 1
         codes = row["audio"] if torch.is_tensor(row["audio"]) else self.encode_audio(row["audio"], row.get("start"), row.get("end"))
         out = {"text": torch.tensor(self.encode_text(row["text"])), "latents": codes.view(-1, 2, 4), "on": torch.tensor(True)}
         if "ref_audio" in row:
@@ -74,7 +74,7 @@ class Model:
         return out
 
     def encode_text(self, text, speaker=None):
-        return [ord(c) + 1 if not self.known or c in self.known else 0 for c in text]
+        return [ord(c) + 1 if not self.alphabet or c in self.alphabet else 0 for c in text]
 
     def length(self, example):
         return len(example["text"]) + len(example["latents"])
@@ -297,8 +297,8 @@ def test_two_names_with_one_number_become_two_speakers(tmp_path):
     put(tmp_path / "m.jsonl", "".join(json.dumps({"audio": "a.wav", "text": "x", "speaker": s, "speaker_id": 0}) + "\n" for s in ("ann", "bob", "ann")))
     speakers = {}
     assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", speakers)] == [0, 1, 0] and speakers == {"ann": 0, "bob": 1}
-    known = {"bob": 5}
-    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", known)] == [0, 5, 0] and known == {"bob": 5, "ann": 0}
+    stored = {"bob": 5}
+    assert [r["speaker"] for r in read_manifest(tmp_path / "m.jsonl", stored)] == [0, 5, 0] and stored == {"bob": 5, "ann": 0}
 
 
 def test_several_manifests_in_one_run(tmp_path):
@@ -383,10 +383,11 @@ def test_slice_cuts_untranscribed_recordings_into_clips(tmp_path):
 
 
 def test_pieces_begin_and_end_where_they_should(tmp_path):
-    pauses = [(1, 1.5), (6, 6.5), (12, 13)]
-    assert cutting.pieces(0, 20, pauses, 4, 15, 0.3, 0.5) == [(0, 6.25), (6.25, 12.5), (12.5, 20)]
+    how = cutting.Cutting(shortest=4, longest=15, pause=0.3, keep=0.5)
+    pauses = [cutting.Span(1, 1.5), cutting.Span(6, 6.5), cutting.Span(12, 13)]
+    assert cutting.pieces(cutting.Speech(0, 20, pauses), how) == [(0, 6.25), (6.25, 12.5), (12.5, 20)]
     path = speech(tmp_path / "long.wav", 40, 1, 24, rate=2000)  # longer than what is read at a time
-    begin, end, found = cutting.silences(path, 65, -40, 0.01, 0.3, 0.5)
+    begin, end, found = cutting.find_speech(path, -40, 0.01, how)
     assert (begin, end) == (0, 65) and found == [(pytest.approx(40, abs=0.02), pytest.approx(41, abs=0.02))]
 
 
@@ -473,12 +474,12 @@ def test_the_cache_returns_what_encode_makes(tmp_path, clips):
     with pytest.raises(Invalid, match="prepare_data"):
         cache.get(rows[0])
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded, cache.missing(rows)) == (12, 12, [])
+    assert (model.codec_calls, model.encode_calls, cache.missing(rows)) == (12, 12, [])
     again = ClipCache(tmp_path / "c", model)
     for row in rows:
         assert same(again.get(row), model.encode(row))
     again.add(rows)
-    assert model.heard == 24 and model.encoded == 24  # only by the comparison above
+    assert model.codec_calls == 24 and model.encode_calls == 24  # only by the comparison above
 
 
 @pytest.mark.parametrize("at", [5, 14])  # 12 clips have a tensor each, then 12 rows three
@@ -528,17 +529,17 @@ def test_only_what_changed_is_encoded_again(tmp_path, clips):
     for change in ({"text": "mended"}, {"text": "mended", "start": 0.1}, {"text": "mended", "start": 0.1, "gain_db": -3.0},
                    {"text": "mended", "start": 0.1, "gain_db": -3.0, "duration": 9.0, "id": "other"},
                    {"text": "mended", "speaker": 3}, {"text": "mended", "ref_audio": rows[5]["audio"]}):
-        before = model.heard, model.encoded
+        before = model.codec_calls, model.encode_calls
         cache = ClipCache(tmp_path / "c", model)
         cache.add([{**rows[3], **change}, *rows], say=lambda *_: None)
-        counts.append((model.heard - before[0], model.encoded - before[1]))
+        counts.append((model.codec_calls - before[0], model.encode_calls - before[1]))
     assert counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (1, 1)] or counts == [(0, 1), (1, 1), (1, 1), (0, 0), (0, 1), (0, 1)]
     tone(rows[3]["audio"], 0.9, 999)  # other bytes under the same name
-    before = model.heard, model.encoded
+    before = model.codec_calls, model.encode_calls
     cache = ClipCache(tmp_path / "c", model)
     assert cache.missing(rows) == [3]
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard - before[0], model.encoded - before[1]) == (1, 1)
+    assert (model.codec_calls - before[0], model.encode_calls - before[1]) == (1, 1)
     os.utime(rows[4]["audio"], (1, 1))  # touched, not changed
     assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
@@ -549,10 +550,10 @@ def test_another_codec_or_tokenizer_asks_for_its_own_examples(tmp_path, clips):
     model.encode_key = "rest 2"
     cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (12, 24)
+    assert (model.codec_calls, model.encode_calls) == (12, 24)
     model.codec_key = "codec 2"
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (24, 36)
+    assert (model.codec_calls, model.encode_calls) == (24, 36)
     model.codec_key, model.encode_key = "codec 1", "rest 1"
     assert ClipCache(tmp_path / "c", model).missing(rows) == []
 
@@ -575,7 +576,63 @@ def test_turns_messages_and_dictionaries_of_codes(tmp_path):
     cache.add(rows, say=lambda *_: None)
     assert cache.get(rows[0])["n"].tolist() == [25, 50]
     assert cache.get(rows[1])["n"].tolist() == [75, 25, 75]  # the row's own, the reference and the answer
-    assert cache.model.heard == 3  # one of them has the bytes of another
+    assert cache.model.codec_calls == 3  # one of them has the bytes of another
+
+
+EARLIER_KEYS = {  # of examples, as the first caches have them: a change would throw every cache away
+    "54d1ce9fccacec3e1715a444a7632a12": {"audio": "a.wav", "text": "hello"},
+    "538564433e407f1cbe8583ec0ab02c97": {"audio": "a.wav", "text": "hello", "start": 0.5, "end": 1.25, "gain_db": -3.5},
+    "18c16731e39435ed56b75271018af01b": {"audio": "a.wav", "text": "hello", "speaker": "ann"},
+    "3ac37ef27991c66ac64427aa4bcbdb27": {"audio": "a.wav", "text": "hello", "speaker": "ann", "speaker_id": 4},
+    "7ef6a9fa734d9621940f98a7c502ff3f": {"audio": "a.wav", "text": "hello", "ref_audio": "b.wav", "ref_text": "said before"},
+    "4d8925022b217d9baec48967f8fdb161": {"audio": "a.wav", "text": "hello", "emotion": "b.wav"},
+    "a3c3ccd0d220cbf706cef1588679a6a5": {"audio": "a.wav", "text": "hello", "emotion": [0, 0, 1, 0, 0, 0, 0, 0.5]},
+    "20511023e5cd8dc16af611dd886033fd": {"turns": [
+        {"text": "hello", "audio": "a.wav", "speaker": "ann", "speaker_id": 1, "role": "user", "start": 0.1, "end": 0.9,
+         "gain_db": 2, "id": "t", "duration": 1.0, "ref_audio": "b.wav", "emotion": "b.wav", "style": "no key of a row"},
+        {"text": "only text", "speaker": 0},
+        {"text": "good day", "audio": "b.wav", "spk": "bob", "train": False}]},
+    "277cac58125aa1aa12407746fb20d041": {"start": 0.25, "end": 2, "messages": [
+        {"role": "system", "content": "Speak."},
+        {"role": "user", "content": [{"type": "text", "text": "before"}, {"type": "audio", "audio_url": "b.wav"},
+                                     {"type": "text", "text": "say it"}]},
+        {"role": "assistant", "train": True, "content": [{"type": "text", "text": "it"}, {"type": "audio", "audio": "a.wav"}]}]},
+}
+EARLIER_SOUND_KEYS = ["2e802699d0e04520d42bedea22ae48f5", "ad85d287fe1d90c861c2302dd5546ccb"]  # of the first two rows
+
+
+def test_keys_of_earlier_caches_are_found(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.wav").write_bytes(b"the bytes of " + name.encode())
+    labels = {"id": "x", "duration": 2.0, "sample_rate": 16000, "dataset_id": 3}  # they are no part of a key
+    put(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in EARLIER_KEYS.values())
+        + json.dumps({"audio_path": "a.wav", "transcription": "hello", **labels}))
+    cache, rows = ClipCache(tmp_path / "c", Model()), read_manifest(tmp_path / "m.jsonl")
+    plans = [cache._plan(row) for row in rows]
+    assert [plan.key for plan in plans] == [*EARLIER_KEYS, next(iter(EARLIER_KEYS))]
+    assert [list(plan.sounds) for plan in plans[:2]] == [[key] for key in EARLIER_SOUND_KEYS]
+
+
+def test_a_key_that_is_added_to_the_list_reaches_encode(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(manifests.KEYS, "style", ("style", "mood"))
+    rows = []
+    monkeypatch.setattr(model, "encode", lambda row: rows.append(row) or {"text": torch.zeros(1), "latents": torch.zeros(1)})
+    tone(tmp_path / "a.wav"), tone(tmp_path / "b.wav", 2)
+    put(tmp_path / "m.jsonl", json.dumps({"audio": "a.wav", "text": "one", "mood": "glad"}) + "\n" + json.dumps({"style": "of all", "turns": [
+        {"text": "two", "audio": "a.wav", "mood": "sad"}, {"text": "three", "audio": "b.wav"}]}) + "\n"
+        + json.dumps({"style": "of all", "messages": [
+            {"role": "0", "mood": "sad", "content": [{"type": "text", "text": "hi"}, {"type": "audio", "audio": "a.wav"}]},
+            {"role": "1", "content": [{"type": "text", "text": "ho"}, {"type": "audio", "audio": "b.wav"}]}]}) + "\n")
+    written, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
+    for single, *talks in (written, rows):
+        assert single["style"] == "glad" and [talk["style"] for talk in talks] == ["of all"] * 2
+        assert [[turn.get("style") for turn in talk["turns"]] for talk in talks] == [["sad", None]] * 2
+    cache = ClipCache(tmp_path / "out/cache", model)
+    assert cache.missing(written) == []
+    written[0]["style"] = written[1]["turns"][1]["style"] = "angry"
+    assert cache.missing(written) == [0, 1]
+    prepare("--input", tmp_path / "m.jsonl", "--output_dir", tmp_path / "check", "--ckpt_dir", "any", "--check")
+    assert rows[-1].get("style") in ("glad", "of all")  # the row by which --check estimates
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "header", "empty", "lost"])
@@ -637,14 +694,15 @@ def test_rows_that_fail_are_named_and_the_others_are_kept(tmp_path, clips):
     assert cache.missing(rows) == [7]
 
 
-def encode_slowly(folder, clips):
-    class Slow(Model):
+def encode_and_tell(folder, clips, pipe):
+    """Each record is a shard of its own, and each clip that is encoded a byte in the pipe."""
+    class Telling(Model):
         def encode_audio(self, *source):
-            time.sleep(0.01)
+            os.write(pipe, b".")
             return super().encode_audio(*source)
 
-    cache_part.SHARD_SECONDS = 0.02
-    ClipCache(folder, Slow()).add(read_manifest(clips), lambda *_: None)
+    cache_part.SHARD_SECONDS = -1
+    ClipCache(folder, Telling()).add(read_manifest(clips), lambda *_: None)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -652,11 +710,15 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     kills = int(os.environ.get("KILLS", 4))
     rows, random, counts = read_manifest(clips), np.random.default_rng(0), []
     for _ in range(kills):
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            encode_slowly(tmp_path / "c", clips)
+            encode_and_tell(tmp_path / "c", clips, writer)
             os._exit(0)
-        time.sleep(random.uniform(0, 0.15))
+        os.close(writer)
+        for _ in range(random.integers(0, 4)):
+            os.read(reader, 1)  # nothing more comes when the child has ended
+        os.close(reader)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         cache = ClipCache(tmp_path / "c", Model())
@@ -667,18 +729,22 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, clips):
     model = Model()
     cache = ClipCache(tmp_path / "c", model)
     cache.add(rows, say=lambda *_: None)
-    assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.heard == 12 - counts[-1]
+    assert all(same(cache.get(r), Model().encode(r)) for r in rows) and model.codec_calls == 12 - counts[-1]
 
 
-def slow_model():
-    """A hook: the model of the script takes its time, and shards are small."""
-    class Slow(Model):
+def telling_model():
+    """A hook: the model of the script says what it does, and each record is a shard of its own."""
+    class Telling(Model):
         def encode_audio(self, *source):
-            time.sleep(0.02)
+            print("encoding a clip", file=sys.stderr, flush=True)
             return super().encode_audio(*source)
 
-    cache_part.SHARD_SECONDS = 0.03
-    prepare_data.models.load = lambda path, device: Slow()
+        def encode(self, row):
+            print("encoding a row", file=sys.stderr, flush=True)
+            return super().encode(row)
+
+    cache_part.SHARD_SECONDS = -1
+    prepare_data.models.load = lambda path, device: Telling()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -688,13 +754,13 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
     def wanted(out):
         return {p.name: p.read_bytes() for p in Path(out).iterdir() if p.suffix == ".jsonl"}
 
-    running.start("prepare_data", ["--help"], tmp_path).wait()  # the server is up: what is timed next is the script alone
-    began = time.monotonic()
-    assert running.start("prepare_data", [*command, "whole"], tmp_path, hook=slow_model).wait() == 0
-    took, met, number, least = time.monotonic() - began, [], 0, 0
+    whole = running.start("prepare_data", [*command, "whole"], tmp_path, hook=telling_model)
+    assert whole.wait() == 0, whole.said
+    met, number, least = [], 0, 0
     for _ in range(int(os.environ.get("KILLS", 4))):
-        run = running.start("prepare_data", [*command, f"out{number}"], tmp_path, hook=slow_model)
-        run.until(lambda run: False, random.uniform(0, took))
+        run = running.start("prepare_data", [*command, f"out{number}"], tmp_path, hook=telling_model)
+        moment = random.uniform(0, len(whole.said))  # what a script has said tells how far it is
+        run.until(lambda run: len(run.said) >= moment)
         if run.process.exitcode is None:
             os.kill(run.pid, signal.SIGKILL)
         assert run.wait() in (0, -9), run.said
@@ -709,7 +775,7 @@ def test_the_whole_script_killed_at_random_moments_ends_as_if_it_never_was(tmp_p
         number, least = (number + 1, 0) if len(cache.records) == 24 else (number, len(cache.records))
     print(f"folder, manifests and records of the cache after each kill: {met}")
     for out in {f"out{n}" for n, *_ in met}:
-        last = running.start("prepare_data", [*command, out], tmp_path, hook=slow_model)
+        last = running.start("prepare_data", [*command, out], tmp_path, hook=telling_model)
         assert last.wait() == 0, last.said
         rows = read_manifest([tmp_path / out / "train.jsonl", tmp_path / out / "val.jsonl"])
         cache = ClipCache(tmp_path / out / "cache", Model())
@@ -761,11 +827,11 @@ def test_one_changed_row_of_a_thousand_is_one_encode_call(tmp_path):
     rows = [{"id": str(n), "audio": str(tmp_path / "a.wav"), "text": f"row {n}"} for n in range(1000)]
     model = Model()
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (1, 1000)
+    assert (model.codec_calls, model.encode_calls) == (1, 1000)
     rows[500]["text"] = "mended"
     shards = len(list((tmp_path / "c").glob("*.safetensors")))
     ClipCache(tmp_path / "c", model).add(rows, say=lambda *_: None)
-    assert (model.heard, model.encoded) == (1, 1001)
+    assert (model.codec_calls, model.encode_calls) == (1, 1001)
     assert len(list((tmp_path / "c").glob("*.safetensors"))) == shards + 1
 
 
@@ -782,15 +848,15 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 1.5
     assert about["clips with a lower sample rate"] == 0 and report["sample rates"] == {"22050": 24}
     assert "22 rows" in capsys.readouterr().err
-    heard = model.heard
+    before = model.codec_calls
     prepare("--input", LJ, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert model.heard == heard
+    assert model.codec_calls == before
     rows = read_manifest([tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"])
     assert ClipCache(tmp_path / "out/cache", model).missing(rows) == []
 
 
 def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
-    model.known = set("abcdefghijklmnopqrstuvwxyz ")
+    model.alphabet = set("abcdefghijklmnopqrstuvwxyz ")
     for n, text in enumerate(["abc def", "abc ü def ü", "xyz"]):
         put(tone(tmp_path / f"in/{n}.wav", 1 + n, 300 + 50 * n).with_suffix(".txt"), text)
     flags = ("--input", tmp_path / "in", "--ckpt_dir", "any", "--batch_size", 2, "--max_batch_tokens", 70)
@@ -812,7 +878,7 @@ def test_its_own_manifests_are_encoded_as_they_are(tmp_path, model):
     manifests = [tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"]
     before = [m.read_bytes() for m in manifests]
     prepare("--input", *manifests, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert [m.read_bytes() for m in manifests] == before and model.encoded == 5
+    assert [m.read_bytes() for m in manifests] == before and model.encode_calls == 5
     assert ClipCache(tmp_path / "out/cache", model).missing(read_manifest(manifests)) == []
     with pytest.raises(configs.Usage):
         prepare("--input", manifests[0], "--output_dir", tmp_path / "out", "--trim", 0)
@@ -833,7 +899,7 @@ def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
     assert [(r["speaker"], r["speaker_id"]) for r in rows] == [("anna", 0), ("bo", 1)]
     put(tone(tmp_path / "in/aa/1.wav", hertz=700).with_suffix(".txt"), "I am the first in the list")
     rows, report = prepared(tmp_path, *flags)
-    assert {name: s["number"] for name, s in report["speakers"].items()} == {"anna": 0, "bo": 1, "aa": 2} and model.encoded == 3
+    assert {name: s["number"] for name, s in report["speakers"].items()} == {"anna": 0, "bo": 1, "aa": 2} and model.encode_calls == 3
     speakers = {}
     assert [r["speaker"] for r in read_manifest(tmp_path / "out/train.jsonl", speakers)] == [2, 0, 1]
     assert speakers == {"aa": 2, "anna": 0, "bo": 1}
@@ -853,7 +919,7 @@ def test_one_command_prepares_for_several_checkpoints(tmp_path, monkeypatch):
     for n in range(3):
         put(tone(tmp_path / f"in/{n}.wav", hertz=300 + 50 * n).with_suffix(".txt"), f"text number {n}")
     rows, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "one", "two")
-    assert [(m.heard, m.encoded) for m in loaded] == [(3, 3), (0, 3)]  # one codec, two tokenizers
+    assert [(m.codec_calls, m.encode_calls) for m in loaded] == [(3, 3), (0, 3)]  # one codec, two tokenizers
     assert [c["checkpoint"] for c in report["checkpoints"]] == ["one", "two"]
     assert all(ClipCache(tmp_path / "out/cache", m).missing(rows) == [] for m in loaded)
 
@@ -863,7 +929,7 @@ def test_emotion_is_carried_and_part_of_the_key(tmp_path, model):
     put(tmp_path / "m.jsonl", "".join(json.dumps({"audio": "a.wav", "text": "x y z", "emotion": e}) + "\n" for e in (
         "sad.wav", [0, 0, 1, 0, 0, 0, 0, 0.5])))
     rows, _ = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--ckpt_dir", "any")
-    assert rows[0]["emotion"] == str(tmp_path / "sad.wav") and rows[1]["emotion"][2] == 1 and model.encoded == 2
+    assert rows[0]["emotion"] == str(tmp_path / "sad.wav") and rows[1]["emotion"][2] == 1 and model.encode_calls == 2
     tone(tmp_path / "sad.wav", 1, 250)
     assert ClipCache(tmp_path / "out/cache", model).missing(rows) == [0]
 
@@ -882,5 +948,5 @@ def test_a_mended_transcript_is_taken_in_by_the_same_command(tmp_path, model):
         prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
     put(tmp_path / "in/2.txt", "mended text")
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
-    assert (model.heard, model.encoded) == (5, 6)
+    assert (model.codec_calls, model.encode_calls) == (5, 6)
     assert "mended text" in {r["text"] for r in rows_of(tmp_path / "out/train.jsonl") + rows_of(tmp_path / "out/val.jsonl")}

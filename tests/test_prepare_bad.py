@@ -4,14 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+
 import numpy as np
 import pytest
 import soundfile
 
 import configs
 import prepare_data
-from models.parts import Invalid
+from models.parts import Invalid, cache as cache_part
 from prepare_data import ClipCache, read_manifest
 from tests.conftest import ROOT
 from tests.test_prepare import Model, model, prepare, put, rows_of, speech, tone  # noqa: F401
@@ -82,7 +83,7 @@ SOUNDS = {  # name: (how the file is made, what is said about it)
     "zero.wav": (lambda p: p.write_bytes(b""), "empty (0 bytes)"),
     "text.wav": (lambda p: p.write_text("this is a text, not sound"), "not a sound file"),
     "short_header.wav": (lambda p: (wave(p, sine()), cut(p, 20 / 32044)), "."),
-    "half.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), cut(p, 0.5)), "damaged"),
+    "half.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), cut(p, 0.5)), "cut off"),
     "flipped.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), changed(p, p.stat().st_size // 2, b"\x55" * 40)), "damaged"),
     "nan.wav": (lambda p: wave(p, broken(np.nan), subtype="FLOAT"), "sample 500 is nan"),
     "inf.wav": (lambda p: wave(p, broken(np.inf), subtype="FLOAT"), "sample 500 is inf"),
@@ -219,8 +220,8 @@ def test_a_rate_is_never_reinterpreted(tmp_path, model):  # noqa: F811
     rows = read_manifest(tmp_path / "m.jsonl")
     cache = ClipCache(tmp_path / "c", Listens())
     cache.add(rows, lambda *_: None)
-    heard = cache.get(rows[0])["wave"].numpy()
-    assert np.argmax(np.abs(np.fft.rfft(heard))) / (len(heard) / 24000) == pytest.approx(440, abs=1)
+    wave = cache.get(rows[0])["wave"].numpy()
+    assert np.argmax(np.abs(np.fft.rfft(wave))) / (len(wave) / 24000) == pytest.approx(440, abs=1)
 
 
 def test_broken_json_lists_and_tables_are_named(tmp_path):
@@ -376,29 +377,53 @@ def test_the_command_line_from_another_folder(tmp_path):
     assert "data/m.jsonl line 5: no file at no.wav (looked in data and in the current folder)" in done.stderr
 
 
+def encode_three_clips_and_wait(flags, pipe):
+    """The fourth clip takes until a signal stops the work; a byte in the pipe says that three are done and none is written."""
+    calls, stopped = [], threading.Event()
+
+    class Waiting(Model):
+        def encode_audio(self, *source):
+            calls.append(source)
+            if len(calls) > 3:
+                stopped.wait(60)
+            return super().encode_audio(*source)
+
+    class Shard(cache_part.Shard):
+        def put(self, *record):
+            super().put(*record)
+            if len(self.records) == 3:
+                os.write(pipe, b".")
+
+    class Pool(cache_part.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(False, cancel_futures=cancel_futures)  # from here on no other clip is begun
+            stopped.set()
+            super().shutdown(wait)
+
+    cache_part.Shard, cache_part.ThreadPoolExecutor = Shard, Pool
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare_data.models.load = lambda path, device: Waiting()
+    configs.run(lambda: prepare_data.main(flags))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that gets the signal is forked")
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_keep_what_is_done(tmp_path, sent, code):
-    put(tmp_path / "m.jsonl", "".join(json.dumps({**r, "audio": str(tmp_path / r["audio"])}) + "\n" for r in clean_set(tmp_path, 10)))
+    rows = [{**row, "audio": str(tmp_path / row["audio"])} for row in clean_set(tmp_path, 10)]
+    put(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    ready, pipe = os.pipe()
     child = os.fork()
     if not child:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        class Slow(Model):
-            def encode_audio(self, *source):
-                time.sleep(0.05)
-                return super().encode_audio(*source)
-
-        prepare_data.models.load = lambda path, device: Slow()
+        ended = 0
         try:
-            configs.run(lambda: prepare_data.main(["--input", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out"), "--ckpt_dir", "any"]))
+            encode_three_clips_and_wait(["--input", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out"), "--ckpt_dir", "any"], pipe)
         except SystemExit as e:
-            os._exit(e.code)
-        os._exit(0)
-    while not list((tmp_path / "out").glob("train.jsonl")):
-        time.sleep(0.01)
-    time.sleep(0.2)
+            ended = e.code
+        os._exit(ended)
+    os.close(pipe)
+    assert os.read(ready, 1) == b"."
+    os.close(ready)
     os.kill(child, sent)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
     cache = ClipCache(tmp_path / "out/cache", Model())
-    heard = [r for r in cache.records.values() if set(r) == {""}]
-    assert 1 <= len(heard) < 10
+    assert [set(record) for record in cache.records.values()] == [{""}] * 3

@@ -1,6 +1,7 @@
 """The README's commands, links and Python run as they stand there; only paths are filled and runs are kept short.
 
-A command that names a checkpoint, a folder of recordings or an adapter finds a tiny one at that path.
+A command that names a checkpoint, a folder of recordings or an adapter finds a tiny one at that path. What else can be
+checked is: settings, sizes, the path for readers, and that a claim of speed names the script that prints it.
 """
 import ast
 import contextlib
@@ -17,23 +18,30 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import bench
 import configs
+import lora
 import models
+import train
 from models.parts import audio
-from tests import tiny_csm
+from tests import coming_from, tiny_csm
 from tests import tiny_voxcpm as tiny
+from tests.coming_from import slug
 from tests.conftest import ROOT
-from tests.tiny import fill
+from tests.peers import turns
 from tests.running import start
+from tests.tiny import fill
 
 ROOT = Path(ROOT)
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+COMING_FROM = ROOT / "configs" / "COMING_FROM.md"
+PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
 pytestmark = pytest.mark.skipif(not TEXT, reason="no README.md yet")
 
-FEW = {"train": {"num_iters": 2, "val_samples": 0}, "infer": {"max_len": 8}}
+FEW = {"train": {"num_iters": 2, "epochs": 0, "val_samples": 0}, "infer": {"max_len": 8}}
 # Programs that a README may name and that are not run here: installation, places, watching.
-OTHERS = {"git", "cd", "pip", "tensorboard", "hf", "source", ".", "apt-get", "export", "pytest", "nvidia-smi"}
+OTHERS = {"git", "cd", "pip", "tensorboard", "hf", "source", ".", "apt-get", "export", "pytest", "nvidia-smi", "aplay"}
 
 
 def blocks(language, text=TEXT):
@@ -42,17 +50,20 @@ def blocks(language, text=TEXT):
 
 
 def commands(block):
-    """[words] of each command of a bash block: comments, continued lines, && and ; resolved, variables in front taken off."""
+    """[words] of each command of a bash block: comments, continued lines, && and ; resolved, variables in front taken off,
+    and what srun starts instead of srun."""
     out = []
     for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words = [[]]
         for word in lexer:
-            words.append([]) if word in ("&&", ";", "||", "&") else words[-1].append(word)
+            words.append([]) if word in ("&&", ";", "||", "&", "|") else words[-1].append(word)
         for command in words:
             while command and re.match(r"\w+=", command[0]):
                 command = command[1:]
+            if command and command[0] == "srun":
+                command = command[command.index("torchrun") :]
             if command:
                 out.append(command)
     return out
@@ -249,24 +260,35 @@ def python(code, names):
         exec(compile(code, "README.md", "exec"), names)
 
 
-def slug(heading):
-    """What a heading is called behind # in a link."""
-    return re.sub(r"[^\w\- ]", "", re.sub(r"`|\*|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()).replace(" ", "-")
+def anchors_of(text):
+    """What a link into a page may name behind #."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return {slug(h) for h in re.findall(r"^#+ (.*)$", prose, re.M)} | set(re.findall(r"(?:id|name)=\"([^\"]+)\"", prose))
 
 
-def test_every_relative_link_leads_somewhere():
-    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
-    links = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r"(?:href|src)=\"([^\"]+)\"", prose) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, re.M)
-    anchors = {slug(h) for h in re.findall(r"^#+ (.*)$", prose, re.M)} | set(re.findall(r"(?:id|name)=\"([^\"]+)\"", prose))
+@pytest.mark.parametrize("page", [README, COMING_FROM], ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r"(?:href|src)=\"([^\"]+)\"", prose)
+    links += re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, re.M)
     for link in links:
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
-        assert (ROOT / path).exists(), f"{link}: there is no {path}"
-        if anchor and not path:
-            assert anchor in anchors, f"{link}: no such heading"
-        elif m := re.fullmatch(r"L(\d+)(?:-L\d+)?", anchor):
-            assert int(m[1]) <= len((ROOT / path).read_text(encoding="utf-8").splitlines()), link
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link}: there is no {path}"
+        if m := re.fullmatch(r"L(\d+)(?:-L\d+)?", anchor):
+            assert int(m[1]) <= len(target.read_text(encoding="utf-8").splitlines()), link
+        elif anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), f"{link}: no such heading"
+
+
+def test_every_script_that_is_named_is_there():
+    paths = set(re.findall(r"(?<![\w<>/.-])[\w/]+\.py\b", TEXT))
+    paths |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"\btests\.[\w.]*\w", PROSE) if not name.endswith(".py")}
+    assert {"train.py", "tests/peers/csm.py", "tests/peers/voxcpm.py"} <= paths
+    missing = [path for path in sorted(paths) if not (ROOT / path).exists() and not (ROOT / path).with_suffix("").is_dir()]
+    assert not missing, missing
 
 
 def test_the_settings_named_in_configs_are_where_the_readme_says(workplace):
@@ -275,3 +297,227 @@ def test_the_settings_named_in_configs_are_where_the_readme_says(workplace):
         family = re.sub(r"_(lora|full)$", "", path.stem)
         assert path.name in TEXT or family in TEXT, f"{path.name} is not mentioned"
         assert yaml.safe_load(path.read_text(encoding="utf-8")), path
+
+
+def tables(heading, text=TEXT):
+    """[cells of a row] of the first table behind a heading, without its head."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n.*?^\|[^\n]*\n\|[-| ]+\n(.*?)^(?!\|)", text, re.M | re.S)
+    assert found, f"no table behind {heading!r}"
+    return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in found[1].splitlines()]
+
+
+def test_settings_lie_where_the_commands_put_things():
+    """hf download, prepare_data.py and the YAML files speak of the same folders, and each checkpoint's hub id is in the table."""
+    hub = {cell.split(",")[0] for _, cell, *_ in tables("Choose a checkpoint")}
+    local = {name.rpartition("/")[2] for name in hub}
+    assert "hf download openbmb/VoxCPM1.5 --local-dir checkpoints/VoxCPM1.5" in TEXT
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        folder, _, name = settings["pretrained_path"].rpartition("/")
+        assert folder == "checkpoints" and name in local, f"{path.name}: {settings['pretrained_path']}"
+        assert any(f"its hub id is {name}" in path.read_text(encoding="utf-8") for name in hub), path.name
+        assert (settings["train_manifest"], settings["val_manifest"]) == ("data/train.jsonl", "data/val.jsonl"), path.name
+        assert settings["save_path"] == f"runs/{path.stem}", path.name
+
+
+def test_a_checkpoint_that_is_not_there_is_no_reason_to_invent_a_hub_id(tmp_path, monkeypatch):
+    """The folder of a YAML file looks like org/name; what is advised is the README, which has the true ids."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "mine").mkdir()
+    for path in ("checkpoints/VoxCPM1.5", "checkpoints/csm-1b", "mine/voice"):
+        with pytest.raises(models.Invalid) as error:
+            models.folder_of(path)
+        assert "hf download" not in str(error.value), error.value
+        assert "README.md has the hub id of each" in str(error.value) and path in str(error.value)
+    with pytest.raises(models.Invalid, match="hf download openbmb/VoxCPM2 --local-dir checkpoints/VoxCPM2"):
+        models.folder_of("openbmb/VoxCPM2")
+    assert "| hub id |" in TEXT
+
+
+def test_the_table_of_settings_names_settings_and_has_the_numbers_of_the_yaml_files():
+    index = configs.names(train.Train, "train")
+    options = {f"backbone.{f.name}" for b in models.backbones().values() for f in dataclasses.fields(b.Training)}
+    rows = {cells[0]: cells[1:] for cells in tables("Settings")}
+    for first in rows:
+        for name in re.findall(r"`([^`]+)`", first):
+            assert name in index or name in options, f"{name} is no setting"
+    few, hours, full, _ = rows["`learning_rate`"]
+    assert few == hours
+    for path in (ROOT / "configs").glob("*.yaml"):
+        rate = yaml.safe_load(path.read_text(encoding="utf-8"))["learning_rate"]
+        said = full if path.stem.endswith("_full") else hours
+        assert rate in [float(number) for number in re.findall(r"\d+e-\d", said)], f"{path.name}: {rate}, the table has {said}"
+
+
+# ------------------------------------------------------------------------------------------------ the path for readers
+
+
+def defined(path):
+    """Functions and classes of a file, methods as Class.method."""
+    out = set()
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            out.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            out |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return out
+
+
+@pytest.mark.parametrize("row", tables("How it works: a reading path"), ids=lambda row: row[3].strip("`").partition(" -k ")[2])
+def test_what_the_reading_path_names_is_there(row):
+    """Files with their functions, the line to break, and the test that notices (which is what tests/mutants prove)."""
+    read, _, broken, command = row
+    files = re.findall(r"\[([\w/.]+)\]\([^)]*\)(?:: ([^\[]*))?", read)
+    for path, names in files:
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in defined(path), f"{path} has no {name}"
+    old, new = re.fullmatch(r"`([^`]+)` to `([^`]+)`", broken).groups()
+    texts = [(ROOT / path).read_text(encoding="utf-8") for path, _ in files]
+    assert sum(text.count(old) for text in texts) == 1 and old != new, f"{old} is not there once"
+    file, _, word = command.strip("`").partition(" -k ")
+    found = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
+    assert any(word in name for name in found), f"{file} has no test with {word!r} in its name"
+
+
+# ------------------------------------------------------------------------------------------------ other tools
+
+
+def test_each_tool_has_its_line():
+    assert coming_from.readme() in TEXT, "paste the output of: python -m tests.coming_from readme"
+
+
+def test_the_python_for_people_from_other_tools_runs(workplace):
+    snippets = blocks("python", COMING_FROM.read_text(encoding="utf-8"))
+    assert snippets
+    names = {}
+    for code in snippets:
+        python(code, names)
+        for path in re.findall(r'audio\.write\("([^"]+)"', code):
+            assert Path(path).stat().st_size > 1000
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+ROWS = 4  # clips in the batch of the table
+SECONDS = 10
+TOKENS = 3 * SECONDS
+MASTER = 18  # bytes per weight of full tuning: bf16, and float32 master, gradient and two moments
+ADAPTER = 16  # bytes per parameter of an adapter: float32 value, gradient and two moments
+
+
+def voxcpm_clip(config, version):
+    patches = round(SECONDS * {"1.5": 6.25, "0.5": 12.5, "2": 6.25}[version])
+    return {"text": torch.ones(TOKENS, dtype=torch.long), "latents": torch.zeros(patches, config.patch_size, config.feat_dim)}
+
+
+def csm_clip(config, version):
+    length, K = TOKENS + round(12.5 * SECONDS) + 1, config.num_codebooks
+    mask = torch.zeros(length, K + 1, dtype=torch.bool)
+    mask[:TOKENS, K] = mask[TOKENS:, :K] = True
+    return {"rows": torch.zeros(length, K + 1, dtype=torch.long), "mask": mask, "train": torch.arange(length) >= TOKENS}
+
+
+CLIPS = {"voxcpm": voxcpm_clip, "csm": csm_clip}  # what a clip of ten seconds is to each backbone
+PUBLISHED = {"VoxCPM1.5": ("voxcpm", "1.5"), "VoxCPM-0.5B": ("voxcpm", "0.5"), "VoxCPM2": ("voxcpm", "2"), "CSM-1B": ("csm", "")}
+
+
+def kept(model, clips):
+    """Bytes that a forward pass keeps for backward, weights aside."""
+    model.train()
+    batch, _ = model.collate(clips, list(range(len(clips))))
+    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch)
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("row", tables("Choose a checkpoint"), ids=lambda row: row[0].partition(",")[0])
+def test_what_training_takes_is_what_the_shapes_give(row):
+    """On the meta device, at the published shapes: weights in bf16, the optimizer's state, what backward keeps."""
+    name, version = PUBLISHED[row[0].partition(",")[0]]
+    backbone = models.backbones()[name]
+    with torch.device("meta"):  # the codec, too, which is not trained
+        model = backbone.blank("real", version, torch.device("meta"), torch.bfloat16)
+    clips = [CLIPS[name](model.config, version)] * ROWS
+    weights = sum(p.numel() for p in model.parameters())
+    lora.apply_lora_to_model(model, {"r": 8, "alpha": 16.0})
+    base = 2 * weights + ADAPTER * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plain = base + kept(model, clips)
+    model.set_recompute(True)
+    least = kept(model, clips)
+    saving, full = base + least, MASTER * weights + least
+    assert f"{plain / 1e9:.1f}, {saving / 1e9:.1f}, {full / 1e9:.1f} GB" == row[5]
+
+
+# ------------------------------------------------------------------------------------------------ speed
+
+
+CLAIM = re.compile(r"\d ms\b|times as (?:fast|long)|\bfaster\b|\bslower\b|\bfastest\b|real-time factor", re.I)
+PROOF = re.compile(r"tests[/.]peers[/.]\w+|bench\.py|tests/test_floor\.py")
+
+
+def unnamed(text):
+    """Paragraphs, list items and rows of tables that claim a speed and name no script that measures it."""
+    parts = re.split(r"\n\s*\n|\n(?=\||- |\d+\. )", text)
+    return [part for part in parts if CLAIM.search(part) and not PROOF.search(part)]
+
+
+def test_every_claim_of_speed_names_a_script():
+    assert unnamed("fine\n\nA step is 3 times as fast.") and unnamed("| a step | 12 ms |") and not unnamed("12 ms by bench.py")
+    assert not unnamed(PROSE)
+
+
+def peers_named():
+    """The command lines of tests/peers in the README and in the scripts themselves."""
+    texts = [TEXT, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests" / "peers").glob("*.py")))]
+    for text in texts:
+        for name, words in re.findall(r"tests\.peers\.(\w+)((?: +--?[\w.]+(?: [\w.,-]+)?)+)", text):
+            yield name, shlex.split(words)
+
+
+def test_the_commands_that_measure_speed_are_understood():
+    named = list(peers_named())
+    assert {name for name, _ in named} >= {"csm", "voxcpm"}
+    for name, words in named:
+        cfg = configs.parse(turns.Turns, words, "bench")
+        cfg.backbone = name
+        bench.check(cfg)
+
+
+def test_flags_of_a_peer_are_those_of_the_bench():
+    cfg = configs.parse(turns.Turns, shlex.split("--lengths 2,3.5 --threads 2 --options.amortize 1 --rounds 1 --backbone csm"), "bench")
+    here = configs.parse(bench.Bench, turns.flags(cfg), "bench")
+    assert dataclasses.asdict(here) == {f.name: getattr(cfg, f.name) for f in dataclasses.fields(bench.Bench)}
+    assert turns.ratio([{"step_ms_median": n, "step_cpu_ms_median": n, "peak_mem_mib": 1} for n in (9.0, 6.0, 7.0)],
+                       [{"step_ms_median": 2.0, "step_cpu_ms_median": 1.0, "peak_mem_mib": 1}])["ratio"] == 3.5
+
+
+@pytest.mark.parametrize("flags", ["", "--as_used", "--options.amortize 1", "--task generate"])
+def test_the_csm_peer_takes_a_step(flags):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tests.peers import csm
+
+    cfg = configs.parse(turns.Turns, shlex.split(f"--batch 2 --seconds 0.4 --backbone csm {flags}"), "bench")
+    loss = csm.build(cfg, torch.device("cpu"), torch.float32)()
+    # two cross-entropies over 2051 codes that nothing has been learned of
+    assert loss is None if cfg.task == "generate" else abs(loss.item() - 2 * 7.63) < 0.6
+
+
+def test_the_voxcpm_peer_takes_a_step():
+    pytest.importorskip("voxcpm", reason="its own environment, see tests/peers/voxcpm.py")
+    from tests.peers import voxcpm
+
+    cfg = configs.parse(turns.Turns, shlex.split("--batch 2 --seconds 0.4 --backbone voxcpm"), "bench")
+    assert torch.isfinite(voxcpm.build(cfg, torch.device("cpu"), torch.float32)())

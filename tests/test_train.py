@@ -2,6 +2,7 @@
 
 SAVE_KILLS=50 raises the number of runs killed while saving (10), OVERFIT_STEPS=500 the length of the run on two clips (50).
 """
+import contextlib
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ import lora
 import models
 import train
 from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import run as bookkeeping
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
 from tests.running import ranks, start
@@ -430,9 +432,9 @@ def test_the_start_says_what_will_happen_and_the_end_what_did(home):
 def test_hours_come_from_the_headers_where_rows_do_not_tell(home):
     rows = train.read_manifest(home / "train.jsonl")
     wave, rate = audio.read(home / "03.wav", None)
-    assert train.seconds_of(rows[3]) == pytest.approx(len(wave) / rate) and train.seconds_of({**rows[3], "duration": 5.0}) == 5.0
-    assert train.seconds_of({**rows[3], "start": 0.1, "end": 0.3}) == pytest.approx(0.2)
-    assert train.seconds_of({"turns": [rows[3], rows[3]]}) == pytest.approx(2 * len(wave) / rate)
+    assert bookkeeping.seconds_of(rows[3]) == pytest.approx(len(wave) / rate) and bookkeeping.seconds_of({**rows[3], "duration": 5.0}) == 5.0
+    assert bookkeeping.seconds_of({**rows[3], "start": 0.1, "end": 0.3}) == pytest.approx(0.2)
+    assert bookkeeping.seconds_of({"turns": [rows[3], rows[3]]}) == pytest.approx(2 * len(wave) / rate)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -528,7 +530,6 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(home, halfway, monkeypatc
     shutil.copytree(step(run, 11), step(run, 10))
     names = sorted(p.name for p in (home / "intact").iterdir())
     assert {"optimizer.pth", "scheduler.pth", checkpoint.INDEX} < set(names)
-    cfg = flags_of(f"{kind}.yaml", "--save_path", run.name, *LONG)
     for name in names:
         for harm in ("cut", "flipped", "gone"):
             for other in home.glob(f"{run.name}/step_*"):
@@ -537,7 +538,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(home, halfway, monkeypatc
             shutil.copytree("intact", step(run, 11))
             damage(step(run, 11) / name, harm)
             heard = Heard()
-            assert train.run_folder(cfg, 0, heard).name == "step_0000010", (name, harm)
+            assert bookkeeping.find(run.name, "", heard.say).folder.name == "step_0000010", (name, harm)
             assert name in heard.lines[0] and "damaged" in heard.lines[0]
     shutil.rmtree("intact")
 
@@ -620,9 +621,9 @@ def test_overwrite_moves_nothing_for_a_run_that_cannot_start(home):
 
 
 def test_two_runs_do_not_share_a_folder(home):
-    train.hold(home / "held")
+    assert bookkeeping.lock(home / "held") is None
     assert "another train.py is writing into held" in go(home, "held", "--num_iters", 1, code=2)
-    train.HELD.pop().close()
+    bookkeeping.LOCKS.pop().close()
     go(home, "held", "--num_iters", 1)
 
 
@@ -642,12 +643,12 @@ def deaf():
 
         flush = write
 
-    train.sys = types.SimpleNamespace(**{**vars(sys), "stderr": Closed()})
+    bookkeeping.sys = types.SimpleNamespace(**{**vars(sys), "stderr": Closed()})
 
     def broken(*_):
         raise OSError("no space")
 
-    train.speak = broken
+    bookkeeping.speak = broken
 
 
 def test_neither_a_closed_pipe_nor_a_sample_ends_a_run(home):
@@ -784,25 +785,28 @@ def test_sigterm_and_sigint_finish_the_step_save_and_resume_exactly(home, straig
 
 
 def slow(name):
-    """The named function of train.py takes a minute."""
+    """The named function of train.py never ends, and says of each signal that it has come."""
     def wait(*args):
+        came, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)  # so that a signal which comes before the next line is not missed either
         print("waiting", flush=True)
-        for _ in range(600):
-            time.sleep(0.1)
+        while os.read(came, 1):
+            print("a signal came", flush=True)
 
     setattr(train, name, wait)
 
 
 def test_a_second_sigint_leaves_at_once_and_before_the_first_step_so_does_the_first(home):
-    for name, signals, code in (("reduce_gradients", [signal.SIGINT, signal.SIGINT], 130), ("pick_rows", [signal.SIGINT], 130),
-                                ("pick_rows", [signal.SIGTERM], 143)):
+    for name, signals, code in (("reduce_gradients", [signal.SIGINT, signal.SIGINT], 130), ("load_clips", [signal.SIGINT], 130),
+                                ("load_clips", [signal.SIGTERM], 143)):
         process = start("train", ["lora.yaml", "--save_path", f"slow {name}", "--num_iters", 3, "--overwrite"], home, hook=functools.partial(slow, name))
         assert process.until(lambda r: "waiting" in r.said), process.said
         for number in signals:
             assert process.process.exitcode is None
             os.kill(process.pid, number)
-            time.sleep(0.3)
-        assert process.wait(5) == code and "Traceback" not in process.said
+            process.until(lambda r: "a signal came" in r.said)  # or it has ended
+        assert process.wait() == code and "Traceback" not in process.said
         assert not steps_in(home / f"slow {name}")
 
 
@@ -818,8 +822,17 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(home):
 def children(pid):
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += map(int, task.read_text().split())
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            found += map(int, task.read_text().split())
     return found
+
+
+def wait_for(condition, alive=None):
+    """Wait for a condition, for 90 s at most and no longer than a process lives."""
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end and (alive is None or alive.poll() is None)
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
@@ -836,15 +849,12 @@ def test_under_torchrun_a_killed_rank_restarts_the_group_or_ends_the_job(home):
     try:
         for lines in (3, None):
             ready = lines_in(run, lines) if lines else lambda _: numbers(run)[-1]["step"] > reached
-            end = time.monotonic() + 90
-            while not (steps_in(run) and ready(None)):
-                assert job.poll() is None and time.monotonic() < end, (home / "torchrun.txt").read_text()
-                time.sleep(0.01)
-            victim = children(job.pid)[-1]
-            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda: steps_in(run) and ready(None), job)
+            group = children(job.pid)
+            os.kill(group[-1], signal.SIGKILL)
             begun = time.monotonic()
-            time.sleep(0.5)
-            reached = max(numbers(run)[-1]["step"], steps_in(run)[0]) + 4
+            wait_for(lambda: not set(group) & set(children(job.pid)))  # the others are ended, too
+            reached = max(numbers(run)[-1]["step"], steps_in(run)[0])
         job.wait(60)
         assert time.monotonic() - begun < 60 and job.returncode not in (0, None)
     finally:
@@ -936,15 +946,74 @@ def test_out_of_memory_names_the_batch_and_what_to_change(home):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def no_weights():
+    def refuse(*args, **kwargs):
+        raise AssertionError("a checkpoint was loaded")
+
+    models.load = refuse
+
+
 def test_a_run_folder_of_another_run_is_refused_with_the_keys_that_differ(home, halfway):
+    """Each key in a line of its own, before any weight is read."""
     run = halfway("lora", "another")
-    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--batch_size", 3, code=2)
+    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--batch_size", 3, "--lambdas.loss/stop", 2, code=2, hook=no_weights)
     assert "made with other settings" in said and "--overwrite" in said
-    for words in ("seed: 42 there, 7 here", "batch_size: 2 there, 3 here", "lora: {", "'r': 4", "'r': 2"):
-        assert words in said, words
-    said = go(home, run.name, *LONG, "--pretrained_path", "nobase", config="full", code=2)  # told before the base is looked at
-    assert "None here" in said
+    differ = ["batch_size: 2 there, 3 here", "lambdas.loss/stop: 1.0 there, 2.0 here", "lora.r: 4 there, 2 here", "seed: 42 there, 7 here"]
+    assert [line.strip() for line in said.splitlines()[1:-1]] == differ
+    said = go(home, run.name, *LONG, config="full", code=2, hook=no_weights)
+    assert [line.strip() for line in said.splitlines()[1:-1]] == ["lora: 'given' there, None here"]
     assert "going on from" in go(home, run.name, *LONG, "--num_iters", 12, "--log_interval", 1, "--save_interval", 7, "--num_workers", 0)
+
+
+def with_settings(folder, change):
+    """Write the index of a step folder anew, after change(its settings)."""
+    index = checkpoint.read_json(folder / checkpoint.INDEX)
+    names = list(index["files"])
+    change(index["settings"])
+    kept = folder.with_name("kept")
+    folder.rename(kept)
+
+    def write(to):
+        for name in names:
+            shutil.copy(kept / name, to / name)
+
+    checkpoint.write_step(folder.parent, int(folder.name[5:]), write, {k: v for k, v in index.items() if k not in ("files", "checksum")})
+    shutil.rmtree(kept)
+
+
+NEWER = {"LoRAConfig": ("lora", "rslora", "false", "true"), "Training": ("backbone", "training_cfg_rate", "0.1", "0.2"),
+         "LAMBDAS": ("lambdas", "loss/stop", "1.0", "0.5")}  # section, a name in it, its default, another value
+
+
+@pytest.mark.parametrize("where", NEWER)
+def test_a_run_that_is_older_than_a_setting_had_its_default(home, halfway, where):
+    """One more field in LoRAConfig, in a backbone's Training or in LAMBDAS makes no earlier run another one."""
+    section, name, usual, other = NEWER[where]
+    run = halfway("lora", f"older than {where}")
+    with_settings(step(run, 11), lambda settings: settings[section].pop(name, None))
+    flag = f"--{section}.{name}"
+    said = go(home, run.name, *LONG, flag, other, "--num_iters", 12, code=2)
+    shown = {"false": "False", "true": "True"}
+    assert f"\n  {section}.{name}: {shown.get(usual, usual)} there, {shown.get(other, other)} here\n" in said
+    go(home, run.name, *LONG, "--num_iters", 12)
+    assert "going on from" in go(home, run.name, *LONG, flag, usual, "--num_iters", 13)
+
+
+def test_a_run_whose_settings_were_recorded_as_they_were_written_goes_on(home, halfway, straight):
+    """Earlier indexes hold of `backbone` and `lambdas` only what the user had given, one value perhaps for a list of one."""
+    run = halfway("lora", "as written")
+    with_settings(step(run, 11), lambda settings: settings.update(backbone={}, lambdas={}))
+    go(home, run.name, *LONG)
+    assert not differing(step(run, 20), step(straight("lora"), 20)) and numbers(run) == numbers(straight("lora"))
+    assert bookkeeping.differences({"b": {"s": "anna"}}, {"b": {"s": ["anna"]}}, {}) == []
+    assert bookkeeping.differences({"b": {"s": "anna"}}, {"b": {"s": ["ben"]}}, {}) == ["b.s: 'anna' there, ['ben'] here"]
+    assert bookkeeping.differences({}, {"b": {"s": 2}}, {"b": {"s": 1}}) == ["b.s: 1 there, 2 here"]  # a whole section is newer
+
+
+def test_a_default_that_a_later_version_changes_is_a_difference(halfway):
+    """What acted is recorded, not only what was written."""
+    settings = checkpoint.read_json(step(halfway("lora", "recorded"), 11) / checkpoint.INDEX)["settings"]
+    assert settings["lambdas"] == {"loss/diff": 1.0, "loss/stop": 1.0} and settings["backbone"]["training_cfg_rate"] == 0.1
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -1,6 +1,4 @@
-"""What backbones share. A part takes numbers and tensors, never a backbone's config, and knows no backbone."""
-
-
+"""What backbones share. A part takes numbers and tensors, never a backbone's config; it knows no backbone."""
 from dataclasses import field, fields
 
 
@@ -15,20 +13,26 @@ class Invalid(ValueError):
 def opt(default, help="", **meta):
     """A dataclass field with the one sentence that --help shows; the other marks are for configs.parse.
 
-    config=True is the settings file, positional=True a flag that needs no name, repeat=True a list flag that may come
-    several times, choices=(...) the only values allowed.
+    config=True is the settings file, positional=True a flag that needs no name, repeat=True a list flag that
+    may come several times, choices=(...) the only values allowed.
     """
-    meta, compare = {"help": help, **meta}, not meta.get("config")
+    meta = {"help": help, **meta}
+    compare = not meta.get("config")  # two runs with equal settings are equal, whatever their file was called
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta, compare=compare)
 
 
 def check(options, **least):
-    """Invalid, with everything that is wrong, where a field has less than its `least` or none of its choices; None is no value."""
-    wrong = [f"{k} is {getattr(options, k)}, expected at least {n}" for k, n in least.items()
-             if getattr(options, k) is not None and not getattr(options, k) >= n]
-    wrong += [f"{f.name} is {getattr(options, f.name)!r}, expected one of {', '.join(map(repr, f.metadata['choices']))}" for f in fields(options)
-              if f.metadata.get("choices") and getattr(options, f.name) not in f.metadata["choices"]]
+    """Invalid with all that is wrong: fields below their `least` (None is no value), no known choice."""
+    wrong = []
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= minimum:  # NaN, too
+            wrong.append(f"{name} is {value}, expected at least {minimum}")
+    for f in fields(options):
+        value, choices = getattr(options, f.name), f.metadata.get("choices")
+        if choices and value not in choices:
+            wrong.append(f"{f.name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
     if wrong:
         raise Invalid("; ".join(wrong))

@@ -4,8 +4,9 @@
     cache.add(rows)                         # encodes what is missing; a kill loses seconds
     example = cache.get(rows[0])            # {name: CPU tensor}, as windows into the files
 
-Rows are those of models.parts.manifests. The model offers encode, encode_audio, encode_key, codec_key and sample_rate;
-and encode_audio_batch, several waves in and as many codec outputs out, where its codec can take more than one at a time.
+Rows are those of models.parts.manifests. The model offers encode, encode_audio, encode_key, codec_key and
+sample_rate; and encode_audio_batch, several waves in and as many codec outputs out, where its codec can take
+more than one at a time.
 """
 import copy
 import hashlib
@@ -14,6 +15,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -21,14 +23,25 @@ import torch
 
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
-from models.parts.manifests import CUT, holders, listing
+from models.parts.manifests import CUT, Fault, Place, for_encode, holders, listing, voices
 
-# What encode may look at. Anything else in a row (id, duration, ...) can change without encoding it again.
-READ = ("audio", "text", "speaker", "speaker_id", "ref_audio", "ref_text", "emotion", "turns", "messages", *CUT)
-SHARD_BYTES, SHARD_SECONDS, SHARD_RECORDS = 64 << 20, 20, 4096  # what a kill can lose, at most
-# Audio in one pass of the codec, padding included. On a CPU several clips at once take longer than one after the other,
-# since their layers do not fit into its caches; there, each thread takes a clip of its own.
+# A shard is written when it has one of these: little is lost by a kill, and the files stay few.
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 20  # since the last one
+SHARD_RECORDS = 4096
+# Audio in one pass of the codec, padding included. On a CPU several clips at once take longer than one after
+# the other, since their layers do not fit into its caches; there, each thread takes a clip of its own.
 BATCH_SECONDS = {"cpu": 0, "cuda": 120}
+# Audio in the passes of all threads: a second takes some 6 MB in each layer (24 kHz, 64 channels).
+MEMORY_SECONDS = 240
+STALE_SECONDS = 600  # no write takes that long: what is older was left by a process that was killed
+SAY_SECONDS = 5  # between two lines of progress
+MOST_GAIN = 1e3  # dB: makes any wave infinite, which is refused, and is no power that Python cannot compute
+HASH_DIGITS = 32  # of 64: 128 bits never meet by accident
+SHARD_DIGITS = 12  # of those, in the name of a shard: enough to show damage
+
+
+# ------------------------------------------------------------------------------------------- files and hashes
 
 
 def write_file(path, data):
@@ -42,8 +55,8 @@ def write_file(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise Invalid(f"{path} cannot be written: {e.strerror}. Free space or choose another folder; what was written "
-                      "before is whole.") from None
+        raise Invalid(f"{path} cannot be written: {e.strerror}. Free space or choose another folder; "
+                      "what was written before is whole.") from None
 
 
 def stamp(path):
@@ -53,72 +66,160 @@ def stamp(path):
 
 
 def read_memo(path):
+    """A JSON object, or an empty one where there is none: a memo only saves time."""
     try:
-        known = json.loads(Path(path).read_bytes())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):  # a memo only saves time
+        memo = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
         return {}
-
-
-def clock(s):
-    return f"{int(s) // 3600}:{int(s) // 60 % 60:02d}:{int(s) % 60:02d}"
+    return memo if isinstance(memo, dict) else {}
 
 
 def sha(*parts):
-    h = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        h.update(part if isinstance(part, memoryview) else str(part).encode("utf-8", "surrogatepass"))
-    return h.hexdigest()[:32]
+        data = part if isinstance(part, memoryview) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(data)
+    return digest.hexdigest()[:HASH_DIGITS]
 
 
 def hash_of(flat):
-    return sha(flat.dtype, memoryview(flat.contiguous().view(torch.uint8).numpy())) if flat.numel() else sha(flat.dtype)
+    """The name that a flat tensor is stored under."""
+    if not flat.numel():
+        return sha(flat.dtype)
+    return sha(flat.dtype, memoryview(flat.contiguous().view(torch.uint8).numpy()))
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Progress:
+    """When a line is due: every few seconds, and at the end."""
+
+    def __init__(self, count):
+        self.count, self.done = count, 0
+        self.seconds = 0.0  # of audio
+        self.begin = self.last = time.time()
+
+    def due(self, seconds):
+        """One more is done, that holds so many seconds of audio. -> whether a line is due"""
+        self.done += 1
+        self.seconds += seconds
+        now = time.time()
+        if self.done < self.count and now - self.last <= SAY_SECONDS:
+            return False
+        self.last = now
+        return True
+
+    @property
+    def elapsed(self):
+        return max(self.last - self.begin, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+class Sound(NamedTuple):
+    """What the codec is given: a file, or its part from start to end, made louder by gain_db."""
+
+    path: str
+    start: float | None
+    end: float | None
+    gain_db: float | None
+
+
+class Plan(NamedTuple):
+    """How the example of a row is made."""
+
+    key: str  # of the example
+    sounds: dict[str, Sound]  # by the key of what the codec makes of them
+    row: dict  # what encode reads, with those keys in place of the paths
+
+
+class Shard:
+    """Records and tensors on their way into one file."""
+
+    def __init__(self):
+        self.records, self.tensors = {}, {}
+        self.bytes, self.begin = 0, time.time()
+
+    def put(self, key, output, stored):
+        """Take one record, and those of its tensors whose hashes are neither in `stored` nor here."""
+        record = {}
+        for name, tensor in output.items():
+            flat = tensor.detach().to("cpu").reshape(-1)
+            digest = hash_of(flat)
+            record[name] = [digest, list(tensor.shape)]
+            if digest not in stored and digest not in self.tensors:
+                self.tensors[digest] = flat.clone()
+                self.bytes += flat.nbytes
+        self.records[key] = record  # whole, since a signal may send what is here to the disk at any line
+
+    @property
+    def full(self):
+        late = time.time() - self.begin > SHARD_SECONDS
+        return late or len(self.records) >= SHARD_RECORDS or self.bytes > SHARD_BYTES
 
 
 class ClipCache:
-    """What `encode` made of each row, in safetensors shards in one folder, for any number of checkpoints and manifests.
+    """What `encode` made of each row, in safetensors shards in one folder, for any checkpoints and manifests.
 
-    A tensor is stored flat under the hash of its bytes, so that equal tensors are stored once and damage shows. The
-    header of a shard holds the records: key -> {name: [tensor, shape]}. There are two kinds of key. The codec's output
-    hangs on the bytes of the sound file, the cut, the gain and model.codec_key; an example on every other key that
-    encode reads, and on model.encode_key: a corrected transcript does not run the codec again.
+    A tensor is stored flat under the hash of its bytes, so that equal tensors are stored once and damage
+    shows. The header of a shard holds the records: key -> {name: [tensor, shape]}. There are two kinds of
+    key. The codec's output hangs on the bytes of the sound file, the cut, the gain and model.codec_key; an
+    example on every other key that encode reads, and on model.encode_key: a corrected transcript does not run
+    the codec again.
     """
 
     def __init__(self, folder, model):
         self.folder, self.model = Path(folder), model
-        self.records, self.where, self.handles, self.sound, self.bad, self.failed = {}, {}, {}, set(), [], {}
-        self.memo = read_memo(self.folder / "files.json")  # path -> [size, time, hash]: saves reading them again
-        whole = read_memo(self.folder / "shards.json")  # shard -> [size, time] at which all of its hashes were right
+        self.records, self.shard_of = {}, {}  # key -> record, tensor -> file
+        self.handles, self.whole_tensors = {}, set()  # open shards, and tensors whose hashes were right
+        self.bad, self.failed = [], {}  # damaged shards; names of rows that the model refuses, and why
+        # path -> [size, time, hash]: saves reading the files again
+        self.memo = read_memo(self.folder / "files.json")
+        # shard -> [size, time] at which all of its hashes were right
+        whole = read_memo(self.folder / "shards.json")
         for shard in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._open(shard, whole.get(shard.name))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
                 self.bad.append(shard)
-        self.records = {k: r for k, r in self.records.items() if r and all(t in self.where for t, _ in r.values())}
+        self.records = {key: record for key, record in self.records.items() if self._is_whole(record)}
+
+    def _is_whole(self, record):
+        """A shard that is lost or damaged takes tensors with it that records of other shards name."""
+        return bool(record) and all(tensor in self.shard_of for tensor, _ in record.values())
 
     def _open(self, shard, whole):
-        found = stamp(shard)
+        now = stamp(shard)
         with open(shard, "rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
         records = header.pop("__metadata__")["records"]
-        if sha(records)[:12] != shard.stem.rpartition("-")[2]:
+        if sha(records)[:SHARD_DIGITS] != shard.stem.rpartition("-")[2]:
             raise ValueError("damaged")
         records = json.loads(records)
-        if whole != found:  # copied, restored or touched since it was written
-            if any(hash_of(t) != name for name, t in safetensors.torch.load_file(shard).items()):
+        if whole != now:  # copied, restored or touched since it was written
+            tensors = safetensors.torch.load_file(shard)
+            if any(hash_of(tensor) != name for name, tensor in tensors.items()):
                 raise ValueError("damaged")
             self._remember(shard)
-        self.where.update(dict.fromkeys(header, shard))
+        self.shard_of.update(dict.fromkeys(header, shard))
         self.records.update(records)
 
     def _remember(self, shard):
-        self._note("shards.json", read_memo(self.folder / "shards.json") | {shard.name: stamp(shard)})
+        whole = read_memo(self.folder / "shards.json")
+        self._note("shards.json", whole | {shard.name: stamp(shard)})
 
     def _note(self, name, memo):
         try:
             write_file(self.folder / name, json.dumps(memo).encode("utf-8", "surrogatepass"))
         except Invalid:  # a cache that may only be read is still a cache
             pass
+
+    # ---- keys
 
     def _hash(self, path):
         try:
@@ -129,191 +230,257 @@ class ClipCache:
             raise Invalid(f"{path} cannot be read: {e.strerror}") from None
         return self.memo[path][2]
 
+    def _sound_key(self, sound):
+        cut = json.dumps([sound.start, sound.end, sound.gain_db])
+        return sha("codec", self._hash(sound.path), cut, self.model.codec_key)
+
     def _plan(self, row):
-        """-> (key of the example, {key of codec output: (path, start, end, gain)}, the row with those keys as its audio)"""
-        told, wanted = copy.deepcopy({k: row[k] for k in READ if k in row}), {}
-        for t in (told, *told.get("turns", ())):
-            if "speaker_id" in t:  # the number that stands for the name
-                t["speaker"] = t.pop("speaker_id")
-        own = [told.get(k) for k in ("audio", *CUT)]
-        for holder in holders(told):
-            cut = [holder.pop(k, None) for k in CUT]
-            cut = own[1:] if holder.get("type") == "audio" and holder["audio"] == own[0] else cut
-            for name, cut in (("audio", cut), ("ref_audio", [None] * 3)):
+        row = copy.deepcopy(for_encode(row))
+        for voice in voices(row):
+            if "speaker_id" in voice:  # the number that stands for the name
+                voice["speaker"] = voice.pop("speaker_id")
+        recording, recording_cut = row.get("audio"), [row.get(key) for key in CUT]
+        sounds = {}
+        for holder in holders(row):
+            cut = [holder.pop(key, None) for key in CUT]
+            if holder.get("type") == "audio" and holder["audio"] == recording:
+                cut = recording_cut  # a message repeats the recording of its row
+            for name, part in (("audio", cut), ("ref_audio", [None] * len(CUT))):
                 if name in holder:
-                    path = holder[name]
-                    holder[name] = sha("codec", self._hash(path), json.dumps(cut), self.model.codec_key)
-                    wanted[holder[name]] = (path, *cut)
-        heard = {"emotion": self._hash(told["emotion"])} if isinstance(told.get("emotion"), str) else {}
-        return sha("example", self.model.encode_key, json.dumps({**told, **heard}, sort_keys=True)), wanted, told
+                    sound = Sound(holder[name], *part)
+                    holder[name] = self._sound_key(sound)
+                    sounds[holder[name]] = sound
+        content = dict(row)
+        if isinstance(row.get("emotion"), str):  # a file counts by its bytes
+            content["emotion"] = self._hash(row["emotion"])
+        key = sha("example", self.model.encode_key, json.dumps(content, sort_keys=True))
+        return Plan(key, sounds, row)
+
+    # ---- reading
 
     def missing(self, rows) -> list[int]:
         """Which rows have no example yet. Reads sound files only where their size or time is new."""
         before = len(self.memo)
-        out = [i for i, row in enumerate(rows) if self._plan(row)[0] not in self.records]
+        numbers = [i for i, row in enumerate(rows) if self._plan(row).key not in self.records]
         if len(self.memo) != before:
             self._note("files.json", self.memo)
-        return out
+        return numbers
 
     def get(self, row) -> dict[str, torch.Tensor]:
         """The example of a row, as windows into the shard."""
         return self.load(self.key(row))
 
     def key(self, row) -> str:
-        """What `load` finds the example of a row by; from then on the row's files are not looked at any more."""
-        key = self._plan(row)[0]
+        """What `load` finds the example of a row by; with it, the row's files are not looked at any more."""
+        key = self._plan(row).key
         if key not in self.records:
-            name = row.get("id", row.get("audio"))
-            raise Invalid(f"{name} is not in {self.folder}; run prepare_data.py for this checkpoint")
+            raise Invalid(f"{name_of(row)} is not in {self.folder}; run prepare_data.py for this checkpoint")
         return key
 
     def load(self, key):
-        out = {}
+        example = {}
         for name, (tensor, shape) in self.records[key].items():
-            shard = self.where[tensor]
+            shard = self.shard_of[tensor]
             try:
                 if shard not in self.handles:
                     self.handles[shard] = safetensors.safe_open(shard, "pt")
                 flat = self.handles[shard].get_tensor(tensor)
             except (OSError, safetensors.SafetensorError) as e:
                 raise Invalid(f"{shard} cannot be read ({e}); run prepare_data.py again") from None
-            if tensor not in self.sound:  # looked at once per process
-                if hash_of(flat) != tensor:
-                    (self.folder / "shards.json").unlink(missing_ok=True)  # so that the next start looks at every byte
-                    raise Invalid(f"{shard} is damaged; run the same command again, and its rows will be encoded again")
-                self.sound.add(tensor)
-            out[name] = flat.view(shape)
-        return out
+            if tensor not in self.whole_tensors:  # looked at once per process
+                self._check(flat, tensor, shard)
+            example[name] = flat.view(shape)
+        return example
+
+    def _check(self, flat, tensor, shard):
+        if hash_of(flat) != tensor:
+            memo = self.folder / "shards.json"
+            memo.unlink(missing_ok=True)  # so that the next start looks at every byte
+            raise Invalid(f"{shard} is damaged; run the same command again, "
+                          "and its rows will be encoded again")
+        self.whole_tensors.add(tensor)
+
+    # ---- encoding
 
     def add(self, rows, say=print) -> None:
-        """Encode the rows that are missing, and only the audio that is new, with a line of progress every few seconds."""
-        for stale in self.folder.glob(".*.tmp"):
-            if time.time() - stale.stat().st_mtime > 600:  # of a process that was killed; no write takes that long
-                stale.unlink(missing_ok=True)
+        """Encode the rows that are missing, and only the audio that is new, saying how far it is."""
+        self._sweep()
         if self.bad:
-            names = ", ".join(b.name for b in self.bad[:3])
+            names = ", ".join(shard.name for shard in self.bad[:3])
             say(f"{len(self.bad)} damaged shards in {self.folder} ({names}): encoding their rows again")
-        plans = {}
+        plans, sounds = {}, {}
+        names = {}  # by the key of the example
         for row in rows:
-            key, wanted, told = self._plan(row)
-            if key not in self.records:
-                plans.setdefault(key, (row, wanted, told))
+            plan = self._plan(row)
+            if plan.key not in self.records and plan.key not in plans:
+                plans[plan.key], names[plan.key] = plan, name_of(row)
+                sounds |= {key: sound for key, sound in plan.sounds.items() if key not in self.records}
         self._note("files.json", self.memo)
-        sounds = {k: source for _, wanted, _ in plans.values() for k, source in wanted.items() if k not in self.records}
-        length = {k: (audio.info(path).seconds if end is None else end) - (start or 0)
-                  for k, (path, start, end, _) in sounds.items()}
-        order = sorted(sounds, key=length.get, reverse=True)  # the longest first: too little memory shows at once
-        failed = self._work("clips", self._groups(order, length), lambda g: self._codecs([sounds[k] for k in g]), length, say)
-        ready = [k for k, (_, wanted, _) in plans.items() if all(s in self.records for s in wanted)]
-        failed |= self._work("rows", [[k] for k in ready], lambda g: [attempt(self._example, *plans[g[0]][1:])], {}, say)
+        failed = self._encode_sounds(sounds, say)
+        ready = [[key] for key, plan in plans.items() if self.records.keys() >= plan.sounds.keys()]
+        failed |= self._work("rows", ready, lambda group: [attempt(self._example, plans[group[0]])], {}, say)
         for shard in self.bad:
             shard.unlink(missing_ok=True)
         self.bad = []
-        self.failed = {str(row.get("id", row.get("audio"))): str(failed[k]) for key, (row, wanted, _) in plans.items()
-                       for k in (*wanted, key) if k in failed}
-        if self.failed:
-            names = {}
-            for name, why in self.failed.items():
-                names.setdefault(why, []).append(name)
-            raise Invalid(listing([(n[0] + (f" and {len(n) - 1} more rows" if n[1:] else ""), 0, why) for why, n in names.items()]))
+        self.failed = {}
+        for key, plan in plans.items():
+            for part in (*plan.sounds, key):
+                if part in failed:
+                    self.failed[names[key]] = str(failed[part])
+        self._refuse_failed()
 
-    def _groups(self, order, length):
-        """Clips that share a pass of the codec: neighbours in length, bounded by the seconds of the padded whole."""
+    def _sweep(self):
+        for temporary in self.folder.glob(".*.tmp"):
+            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
+                temporary.unlink(missing_ok=True)
+
+    def _refuse_failed(self):
+        """Name each reason once, with the first row that has it."""
+        names = {}
+        for name, reason in self.failed.items():
+            names.setdefault(reason, []).append(name)
+        faults = []
+        for reason, (first, *others) in names.items():
+            more = f" and {len(others)} more rows" if others else ""
+            faults.append(Fault(Place(first + more), reason))
+        if faults:
+            raise Invalid(listing(faults))
+
+    def _encode_sounds(self, sounds, say):
+        """Run the codec. -> {key: Invalid} of what it refuses"""
+        length = {}
+        for key, sound in sounds.items():
+            end = audio.info(sound.path).seconds if sound.end is None else sound.end
+            length[key] = end - (sound.start or 0)
+        longest_first = sorted(sounds, key=length.get, reverse=True)  # too little memory shows at once
+        groups = self._groups(longest_first, length)
+
+        def run(group):
+            return self._codecs([sounds[key] for key in group])
+
+        return self._work("clips", groups, run, length, say)
+
+    def _groups(self, longest_first, length):
+        """Clips that share a pass of the codec: neighbours in length, bounded by their padded seconds."""
         device = next((p.device.type for p in self.model.codec.parameters()), "cpu")
         most = BATCH_SECONDS.get(device, 0) if hasattr(self.model, "encode_audio_batch") else 0
         groups = []
-        for k in order:
+        for key in longest_first:
             if groups and length[groups[-1][0]] * (len(groups[-1]) + 1) <= most:
-                groups[-1].append(k)
+                groups[-1].append(key)
             else:
-                groups.append([k])
+                groups.append([key])
         return groups
 
-    def _codecs(self, sources):
-        """What the codec makes of each (path, start, end, gain), or the Invalid that says what is wrong with that one."""
-        if len(sources) > 1:
+    def _codecs(self, sounds):
+        """What the codec makes of each sound, or the Invalid that says what is wrong with that one."""
+        if len(sounds) > 1:
             try:
                 with torch.inference_mode():
-                    return [named(out) for out in self.model.encode_audio_batch([self._wave(*s) for s in sources])]
+                    outputs = self.model.encode_audio_batch([self._wave(sound) for sound in sounds])
+                return [as_record(output) for output in outputs]
             except Invalid:  # one of them; alone, each answers for itself
                 pass
-        return [attempt(self._codec, *s) for s in sources]
+        return [attempt(self._codec, sound) for sound in sounds]
 
-    def _wave(self, path, start, end, gain):
-        wave = audio.read(path, self.model.sample_rate, start, end)[0]
-        wave = wave if gain is None else wave * 10 ** (min(gain, 1e3) / 20)
+    def _wave(self, sound):
+        wave = audio.read(sound.path, self.model.sample_rate, sound.start, sound.end)[0]
+        if sound.gain_db is not None:
+            wave = wave * 10 ** (min(sound.gain_db, MOST_GAIN) / 20)
         if not wave.isfinite().all():
-            raise Invalid(f"{path}: gain_db {gain} makes it louder than a number can be")
+            raise Invalid(f"{sound.path}: gain_db {sound.gain_db} makes it louder than a number can be")
         return wave
 
-    def _codec(self, path, start, end, gain):
+    def _codec(self, sound):
         with torch.inference_mode():
-            plain = (path, start, end) if gain is None else (self._wave(path, start, end, gain),)
-            return named(self.model.encode_audio(*plain))
+            if sound.gain_db is None:
+                return as_record(self.model.encode_audio(sound.path, sound.start, sound.end))
+            return as_record(self.model.encode_audio(self._wave(sound)))
 
-    def _example(self, wanted, told):
-        codes = {k: c[""] if list(c) == [""] else c for k, c in ((k, self.load(k)) for k in wanted)}
-        told = copy.deepcopy(told)
-        for holder in holders(told):
-            holder.update({name: codes[holder[name]] for name in ("audio", "ref_audio") if name in holder})
+    def _example(self, plan):
+        codes = {}
+        for key in plan.sounds:
+            record = self.load(key)
+            codes[key] = record[""] if list(record) == [""] else record
+        row = copy.deepcopy(plan.row)
+        for holder in holders(row):
+            for name in ("audio", "ref_audio"):
+                if name in holder:
+                    holder[name] = codes[holder[name]]
         with torch.inference_mode():
-            return self.model.encode(told)
+            return self.model.encode(row)
+
+    # ---- writing
 
     def _work(self, what, groups, make, length, say):
-        """make(group) -> [output or Invalid] for every group of keys, on as many threads as torch may use; shards are
-        written on the way. -> {key: Invalid}"""
+        """make(group) -> [output or Invalid] for every group of keys, on as many threads as torch may use;
+        shards are written on the way. -> {key: Invalid}"""
         if not groups:
             return {}
-        count = sum(map(len, groups))
-        cores, total, done, failed = torch.get_num_threads(), sum(length.values()), 0.0, {}
-        largest = max(1, *(len(g) * length.get(g[0], 0) for g in groups))
-        threads = max(1, min(cores, int(240 / largest)))  # so many seconds of audio fit into memory
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
-        batch, tensors, size, begun, spoken, written = {}, {}, 0, time.time(), time.time(), time.time()
+        failed, shard, cores = {}, Shard(), torch.get_num_threads()
+        progress, total = Progress(sum(map(len, groups))), sum(length.values())
+        threads = threads_for(groups, length, cores)
+        share = max(1, cores // threads)
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
         try:
-            found = (pair for group, outs in zip(groups, pool.map(make, groups)) for pair in zip(group, outs))
-            for n, (key, out) in enumerate(found, 1):
-                done += length.get(key, 0)
-                if isinstance(out, Invalid):
-                    failed[key] = out
+            for key, output in paired(groups, pool.map(make, groups)):
+                if isinstance(output, Invalid):
+                    failed[key] = output
                 else:
-                    record = {}
-                    for name, t in out.items():
-                        flat = t.detach().to("cpu").reshape(-1)
-                        record[name] = [hash_of(flat), list(t.shape)]
-                        if record[name][0] not in self.where and record[name][0] not in tensors:
-                            tensors[record[name][0]] = flat.clone()
-                            size += flat.nbytes
-                    batch[key] = record  # whole, since a signal may send what is here to the disk at any line
-                now = time.time()
-                if now - written > SHARD_SECONDS or len(batch) >= SHARD_RECORDS or size > SHARD_BYTES:
-                    self._write(batch, tensors)
-                    batch, tensors, size, written = {}, {}, 0, now
-                if now - spoken > 5 or n == count:
-                    spoken, past = now, max(now - begun, 1e-9)
-                    rate = f" | {done / 60:.1f} of {total / 60:.1f} min | {done / past:.0f} s audio/s" if total else ""
-                    left = past * ((total - done) / max(done, 1e-9) if total else (count - n) / n)
-                    say(f"encoded {n}/{count} {what}{rate} | {n / past:.1f} {what}/s | {clock(left)} left")
+                    shard.put(key, output, self.shard_of)
+                if shard.full:
+                    self._write(shard)
+                    shard = Shard()
+                if progress.due(length.get(key, 0)):
+                    say(progress_line(what, progress, total))
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
-            self._write(batch, tensors)
+            self._write(shard)
         return failed
 
-    def _write(self, records, tensors):
-        if not records:
+    def _write(self, shard):
+        if not shard.records:
             return
-        header = {"records": json.dumps(records)}
+        header = {"records": json.dumps(shard.records)}
         number = len(list(self.folder.glob("*.safetensors"))) + 1
-        shard = self.folder / f"{number:05d}-{sha(header['records'])[:12]}.safetensors"
-        write_file(shard, safetensors.torch.save(tensors, header))
-        self._remember(shard)
-        self.where.update(dict.fromkeys(tensors, shard))
-        self.records.update(records)
+        path = self.folder / f"{number:05d}-{sha(header['records'])[:SHARD_DIGITS]}.safetensors"
+        write_file(path, safetensors.torch.save(shard.tensors, header))
+        self._remember(path)
+        self.shard_of.update(dict.fromkeys(shard.tensors, path))
+        self.records.update(shard.records)
 
 
-def named(out):
-    return out if isinstance(out, dict) else {"": out}
+def threads_for(groups, length, cores):
+    """As many as cores, or as many as the audio of the largest group leaves memory for."""
+    largest = max(len(group) * length.get(group[0], 0) for group in groups)
+    return max(1, min(cores, int(MEMORY_SECONDS / max(1, largest))))
+
+
+def paired(groups, outputs):
+    """(key, what was made of it), in the order in which groups come out of the pool."""
+    for group, made in zip(groups, outputs):
+        yield from zip(group, made)
+
+
+def progress_line(what, progress, total):
+    """total: seconds of audio that the work has, 0 where it has none and the number of rows counts."""
+    elapsed, done, count = progress.elapsed, progress.done, progress.count
+    if total:
+        minutes = f"{progress.seconds / 60:.1f} of {total / 60:.1f} min"
+        speed = f" | {minutes} | {progress.seconds / elapsed:.0f} s audio/s"
+        left = elapsed * (total - progress.seconds) / max(progress.seconds, 1e-9)
+    else:
+        speed, left = "", elapsed * (count - done) / done
+    return f"encoded {done}/{count} {what}{speed} | {done / elapsed:.1f} {what}/s | {clock(left)} left"
+
+
+def name_of(row):
+    return str(row.get("id", row.get("audio")))
+
+
+def as_record(output):
+    return output if isinstance(output, dict) else {"": output}
 
 
 def attempt(make, *arguments):

@@ -1,14 +1,15 @@
-"""Weights on disk: read them, fit them strictly into a model, write them so that they appear whole or not at all.
+"""Weights on disk: read them, fit them strictly into a model, write them so that they appear whole or never.
 
     stored = read(folder / "model.safetensors")            # {name: Stored}; nothing is in memory yet
     with torch.device("meta"):
         model = Model(config)
     fill(model, stored, rename, unused, dtype=torch.bfloat16, device="cuda")
 
-`fill` is strict in both directions: every name used or listed as unused with its reason, every hole filled, shapes
-equal. Tensors are read one at a time, so loading peaks at one copy of the model in the wanted dtype.
+`fill` is strict in both directions: every name used or listed as unused with its reason, every hole filled,
+shapes equal. Tensors are read one at a time, so loading peaks at one copy of the model in the wanted dtype.
 """
 import difflib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pickle
 import re
 import shutil
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 
 from models.parts import Invalid
 
+# Keys under which trainers put the state dict inside what they save.
 WRAPPERS = ("state_dict", "model", "net", "generator", "module")
 
 
@@ -38,62 +41,37 @@ class Stored:
 
 
 def find(path, names, what):
-    """The weight file at `path`: the file itself or, in a folder, the first of `names` that is there. what: for the message."""
+    """The weight file at `path`: itself or, in a folder, the first of `names` there. what: for the error."""
     path = Path(path)
     if not path.is_dir():
         return path
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files:
         raise Invalid(f"{path} holds none of {', '.join(names)}. Expected {what}.")
-    return found[0]
+    return files[0]
 
 
 def read(path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, a pickle (weights only), an index.json, or the shards that an index names.
+    """The tensors of a safetensors file, a pickle (weights only), or the shards that an index.json names.
 
-    Wrappers around the state dict (state_dict, model, net, generator) and a common prefix "module." are taken off;
-    state dicts side by side become one with names such as "part.name".
+    Wrappers around the state dict (state_dict, model, net, generator) and a common prefix "module." are taken
+    off; state dicts side by side become one with names such as "part.name".
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path)["weight_map"].values()))
         stored = {}
-        for shard in shards:
+        for shard in sorted(set(read_json(path)["weight_map"].values())):
             stored.update(read(path.parent / shard))
         return stored
     if not path.is_file():
         raise Invalid(f"no file at {path}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as e:
-        raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run code "
-                      f"({_first_line(e)}). Ask its author for a safetensors file.") from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as e:
-        raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
-    while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
-        inner = [w for w in WRAPPERS if isinstance(state.get(w), dict)]
-        parts = {f"{part}.{str(k).removeprefix('module.')}": v for part, tensors in state.items() if isinstance(tensors, dict)
-                 for k, v in tensors.items()}  # several state dicts side by side, as in IndexTTS2's s2mel.pth
-        if not inner and not any(torch.is_tensor(v) for v in parts.values()):
-            raise Invalid(f"{path} holds no tensors; its keys are {', '.join(map(str, list(state)[:8]))}")
-        state = state[inner[0]] if inner else parts
-    if not isinstance(state, dict):
-        raise Invalid(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
-    if all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    return {k: Stored(v.shape, v.dtype, lambda v=v: v) for k, v in tensors.items()}
-
-
-def _first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _is_zip(path):
-    with open(path, "rb") as f:
-        return f.read(2) == b"PK"
+    state = _unwrap(_read_pickle(path), path)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    return {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
 
 
 def _read_safetensors(path):
@@ -101,17 +79,70 @@ def _read_safetensors(path):
         with safetensors.safe_open(path, "pt") as f:
             return f.get_tensor(name)
 
+    out = {}
     try:
         with safetensors.safe_open(path, "pt") as f:
-            parts = {name: f.get_slice(name) for name in f.keys()}
-            return {name: Stored(p.get_shape(), DTYPES.get(p.get_dtype()), lambda name=name: load(name))
-                    for name, p in parts.items()}
+            for name in f.keys():
+                part = f.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                out[name] = Stored(part.get_shape(), dtype, lambda name=name: load(name))
     except safetensors.SafetensorError as e:
         raise Invalid(f"{path} is damaged or not a safetensors file ({e}). Copy it again.") from None
+    return out
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+# What torch.load raises for bytes that are no PyTorch file; which of them depends on where they stop making
+# sense.
+MALFORMED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+             AssertionError)
+
+
+def _read_pickle(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as e:
+        raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run "
+                      f"code ({_first_line(e)}). Ask its author for a safetensors file.") from None
+    except MALFORMED as e:
+        raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
+
+
+def _is_zip(path):
+    """Whether torch.save wrote it as it does since 1.6; only those can be mapped into memory."""
+    with open(path, "rb") as f:
+        return f.read(2) == b"PK"
+
+
+def _unwrap(state, path):
+    """The state dict inside what a pickle holds."""
+    while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
+        inner = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+        if inner:
+            state = state[inner[0]]
+            continue
+        joined = _side_by_side(state)
+        if not any(torch.is_tensor(v) for v in joined.values()):
+            raise Invalid(f"{path} holds no tensors; its keys are {', '.join(map(str, list(state)[:8]))}")
+        state = joined
+    if not isinstance(state, dict):
+        raise Invalid(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
+    return state
+
+
+def _side_by_side(state):
+    """{"part.name": value} of several state dicts in one file, as in IndexTTS2's s2mel.pth."""
+    out = {}
+    for part, tensors in state.items():
+        if isinstance(tensors, dict):
+            out |= {f"{part}.{str(name).removeprefix('module.')}": value for name, value in tensors.items()}
+    return out
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_metadata(path) -> dict[str, str]:
@@ -130,21 +161,27 @@ def read_json(path):
         raise Invalid(f"{path} is not valid JSON: {e}") from None
 
 
+# {pattern of the length g's name: name of the direction v}, as torch wrote them before and since 2.0
+WEIGHT_NORM = {
+    r"(.*)weight_g$": "{}weight_v",
+    r"(.*)parametrizations\.weight\.original0$": "{}parametrizations.weight.original1",
+}
+
+
 def fold_weight_norm(stored) -> dict[str, Stored]:
-    """Replace each pair weight_g, weight_v (or parametrizations.weight.original0/1) by the weight it stands for.
+    """Replace each pair weight_g, weight_v (or parametrizations.weight.original0/1) by the weight it makes.
 
     weight = g * v / |v|, the norm over every axis along which g has size one (arXiv 1602.07868). A transposed
     convolution keeps its input axis, since that is axis 0 of its weight.
     """
-    pairs = ((r"(.*)weight_g$", "{}weight_v"), (r"(.*)parametrizations\.weight\.original0$", "{}parametrizations.weight.original1"))
     out = dict(stored)
     for name in stored:
-        for pattern, other in pairs:
+        for pattern, other in WEIGHT_NORM.items():
             m = re.match(pattern, name)
             if not m or other.format(m[1]) not in stored:
                 continue
             g, v = out.pop(name), out.pop(other.format(m[1]))
-            axes = [i for i, size in enumerate(g.shape) if size == 1]
+            axes = [axis for axis, size in enumerate(g.shape) if size == 1]
 
             def load(g=g, v=v, axes=axes):
                 v = v.load().float()
@@ -154,102 +191,166 @@ def fold_weight_norm(stored) -> dict[str, Stored]:
     return out
 
 
-def fill(model, stored, rename=None, unused=None, dtype=torch.float32, device="cpu", allow_unused=False, what="checkpoint"):
-    """Put every stored tensor into the parameter or persistent buffer of that name. Returns the names left unused.
+# ------------------------------------------------------------------------------------------------ filling
 
-    rename(published) -> name in `model`. unused: {regex over published names: why nobody needs it}. Floating tensors
-    take `dtype`, others keep theirs. A name that is neither known nor listed is an error unless allow_unused.
+
+@dataclass
+class Form:
+    """How stored tensors are taken: the further keywords of `fill`."""
+
+    dtype: torch.dtype = torch.float32  # of floating tensors; others keep theirs
+    device: str = "cpu"
+    allow_unused: bool = False  # names that are neither known nor listed are passed over
+    what: str = "checkpoint"  # whose tensors they are, for the message
+
+
+@dataclass
+class Match:
+    """Which stored tensor goes where, and what fits nowhere."""
+
+    filled: dict = field(default_factory=dict)  # {own name: name in the file}
+    listed: list = field(default_factory=list)  # names that are known to be unused
+    unexpected: list = field(default_factory=list)
+    misfits: list = field(default_factory=list)  # texts: tensors of another shape, or two for one place
+    missing: list = field(default_factory=list)
+
+
+def fill(model, stored, rename=None, unused=None, **form):
+    """Put every stored tensor into the parameter or persistent buffer of that name. Returns the unused names.
+
+    rename(published) -> name in `model`. unused: {regex over published names: why nobody needs it}. form: see
+    Form. A name that is neither known nor listed is an error unless allow_unused.
     """
-    unused = unused or {}
-    wanted = {**dict(model.named_parameters()), **{k: v for k, v in model.state_dict(keep_vars=True).items()}}
-    left, unexpected, shapes, filled = [], [], [], {}
-    for name, tensor in stored.items():
-        own = rename(name) if rename else name
-        if any(re.fullmatch(p, name) for p in unused):
-            left.append(name)
-        elif own not in wanted:
-            unexpected.append(name)
-        elif tuple(wanted[own].shape) != tensor.shape:
-            shapes.append(f"{name} is {list(tensor.shape)}, the model has {list(wanted[own].shape)}")
-        elif own in filled:
-            shapes.append(f"{name} and {filled[own]} are the same tensor of the model")
-        else:
-            filled[own] = name
-    missing = [name for name in wanted if name not in filled and not any(name in s for s in shapes)]
-    if missing or shapes or (unexpected and not allow_unused):
-        raise Invalid(_does_not_fit(what, len(stored), missing, unexpected, shapes))
-    for own, name in filled.items():
-        holder, _, leaf = own.rpartition(".")
-        holder = model.get_submodule(holder)
+    form = Form(**form)
+    match = _match(model, stored, rename or str, unused or {})
+    if match.missing or match.misfits or (match.unexpected and not form.allow_unused):
+        raise Invalid(_does_not_fit(form.what, len(stored), match))
+    for place, name in match.filled.items():
         value = stored[name].load()
-        # copy: on the CPU the same dtype would otherwise stay a window into the file and follow what happens to it
-        value = value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
-        if leaf in holder._parameters:
-            holder._parameters[leaf] = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
+        dtype = form.dtype if value.is_floating_point() else value.dtype
+        # copy: on the CPU the same dtype would otherwise stay a window into the file and follow what happens
+        # to it
+        value = value.to(device=form.device, dtype=dtype, copy=True).contiguous()
+        module, leaf = holder(model, place)
+        if leaf in module._parameters:
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         else:
-            holder._buffers[leaf] = value
-    return left + unexpected
+            module._buffers[leaf] = value
+    return match.listed + match.unexpected
 
 
-def _does_not_fit(what, total, missing, unexpected, shapes):
-    def some(names):
-        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _match(model, stored, rename, unused):
+    match = Match()
+    # named_parameters has those that state_dict leaves out, state_dict the persistent buffers.
+    places = {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
+    for name, tensor in stored.items():
+        place = rename(name)
+        if any(re.fullmatch(pattern, name) for pattern in unused):
+            match.listed.append(name)
+        elif place not in places:
+            match.unexpected.append(name)
+        elif tuple(places[place].shape) != tensor.shape:
+            shapes = f"{list(tensor.shape)}, the model has {list(places[place].shape)}"
+            match.misfits.append(f"{name} is {shapes}")
+        elif place in match.filled:
+            match.misfits.append(f"{name} and {match.filled[place]} are the same tensor of the model")
+        else:
+            match.filled[place] = name
+    for place in places:
+        if place not in match.filled and not any(place in text for text in match.misfits):
+            match.missing.append(place)
+    return match
 
-    said = [f"missing {some(missing)}"] if missing else []
-    said += [f"unexpected {some(unexpected)}"] if unexpected else []
-    said += [some(shapes)] if shapes else []
-    count = len(missing) + len(unexpected) + len(shapes)
-    near = [f"{m} (did you mean {d[0]}?)" for m in unexpected[:1] if (d := difflib.get_close_matches(m, missing, 1, 0.8))]
-    hint = f" Closest: {near[0]}." if near else ""
-    hint += " To load it without the unexpected names: --allow_unused_tensors." if unexpected and not missing and not shapes else ""
-    return f"{what}: {count} of {total} tensors do not fit: {'; '.join(said)}.{hint} Is this the original checkpoint or a converted one?"
+
+NAMED = 6  # names of each kind in a message: enough to see the pattern, few enough to read
+
+
+def _does_not_fit(what, total, match):
+    parts = []
+    if match.missing:
+        parts.append(f"missing {_some(match.missing)}")
+    if match.unexpected:
+        parts.append(f"unexpected {_some(match.unexpected)}")
+    if match.misfits:
+        parts.append(_some(match.misfits))
+    count = len(match.missing) + len(match.unexpected) + len(match.misfits)
+    hint = ""
+    for name in match.unexpected[:1]:  # one example shows which naming the file is in
+        close = difflib.get_close_matches(name, match.missing, 1, 0.8)
+        hint += f" Closest: {name} (did you mean {close[0]}?)." if close else ""
+    if match.unexpected and not match.missing and not match.misfits:
+        hint += " To load it without the unexpected names: --allow_unused_tensors."
+    return (f"{what}: {count} of {total} tensors do not fit: {'; '.join(parts)}.{hint} "
+            "Is this the original checkpoint or a converted one?")
+
+
+def _some(names):
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def main_dtype(stored):
     """The floating dtype that most of the values of a file have."""
     sizes = {}
-    for t in stored.values():
-        if t.dtype is not None and t.dtype.is_floating_point:
-            sizes[t.dtype] = sizes.get(t.dtype, 0) + math.prod(t.shape)
+    for tensor in stored.values():
+        if tensor.dtype is not None and tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return max(sizes, key=sizes.get)
 
 
-def remove(path):
-    """Delete a file or folder if it is there."""
-    if Path(path).is_dir():
-        shutil.rmtree(path)
-    else:
-        Path(path).unlink(missing_ok=True)
+# ----------------------------------------------------------------------------------------- weights of a model
 
 
-def weights(model, merged=False) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a model without its adapters; merged adds them, tensor by tensor, in float32. In the base's dtypes."""
-    trained_in_full = getattr(getattr(model, "lora_state", None), "base", {})  # float32 while they are trained
-    out = {}
+def holder(model, name):
+    """(module, last name) of a parameter or buffer."""
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def published(model):
+    """[(name, parameter, module, last name)] of what a published file of the model holds.
+
+    A module that carries more than it was published with names those parameters in `added`, and puts them
+    into a published one by its method `merged`.
+    """
+    out = []
     for name, p in model.named_parameters():
-        if ".lora_" not in name:
-            holder, _, leaf = name.rpartition(".")
-            holder = model.get_submodule(holder)
-            if merged and getattr(holder, "lora_bias", None) is not None and holder.bias is None:
-                raise Invalid(f"lora.bias cannot be merged: {name.removesuffix('.weight')} has no bias in the published layout")
-            w = holder.merged(leaf) if merged and hasattr(holder, "merged") else p.detach()
-            out[name] = w.to(trained_in_full[name].dtype) if name in trained_in_full else w
+        module, leaf = holder(model, name)
+        if leaf not in getattr(module, "added", ()):
+            out.append((name, p, module, leaf))
     return out
 
 
+def weights(model, merged=False) -> dict[str, torch.Tensor]:
+    """{name: tensor} for a published file. merged puts in what modules have added, in float32, one at a time.
+
+    A parameter that is kept in another dtype than it was published in says so by `published_dtype`.
+    """
+    out = {}
+    for name, p, module, leaf in published(model):
+        if hasattr(module, "code_scale"):
+            raise Invalid(f"{name} was rounded to a few bits when the model was loaded, and rounded weights "
+                          "are never saved. Load the base with base_bits 16; merge_lora.py does.")
+        value = module.merged(leaf) if merged and hasattr(module, "added") else p.detach()
+        out[name] = value.to(getattr(p, "published_dtype", value.dtype))
+    return out
+
+
+FINGERPRINT_VALUES = 64  # of each weight: training moves all of them, and so few are read in no time
+
+
 def fingerprint(model) -> str:
-    """Names a base by 64 values of each of its weights, rounded to bf16 so that every dtype of one base agrees."""
+    """Names a base by some values of each weight, rounded to bf16 so that every dtype of one base agrees."""
     crc = 0
-    for name, p in sorted(model.named_parameters()):
-        if ".lora_" in name:
-            continue
+    for name, p, _, _ in sorted(published(model), key=lambda entry: entry[0]):
         flat = p.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
-        crc = zlib.crc32(f"{name}{tuple(p.shape)}".encode() + some.numpy().tobytes(), crc)
+        stride = max(1, flat.numel() // FINGERPRINT_VALUES)
+        values = flat[::stride][:FINGERPRINT_VALUES].to(torch.bfloat16).float().cpu()
+        crc = zlib.crc32(f"{name}{tuple(p.shape)}".encode() + values.numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 
-# ------------------------------------------------------------------------------------------------ step folders
+# ----------------------------------------------------------------------------------------------- step folders
 
 INDEX = "training_state.json"
 NO_SUM = "checksum of all the rest"  # stands in the index where its own checksum will be
@@ -258,8 +359,8 @@ NO_SUM = "checksum of all the rest"  # stands in the index where its own checksu
 def write_step(root, step, write, state) -> Path:
     """root/step_0000500, complete or not there at all; then `latest` names it.
 
-    write(folder) fills a temporary folder; the index with `state` and every file's size and checksum goes in last; all
-    is flushed to disk before the rename. Nothing older is touched before the new one is durable.
+    write(folder) fills a temporary folder; the index with `state` and every file's size and checksum goes in
+    last; all is flushed to disk before the rename. Nothing older is touched before the new one is durable.
     """
     root = Path(root)
     name = f"step_{step:07d}"
@@ -270,28 +371,30 @@ def write_step(root, step, write, state) -> Path:
     try:
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
-        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": _crc(p)} for p in files}
+        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": checksum(p)} for p in files}
         text = json.dumps({**state, "files": index, "checksum": NO_SUM}, indent=1)
         (tmp / INDEX).write_text(text.replace(NO_SUM, f"{zlib.crc32(text.encode()):08x}"))
-        for path in files + [tmp / INDEX, tmp]:
+        for path in [*files, tmp / INDEX, tmp]:
             _flush(path)
-        if (root / name).exists():  # the same step again: the old one stays readable under another name until the new is in place
-            old = root / f"{name}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(root / name, old)
-            os.rename(tmp, root / name)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(tmp, root / name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # torch.save tells of a full disk by a RuntimeError
-        free = shutil.disk_usage(root).free
-        need = sum(p.stat().st_size for p in tmp.rglob("*") if p.is_file())
+        _replace(tmp, root / name)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # a full disk is torch's RuntimeError
+        free, need = shutil.disk_usage(root).free / 1e6, megabytes(tmp)
         shutil.rmtree(tmp, ignore_errors=True)
-        raise Invalid(f"could not save {root / name}: {_first_line(e)}. {need / 1e6:.1f} MB were written, {free / 1e6:.1f} MB are free. "
-                      "Earlier checkpoints are untouched.") from e
+        raise Invalid(f"could not save {root / name}: {_first_line(e)}. {need:.1f} MB were written, "
+                      f"{free:.1f} MB are free. Earlier checkpoints are untouched.") from e
     _flush(root)
     point(root, name)
     return root / name
+
+
+def _replace(tmp, folder):
+    """Rename tmp to folder; an old one stays readable under another name until the new one is in place."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def point(root, name):
@@ -311,13 +414,19 @@ def point(root, name):
 def put_aside(path) -> Path:
     """Rename a file or folder to the first free of <name>.before-1, -2, ..."""
     path = Path(path)
-    return path.rename(next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.before-{n}")).exists()))
+    for n in itertools.count(1):
+        aside = path.with_name(f"{path.name}.before-{n}")
+        if not aside.exists():
+            return path.rename(aside)
 
 
-def _crc(path):
+BLOCK = 1 << 22  # bytes read at once: 4 MB keep a disk busy and no memory
+
+
+def checksum(path):
     crc = 0
     with open(path, "rb") as f:
-        while block := f.read(1 << 22):
+        while block := f.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
 
@@ -340,8 +449,8 @@ def check_step(folder) -> str | None:
     try:
         text = (folder / INDEX).read_text()
         index = json.loads(text)
-        files, told = index["files"], index["checksum"]
-        if f"{zlib.crc32(text.replace(told, NO_SUM).encode()):08x}" != told:
+        files, stated = index["files"], index["checksum"]
+        if f"{zlib.crc32(text.replace(stated, NO_SUM).encode()):08x}" != stated:
             return f"{folder / INDEX} does not have the checksum it was written with"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / INDEX} is damaged"
@@ -351,25 +460,32 @@ def check_step(folder) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-        if _crc(path) != entry["crc32"]:
+        if checksum(path) != entry["crc32"]:
             return f"{path} does not have the checksum it was written with"
     return None
 
 
 def check_file(path) -> str | None:
-    """What is wrong with one file of a step folder, by the index beside it; None where it is right or no index is there."""
+    """What is wrong with a file of a step folder by the index beside it; None if nothing or without one."""
     path = Path(path)
     try:
         entry = json.loads((path.parent / INDEX).read_text())["files"][path.name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if _crc(path) == entry["crc32"] else f"{path} does not have the checksum it was written with"
+    if checksum(path) == entry["crc32"]:
+        return None
+    return f"{path} does not have the checksum it was written with"
 
 
 def steps(root) -> list[Path]:
     """Step folders below root, newest first, complete or not."""
-    found = [(int(m[1]), p) for p in Path(root).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name)) and p.is_dir()]
-    return [p for _, p in sorted(found, reverse=True)]
+    folders = [path for path in Path(root).glob("step_*") if path.is_dir()]
+    named = [path for path in folders if re.fullmatch(r"step_\d+", path.name)]  # not step_0000500.tmp
+    return sorted(named, key=lambda path: (step_number(path), path), reverse=True)
+
+
+def step_number(folder) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def newest_step(root, say=print) -> Path | None:
@@ -383,11 +499,11 @@ def newest_step(root, say=print) -> Path | None:
 
 
 def prune(root, keep_last, keep_every=0, stay=(), say=print):
-    """Delete step folders except the newest keep_last (0: all stay), every keep_every-th step and the steps in `stay`."""
+    """Delete step folders but the newest keep_last (0: all), each keep_every-th and the steps in `stay`."""
     if not keep_last:
         return
     for folder in steps(root)[keep_last:]:
-        step = int(folder.name[5:])
+        step = step_number(folder)
         if step in stay or (keep_every and step % keep_every == 0):
             continue
         try:
@@ -396,15 +512,25 @@ def prune(root, keep_last, keep_every=0, stay=(), say=print):
             say(f"could not delete {folder}: {e}")
 
 
+def remove(path):
+    """Delete a file or folder if it is there."""
+    if Path(path).is_dir():
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
 def megabytes(folder) -> float:
-    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()) / 1e6
+    sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    return sum(sizes) / 1e6
 
 
 def save_tensors(path, tensors, metadata=None):
-    """A safetensors file from tensors on any device, flushed to disk under a temporary name and then renamed."""
+    """A safetensors file from tensors on any device, flushed to disk under another name and then renamed."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata={"format": "pt", **(metadata or {})})
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(values, tmp, metadata={"format": "pt", **(metadata or {})})
     os.chmod(tmp, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
     _flush(tmp)
     os.replace(tmp, path)

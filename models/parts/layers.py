@@ -1,4 +1,5 @@
-"""Bricks of more than one backbone: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact convolutions.
+"""Bricks of more than one backbone: RMSNorm, rotary embedding, attention, SwiGLU, a K/V cache; exact
+convolutions.
 
 Letters: B batch, L positions, S keys, H query heads, G key/value heads, D head size, C width.
 """
@@ -15,7 +16,7 @@ FEW_ROWS, MANY_ROWS = 4, 32
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then times the weight: this order is what the published models compute."""
+    """x / rms(x) in float32, cast back, then times the weight: in the order of the published models."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -23,11 +24,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the fused kernel is float32 inside
+        # the fused kernel is float32 inside
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
 
 
 def rotary_frequencies(size, theta, factors=None):
-    """Angular frequency of each pair, (D/2,) float32; `factors` divide them one by one (LongRoPE, arXiv 2402.13753)."""
+    """Angular frequency of each pair, (D/2,) float32. factors divide them (LongRoPE, arXiv 2402.13753)."""
     exponents = -torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     frequencies = theta**exponents
     if factors is not None:
@@ -40,7 +42,9 @@ def rotary(positions, frequencies, scale=1.0):
     angle = positions[..., None].float() * frequencies
     cos = angle.cos() * scale
     sin = angle.sin() * scale
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    cos = torch.cat([cos, cos], -1)
+    sin = torch.cat([-sin, sin], -1)
+    return cos, sin
 
 
 def rotate(x, cos, sin):
@@ -51,7 +55,7 @@ def rotate(x, cos, sin):
 
 
 def exact(device):
-    """No TF32 in convolutions on CUDA: ten bits of mantissa change codes. cuDNN uses it unless told."""
+    """No TF32 in convolutions on CUDA: ten bits of mantissa change codes. cuDNN uses it by itself."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -67,18 +71,20 @@ class Packing(NamedTuple):
     def unpack(self, x):  # (1, H, P, D) -> (B, H, L, D), zero in the padding
         out = x.new_zeros(self.B * self.L, x.shape[1], x.shape[3])
         out = out.index_copy(0, self.place, x[0].transpose(0, 1))
-        return out.view(self.B, self.L, *out.shape[1:]).transpose(1, 2)
+        return out.unflatten(0, (self.B, self.L)).transpose(1, 2)
 
     def pack(self, x):  # (B, H, L, D) -> (1, H, P, D)
-        return x.transpose(1, 2).flatten(0, 1)[self.place].transpose(0, 1)[None]
+        rows = x.transpose(1, 2).flatten(0, 1)
+        return rows[self.place].transpose(0, 1)[None]
 
 
 def attend(q, k, v, causal=False, mask=None):
     """Grouped-query attention. q (B, H, L, D), k and v (B, G, S, D); mask as in Context."""
     if isinstance(mask, Packing):
         # Only attention needs to know which positions are of one row; all else skips the padding.
-        q, k, v = (mask.unpack(t) for t in (q, k, v))
-        return mask.pack(attend(q, k, v, causal=True))
+        q, k, v = map(mask.unpack, (q, k, v))
+        y = attend(q, k, v, causal=True)
+        return mask.pack(y)
     B, H, L, D = q.shape
     G = k.shape[1]
     if not causal and (mask is None or mask.shape[2] == 1):
@@ -86,12 +92,14 @@ def attend(q, k, v, causal=False, mask=None):
         q = q.reshape(B, G, H // G * L, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.reshape(B, H, L, D)
-    k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+    k = k.repeat_interleave(H // G, 1)
+    v = v.repeat_interleave(H // G, 1)
+    causal = causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class Cache:
-    """Keys and values of one attention layer, (B, G, S, D) each, allocated once; rows share the column they write."""
+    """Keys and values of one layer, (B, G, S, D) each, allocated once; rows share the column they write."""
 
     def __init__(self, shape, like):
         """like: a tensor of the dtype and on the device that the cache gets."""
@@ -122,12 +130,14 @@ class Context(NamedTuple):
     causal: bool = False  # a position sees itself and those before it
     mask: torch.Tensor | Packing | None = None  # bool, True where a key is seen: (B, 1, 1, S) or (B, 1, L, S)
     column: torch.Tensor | None = None  # (L,) int64: where the new keys go in the caches
-    keep: slice | None = None  # the positions that are asked for; the others only serve as keys (no mask, no cache)
+    # the positions that are asked for; the others only serve as keys (no mask, no cache)
+    keep: slice | None = None
 
 
 class Linear(nn.Linear):
-    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the weights serves
-    16 rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as fast, by rows and width."""
+    """nn.Linear. A few rows on a CPU are multiplied the other way round, W x^T: there one pass over the
+    weights serves 16 rows, in x W^T two or three. Generation is made of such products: 1.3 to 2 times as
+    fast, by rows and width."""
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
@@ -154,35 +164,40 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, kv_heads, head_size):
         super().__init__()
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_size = head_size
         self.q_proj = nn.Linear(width, heads * head_size, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.v_proj = nn.Linear(width, kv_heads * head_size, bias=False)
         self.o_proj = Linear(heads * head_size, width, bias=False)
 
     def forward(self, x, context, cache=None):
-        """With a cache, keys are written to it; then a single position attends to the whole cache under the mask,
-        several attend to each other."""
-        rope, causal, mask, column, keep = context
-        B, L, _ = x.shape
+        """With a cache, keys are written to it; then a single position attends to the whole cache under the
+        mask, several attend to each other."""
         # A strided input would take another kernel when weights are frozen, which has other last bits.
-        asked = x if keep is None else x[:, keep].contiguous()
-        A = asked.shape[1]
-        q = self.q_proj(asked).view(B, A, self.heads, self.head_size).transpose(1, 2)  # (B, H, A, D)
-        k = self.k_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)  # (B, G, L, D)
-        v = self.v_proj(x).view(B, L, self.kv_heads, self.head_size).transpose(1, 2)
-        if rope is not None:
-            cos, sin = rope
+        asked = x if context.keep is None else x[:, context.keep].contiguous()
+        q = self.split(self.q_proj(asked), self.heads)  # (B, H, A, D), A positions are asked for
+        k = self.split(self.k_proj(x), self.kv_heads)  # (B, G, L, D)
+        v = self.split(self.v_proj(x), self.kv_heads)
+        if context.rope is not None:
+            cos, sin = context.rope
             k = rotate(k, cos, sin)
-            if keep is not None:
-                cos, sin = cos[..., keep, :], sin[..., keep, :]
+            if context.keep is not None:
+                cos = cos[..., context.keep, :]
+                sin = sin[..., context.keep, :]
             q = rotate(q, cos, sin)
         if cache is not None:
-            cache.write(column, k, v)
-            if L == 1:
+            cache.write(context.column, k, v)
+            if x.shape[1] == 1:
                 k, v = cache.k, cache.v
-        y = attend(q, k, v, causal, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, A, self.heads * self.head_size))
+        y = attend(q, k, v, context.causal, context.mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def split(self, y, heads):
+        """(B, L, heads * D) -> (B, heads, L, D)."""
+        B, L, _ = y.shape
+        return y.view(B, L, heads, self.head_size).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -236,9 +251,11 @@ class Layer(nn.Module):
 
     def forward(self, x, context, cache=None):
         y = self.self_attn(self.input_layernorm(x), context, cache)
-        x = x if context.keep is None else x[:, context.keep]
+        if context.keep is not None:
+            x = x[:, context.keep]
         x = torch.add(x, y, alpha=self.branch)
-        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=self.branch)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, y, alpha=self.branch)
 
 
 def run_layers(layers, x, context, caches=None, recompute=False):

@@ -1,4 +1,5 @@
-"""What speaking is made of whatever the backbone: prompts side by side, who goes on, further tries, growing chunks.
+"""What speaking is made of whatever the backbone: prompts side by side, who goes on, further tries, growing
+chunks.
 
 A model's `_run(requests, s)` speaks like this:
 
@@ -23,12 +24,13 @@ class Place(NamedTuple):
     """Where positions stand in a batch of rows that were padded on the left."""
 
     positions: torch.Tensor  # (B, 1, L) int64, counted from each row's own start; 0 in the padding
-    mask: torch.Tensor  # bool, which columns each position sees: (B, 1, L, L) of prompts, (B, 1, 1, S) of a step
+    # bool, which columns each position sees: (B, 1, L, L) of prompts, (B, 1, 1, S) of a step
+    mask: torch.Tensor
     column: torch.Tensor  # (L,) int64, where their keys go in the caches
 
 
 class LeftPadded:
-    """Prompts of unequal length as one batch: padded on the left, so that all end, and go on, at the same column.
+    """Prompts of unequal length as one batch, padded on the left: all end, and go on, at the same column.
 
         column   0  1  2  3  4 | 5  6     prompts of 3 and 5 positions, then steps 0 and 1
         row 0    .  .  a  b  c | x  y     pad 2: a is position 0, x position 3
@@ -57,7 +59,8 @@ class LeftPadded:
         """The place of the prompts: every position sees itself and what stands before it in its row."""
         column = self.numbers[: self.width]
         before = column[None] <= column[:, None]
-        itself = torch.eye(self.width, dtype=torch.bool, device=column.device)  # a softmax over nothing would be NaN
+        # a softmax over nothing would be NaN
+        itself = torch.eye(self.width, dtype=torch.bool, device=column.device)
         mask = self.used[:, None, None, : self.width] & before | itself
         positions = (column[None] - self.pad[:, None]).clamp(min=0)[:, None]
         return Place(positions, mask, column)
@@ -114,8 +117,8 @@ def generator(seed):
 def takes(model, requests, s, failed):
     """Yields (i, frame) of every request, as model._run does.
 
-    s.retries times it runs again, with the next seed, for the requests of which failed(request, frames, finish) says
-    so. The last take is kept; model.finish tells how each ended.
+    s.retries times it runs again, with the next seed, for the requests of which failed(request, frames,
+    finish) says so. The last take is kept; model.finish tells how each ended.
     """
     if not s.retries:  # frames come out while they are made
         yield from model._run(requests, s)
@@ -149,8 +152,9 @@ def reseeded(request, attempt):
 
 
 def chunks(frames, streams, join, most):
-    """Audio (i, (n,)) of frames (i, frame): 1, 2, 4 .. `most` frames at a time, joined by `join`, through the codec
-    stream of their request. What a codec's call costs is mostly fixed, but the first sound should come at once."""
+    """Audio (i, (n,)) of frames (i, frame): 1, 2, 4 .. `most` frames at a time, joined by `join`, through the
+    codec stream of their request. What a codec's call costs is mostly fixed, but the first sound should come
+    at once."""
     waiting = [[] for _ in streams]
     size = [1] * len(streams)
     for i, frame in frames:

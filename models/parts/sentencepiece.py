@@ -1,10 +1,11 @@
 """Text to token ids and back, from a SentencePiece .model file (arXiv 1808.06226), read without its library.
 
-    text -> normalised, a space becoming U+2581 -> pieces, by merging (BPE) or by the best path (unigram) -> ids
+    text -> normalised, a space becoming U+2581 -> pieces, by merging (BPE) or the best path (unigram) -> ids
 
-The file is one protobuf message: the pieces with score and type, and how text is normalised, which is a trie of
-prefixes and what replaces them. Pieces and ids equal those of the `sentencepiece` library, version 0.2.3. Refused
-are the model types WORD and CHAR, pieces marked as unused and rules for after decoding; published models have none.
+The file is one protobuf message: the pieces with score and type, and how text is normalised, which is a trie
+of prefixes and what replaces them. Pieces and ids equal those of the `sentencepiece` library, version 0.2.3.
+Refused are the model types WORD and CHAR, pieces marked as unused and rules for after decoding; published
+models have none.
 """
 import struct
 from array import array
@@ -15,8 +16,11 @@ from models.parts.tokenizer import check_characters, find_longest, merge_pairs
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 UNIGRAM, BPE = 1, 2
+FAR = 100_000  # a float32 sum this large has few bits left behind the point: counting begins at zero again
 MARKER = "\u2581"
-MISFITS = (IndexError, KeyError, AttributeError, TypeError, UnicodeDecodeError)  # fields cut short or of another kind
+# What fields raise that are cut short or of another kind than expected.
+MISFITS = (IndexError, KeyError, AttributeError, TypeError, UnicodeDecodeError)
+UNKNOWN_COST = 10  # the library's: an unknown character scores this much below the worst piece
 
 
 class SentencePiece:
@@ -37,7 +41,7 @@ class SentencePiece:
         return [i for i, _ in self._tokens(text)]
 
     def pieces(self, text) -> list[str]:
-        """The pieces of encode's ids; a run of unknown characters is one piece, spelled as in the normalised text."""
+        """The pieces of encode's ids; a run of unknown characters is one, spelled as normalised."""
         return [piece for _, piece in self._tokens(text)]
 
     def id(self, piece) -> int:
@@ -48,11 +52,12 @@ class SentencePiece:
         return len(self.piece)
 
     def decode(self, ids) -> str:
-        """Ids to text. Control pieces vanish, unknown ones leave a mark, and the marker at the start is no space."""
+        """Ids to text. Control pieces vanish, unknown ones leave a mark, a marker at the start is none."""
         text, run, at_start = "", b"", self.add_dummy_prefix or self.remove_extra_whitespaces
         for i in map(int, ids):
             if not 0 <= i < len(self):
-                raise Invalid(f"{self.name} has no piece with id {i}, only {len(self)} pieces. Is it this model's?")
+                raise Invalid(f"{self.name} has no piece with id {i}, only {len(self)} pieces. "
+                              "Is it this model's?")
             if self.types[i] == BYTE:
                 run += bytes.fromhex(self.piece[i][3:5])
                 continue
@@ -60,11 +65,11 @@ class SentencePiece:
             piece = {CONTROL: "", UNKNOWN: self.unk_surface}.get(self.types[i], self.piece[i])
             if at_start and not text and piece.startswith(MARKER):
                 piece = piece[1:]
-                at_start = self.remove_extra_whitespaces  # where spaces are kept, only the first was put there by us
+                at_start = self.remove_extra_whitespaces  # where spaces are kept, one was put there
             text += piece.replace(MARKER, " ")
         return text + utf8_or_marks(run)
 
-    # -------------------------------------------------------------------------------------------- reading the file
+    # --------------------------------------------------------------------------------------- reading the file
 
     def _read(self, data):
         self.piece, self.scores, self.types = [], array("f"), []
@@ -80,16 +85,18 @@ class SentencePiece:
         self.model_type = trainer.get(3, UNIGRAM)
         unused, after = self.types.count(UNUSED), len(denormalizer.get(2, b""))
         if self.model_type not in (UNIGRAM, BPE) or unused or after:
-            raise Invalid(f"{self.name} has model type {self.model_type}, {unused} unused pieces and {after} bytes of rules "
-                          "for after decoding; supported are types 1 (unigram) and 2 (BPE) without the other two")
-        if self.types.count(UNKNOWN) != 1:
-            raise Damaged(f"{self.types.count(UNKNOWN)} of {len(self.piece)} pieces are of type unknown, expected one")
+            raise Invalid(f"{self.name} has model type {self.model_type}, {unused} unused pieces and {after} "
+                          "bytes of rules for after decoding; supported are types 1 (unigram) and 2 (BPE) "
+                          "without the other two")
+        unknown = self.types.count(UNKNOWN)
+        if unknown != 1:
+            raise Damaged(f"{unknown} of {len(self.piece)} pieces are of type unknown, expected one")
 
         self.vocab = {piece: i for i, piece in enumerate(self.piece)}
         self.unk_id = self.types.index(UNKNOWN)
-        names = [trainer.get(46, b"<s>"), trainer.get(47, b"</s>"), trainer.get(48, b"<pad>")]
-        ids = [self.vocab.get(name.decode()) for name in names]
-        self.bos_id, self.eos_id, self.pad_id = (None if i is None or self.types[i] != CONTROL else i for i in ids)
+        self.bos_id = self._control_id(trainer.get(46, b"<s>"))
+        self.eos_id = self._control_id(trainer.get(47, b"</s>"))
+        self.pad_id = self._control_id(trainer.get(48, b"<pad>"))
         self.unk_surface = trainer.get(44, " \u2047 ".encode()).decode()
         self.byte_ids = [self.vocab[f"<0x{b:02X}>"] for b in range(256)] if trainer.get(35) else None
         self.marker_behind = trainer.get(24, False)  # treat_whitespace_as_suffix
@@ -98,8 +105,12 @@ class SentencePiece:
         self._read_rules(normalizer.get(2, b""))
         self._prepare()
 
+    def _control_id(self, name):
+        i = self.vocab.get(name.decode())
+        return i if i is not None and self.types[i] == CONTROL else None
+
     def _read_rules(self, rules):
-        """precompiled_charsmap: the size of the trie, the trie, and the replacements, each closed by a zero."""
+        """precompiled_charsmap: the size of the trie, the trie, the replacements, each closed by a zero."""
         size = struct.unpack_from("<I", rules)[0] if rules else 0
         self.trie = struct.unpack(f"<{size // 4}I", rules[4:4 + size])
         self.replacements = rules[4 + size:]
@@ -112,17 +123,20 @@ class SentencePiece:
                 raise Damaged(f"its normalisation rules are broken at unit {i}")
 
     def _prepare(self):
-        """What encoding looks pieces up in. Control and byte pieces never come from text, so they are left out."""
+        """What encoding looks pieces up in. Control and byte pieces never come from text and are left out."""
         found = {piece: i for piece, i in self.vocab.items() if self.types[i] in (NORMAL, USER_DEFINED)}
-        self.find_defined = find_longest(piece for piece, i in found.items() if self.types[i] == USER_DEFINED)
+        defined = [piece for piece, i in found.items() if self.types[i] == USER_DEFINED]
+        self.find_defined = find_longest(defined)
         if self.model_type == BPE:
-            order = {score: rank for rank, score in enumerate(sorted(set(self.scores), reverse=True))}
+            best_first = sorted(set(self.scores), reverse=True)
+            order = {score: rank for rank, score in enumerate(best_first)}
             self.ranks = {piece: order[self.scores[i]] for piece, i in found.items()}
             return
-        self.scores[self.unk_id] = min((s for s, t in zip(self.scores, self.types) if t == NORMAL), default=0.0) - 10
+        normal = [score for score, kind in zip(self.scores, self.types) if kind == NORMAL]
+        self.scores[self.unk_id] = min(normal, default=0.0) - UNKNOWN_COST
         self.tree = {}  # one dictionary per character of a piece; behind the last one "" leads to its id
         for piece, i in found.items():
-            if self.types[i] == USER_DEFINED:  # costs nothing, and a long one less than short ones: it is always taken
+            if self.types[i] == USER_DEFINED:  # better than free, and a long one more than two short ones
                 self.scores[i] = 0.1 * (len(piece.encode()) - 1)
             node = self.tree
             for char in piece:
@@ -132,7 +146,7 @@ class SentencePiece:
     # -------------------------------------------------------------------------------------------- normalising
 
     def normalize(self, text) -> str:
-        """The text that is cut into pieces: the file's replacements, no more spaces than wanted, markers for spaces."""
+        """The text that is cut into pieces: with the file's replacements, and markers for spaces."""
         thin, at, parts = self.remove_extra_whitespaces, 0, []
         while thin and at < len(text):
             part, end = self._replace(text, at)
@@ -157,8 +171,9 @@ class SentencePiece:
     def _replace(self, text, at):
         """What the longest rule that fits here makes of the text, and where that rule ends.
 
-        A unit of the trie (a double array as in Darts-clone) holds the byte it stands for, whether a rule ends with
-        it, and the way to its children, which goes by exclusive or. User-defined pieces are exempt from the rules.
+        A unit of the trie (a double array as in Darts-clone) holds the byte it stands for, whether a rule
+        ends with it, and the way to its children, which goes by exclusive or. User-defined pieces are exempt
+        from the rules.
         """
         defined = self.find_defined.match(text, at)
         if defined:
@@ -180,16 +195,18 @@ class SentencePiece:
             return text[at], rule_end
         return self.replacements[rule:self.replacements.index(0, rule)].decode(), rule_end
 
-    # -------------------------------------------------------------------------------------------- from text to pieces
+    # ------------------------------------------------------------------------------------ from text to pieces
 
     def _tokens(self, text) -> list[tuple[int, str]]:
-        """(id, piece) in turn; what is unknown becomes bytes if the model has them, else one piece per run."""
+        """(id, piece) in turn; what is unknown becomes bytes if the model has them, else one piece a run."""
         check_characters(text)
+        cut = self._merge if self.model_type == BPE else self._best_path
         tokens, after_unknown = [], False
-        for i, piece in (self._merge if self.model_type == BPE else self._best_path)(self.normalize(text)):
+        for i, piece in cut(self.normalize(text)):
             unknown = i == self.unk_id
             if unknown and self.byte_ids:
-                tokens += [(self.byte_ids[b], self.piece[self.byte_ids[b]]) for b in piece.encode()]
+                ids = [self.byte_ids[byte] for byte in piece.encode()]
+                tokens += [(byte_id, self.piece[byte_id]) for byte_id in ids]
             elif unknown and after_unknown:
                 tokens[-1] = i, tokens[-1][1] + piece
             else:
@@ -212,14 +229,15 @@ class SentencePiece:
     def _best_path(self, text):
         """Unigram: the pieces whose scores have the largest sum (Viterbi).
 
-        Sums are kept in float32 as in the library: between "I II" and "II I" it is their last bit that decides.
+        Sums are kept in float32 as in the library: between "I II" and "II I" it is their last bit that
+        decides.
         """
         size, frontier = len(text) + 1, 0
         best, total = array("f", bytes(4 * size)), array("f", [0])  # arrays, since these round
         starts, ids = [None] * size, [None] * size
         for start in range(len(text)):
             here, node, edges = best[start], self.tree, []
-            if abs(here) > 100_000:  # few bits are left behind the point: count from zero again
+            if abs(here) > FAR:
                 for end in range(start, frontier + 1):
                     best[end] -= here
                 here = 0.0

@@ -8,35 +8,69 @@ from models.parts import Invalid
 
 
 def linears(model, s):
-    """Names of the nn.Linear modules that settings `s` mean; a word that means nothing is an error."""
-    known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    spelled = {n: {n} | {model.published_name(n + ".weight", naming).removesuffix(".weight") for naming in model.namings} for n in known}
-    words = {f.name: getattr(s, f.name) for f in fields(s) if f.name.startswith(("enable_", "target_")) and f.name != "target_layers"}
+    """Names of the nn.Linear modules that settings `s` mean. A word that means nothing is an error."""
+    linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    spellings = {name: published(model, name) for name in linear_names}
     names = []
     for word in s.target_modules:
-        hits = [n for n in known if any(means(word, spelling) for spelling in spelled[n])]
+        hits = [name for name in linear_names if any(means(word, spelling) for spelling in spellings[name])]
         if not hits:
-            raise Invalid(f"lora.target_modules: {word!r} matches no Linear; this model has names such as {known[0]!r}, {known[-1]!r}")
+            examples = f"this model has names such as {linear_names[0]!r}, {linear_names[-1]!r}"
+            raise Invalid(f"lora.target_modules: {word!r} matches no Linear; {examples}")
         names += hits
-    if not s.target_modules or any(v for k, v in words.items() if k != "target_modules"):
+    if not s.target_modules or has_words(s):  # the backbone reads its own words, or chooses without any
         names += model.lora_targets(s)
-    names = sorted(set(names), key=known.index)
-    if s.target_layers:  # 3 is layer 3 of every targeted stack that has one, decoder.3 that of one stack
-        layer = {n: m[1] for n in names if (m := re.search(r"\.(\d+)\.", n))}
-        asked = {n for n in names if n not in layer}
-        for entry in s.target_layers:
-            stack, _, index = str(entry).rpartition(".")
-            hits = [n for n in layer if layer[n] == index and (not stack or any(means(stack, spelling) for spelling in spelled[n]))]
-            if not hits:
-                raise Invalid(f"lora.target_layers: no targeted stack has a layer {entry}; they have 0 to {max(map(int, layer.values()), default=-1)}")
-            asked.update(hits)
-        names = [n for n in names if n in asked]
-    return names
+    if s.target_layers:
+        names = in_layers(s.target_layers, names, spellings)
+    return sorted(set(names), key=linear_names.index)
+
+
+def published(model, name):
+    """Every spelling of a module's name: ours, and that of each published naming, since users know those."""
+    out = {name}
+    for naming in model.namings:
+        weight = model.published_name(name + ".weight", naming)
+        out.add(weight.removesuffix(".weight"))
+    return out
+
+
+def has_words(s):
+    """Whether the settings use enable_lm, target_modules_lm and the like, which a backbone reads itself."""
+    others = ("target_modules", "target_layers")
+    keys = [f.name for f in fields(s) if f.name.startswith(("enable_", "target_")) and f.name not in others]
+    return any(getattr(s, key) for key in keys)
+
+
+def in_layers(entries, names, spellings):
+    """Those of `names` that lie in the layers asked for, and those in no layer, which no number could mean.
+
+    3 is layer 3 of every targeted stack that has one, decoder.3 that of one stack.
+    """
+    layer = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        if number:
+            layer[name] = number[1]
+    asked = set(names) - set(layer)
+    for entry in entries:
+        stack, _, index = str(entry).rpartition(".")
+        hits = [name for name in layer if layer[name] == index]
+        if stack:
+            hits = [name for name in hits if any(means(stack, spelling) for spelling in spellings[name])]
+        if not hits:
+            last = max(map(int, layer.values()), default=-1)
+            raise Invalid(f"lora.target_layers: no targeted stack has a layer {entry}; they have 0 to {last}")
+        asked.update(hits)
+    return asked
 
 
 def means(word, name):
     """A word means a module by its name, its end, any step on the way to it, or as a regex."""
-    return name == word or name.endswith("." + word) or (not word.isdigit() and word in name.split(".")) or matches(word, name)
+    if name == word or name.endswith("." + word):
+        return True
+    # A bare number is no step: target_layers asks for layers, and 3 would mean whatever else is counted, too.
+    step = not word.isdigit() and word in name.split(".")
+    return step or matches(word, name)
 
 
 def matches(pattern, name):
@@ -47,12 +81,20 @@ def matches(pattern, name):
 
 
 def in_full(model, s):
-    patterns = list(s.train_modules) + (list(model.embeddings) if s.train_embeddings else [])
-    names = [n for n, m in model.named_modules() if n and any(True for _ in m.parameters())]
-    found = []
-    for p in patterns:
-        hits = [n for n in names if n == p or matches(p, n)]
+    """Names of the modules that are trained in full beside LoRA."""
+    patterns = list(s.train_modules)
+    if s.train_embeddings:
+        patterns += model.embeddings
+    names = [name for name, module in model.named_modules() if name and has_parameters(module)]
+    out = []
+    for pattern in patterns:
+        hits = [name for name in names if name == pattern or matches(pattern, name)]
         if not hits:
-            raise Invalid(f"lora.train_modules: {p!r} matches no module; this model has names such as {names[0]!r}")
-        found += hits
-    return found
+            example = f"this model has names such as {names[0]!r}"
+            raise Invalid(f"lora.train_modules: {pattern!r} matches no module; {example}")
+        out += hits
+    return out
+
+
+def has_parameters(module):
+    return next(module.parameters(), None) is not None

@@ -2,11 +2,12 @@
 
     text -> added tokens cut out -> normalised -> cut into words -> characters, merged pair by pair -> ids
 
-Two kinds are read. Byte-level (Llama 3, Qwen 2, GPT-2): a pattern cuts the text into words, and the characters that
-are merged stand for the 256 bytes. SentencePiece style (MiniCPM, Llama 2): a space becomes U+2581, and a character
-that the vocabulary lacks becomes its UTF-8 bytes, written <0x..>, or the unknown token, or nothing where the file
-names none. Ids equal those of the `tokenizers` library. What else a tokenizer.json may hold is refused by name when
-it is opened; only its `truncation` and `padding` are passed over, being settings of one call of whoever saved it.
+Two kinds are read. Byte-level (Llama 3, Qwen 2, GPT-2): a pattern cuts the text into words, and the
+characters that are merged stand for the 256 bytes. SentencePiece style (MiniCPM, Llama 2): a space becomes
+U+2581, and a character that the vocabulary lacks becomes its UTF-8 bytes, written <0x..>, or the unknown
+token, or nothing where the file names none. Ids equal those of the `tokenizers` library. What else a
+tokenizer.json may hold is refused by name when it is opened; only its `truncation` and `padding` are passed
+over, being settings of one call of whoever saved it.
 """
 import heapq
 import json
@@ -22,7 +23,7 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
-PARTS = {  # a part of the file: how it names its steps where there are several, and the kinds of step known here
+PARTS = {  # a part of the file: how it names its steps where they are several, and the kinds known here
     "normalizer": ("normalizers", ["Prepend", "Replace", "NFC"]),
     "pre_tokenizer": ("pretokenizers", ["Split", "ByteLevel", "Metaspace"]),
     "decoder": ("decoders", ["ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"]),
@@ -38,15 +39,15 @@ BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enume
 CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the patterns
+# ----------------------------------------------------------------------------------------------- the patterns
 
 
 class StandIn(dict):
     """For str.translate: every character becomes an ASCII one that the published patterns treat alike.
 
-    Python's re has no \\p{L}, but it can run a pattern on this stand-in, whose positions are those of the text.
-    ASCII stands for itself, since contractions and newlines are spelled out. Under re.ASCII, \\s leaves out U+001C to
-    U+001F, which Python counts as white space and Unicode does not.
+    Python's re has no \\p{L}, but it can run a pattern on this stand-in, whose positions are those of the
+    text. ASCII stands for itself, since contractions and newlines are spelled out. Under re.ASCII, \\s leaves
+    out U+001C to U+001F, which Python counts as white space and Unicode does not.
     """
 
     def __missing__(self, code):
@@ -54,15 +55,17 @@ class StandIn(dict):
         if code >= 128:
             char = "\t" if char in WHITE else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
         if code == 0x17F:
-            char = "S"  # the long s is an s when case is ignored: 'ſ is a contraction for Llama 3, not for GPT-2
+            char = "S"  # the long s is an s when case is ignored: Llama 3 sees a contraction in 'ſ, GPT-2 not
         self[code] = char
         return char
 
 
 def runnable(published):
     """A published pattern as one for stand-in text: \\p{L} and \\p{N} become ASCII ranges."""
-    in_brackets = re.compile(r"\[\^[^\]]+\]")
-    pattern = in_brackets.sub(lambda m: m[0].replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), published)
+    def without_brackets(m):
+        return m[0].replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9")
+
+    pattern = re.sub(r"\[\^[^\]]+\]", without_brackets, published)
     return re.compile(pattern.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"), re.ASCII)
 
 
@@ -72,10 +75,11 @@ PATTERNS = {published: runnable(published) for published in (GPT2, QWEN2, LLAMA3
 
 def split(text, published):
     """Cut text into words. Each of the three patterns covers any text without a gap."""
-    return [text[m.start():m.end()] for m in PATTERNS[published].finditer(text.translate(STAND_IN))]
+    matches = PATTERNS[published].finditer(text.translate(STAND_IN))
+    return [text[m.start():m.end()] for m in matches]
 
 
-# ------------------------------------------------------------------------------------------------ the tokenizer
+# ---------------------------------------------------------------------------------------------- the tokenizer
 
 
 class Tokenizer:
@@ -85,16 +89,13 @@ class Tokenizer:
     """
 
     def __init__(self, source):
-        self.name, spec = "tokenizer.json", source
-        if not isinstance(source, dict):
-            self.name = str(source)
-            try:
-                spec = json.loads(Path(source).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as e:
-                raise Invalid(f"{source} cannot be read as JSON: {e}. Copy it from the checkpoint again.") from None
+        is_path = not isinstance(source, dict)
+        self.name = str(source) if is_path else "tokenizer.json"
+        spec = read_json(source) if is_path else source
         model = spec.get("model") if isinstance(spec, dict) else None
         if not model or model.get("type", "BPE") != "BPE" or not model.keys() >= {"vocab", "merges"}:
-            raise Invalid(f"{self.name}: the model is {model and model.get('type')!r}; expected BPE, with vocab and merges")
+            kind = model and model.get("type")
+            raise Invalid(f"{self.name}: the model is {kind!r}; expected BPE, with vocab and merges")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             self._allow(f"model.{key}", model.get(key) or None, [None])
         self.normalizers, self.pre_tokenizers, self.decoders, self.post_processors = (
@@ -106,53 +107,59 @@ class Tokenizer:
             raise Invalid(f"{self.name}: merges must be pairs, written 'a b' or ['a', 'b']")
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
         self.unk_token = model.get("unk_token")
-        needed = {p for a, b in merges for p in (a, b, a + b)} | {self.unk_token}
+        needed = {self.unk_token}
+        for a, b in merges:
+            needed |= {a, b, a + b}
         missing = sorted(needed - self.model_vocab.keys() - {None})
         if missing:
-            raise Invalid(f"{self.name}: {missing[0]!r} occurs in a merge or as unknown token, but not in the "
-                          "vocabulary. The file is damaged; copy it from the checkpoint again.")
+            raise Invalid(f"{self.name}: {missing[0]!r} occurs in a merge or as unknown token, but not in "
+                          "the vocabulary. The file is damaged; copy it from the checkpoint again.")
         self.unk_id = self.model_vocab.get(self.unk_token)
         self.fuse_unk, self.ignore_merges = model.get("fuse_unk"), model.get("ignore_merges")
+        usable = self.model_vocab if model.get("byte_fallback") else {}
         byte_pieces = [f"<0x{b:02X}>" for b in range(256)]
-        self.byte_pieces = [p if model.get("byte_fallback") and p in self.model_vocab else None for p in byte_pieces]
+        self.byte_pieces = [piece if piece in usable else None for piece in byte_pieces]
         self.cache = {}
 
         added = spec.get("added_tokens", [])
         self.vocab = self.model_vocab | {token["content"]: token["id"] for token in added}
         self.piece = {i: piece for piece, i in self.vocab.items()}
         self.special_ids = {token["id"] for token in added if token["special"]}
-        # A normalised token is searched in its normalised form, which has the marker in front if Prepend adds one.
+        # A normalised token is searched in its normalised form, which has the marker in front if Prepend adds
+        # one.
         self.raw_tokens = {token["content"]: token for token in added if not token["normalized"]}
-        self.normal_tokens = {self._normalize(token["content"]): token for token in added if token["normalized"]}
+        normal = [token for token in added if token["normalized"]]
+        self.normal_tokens = {self._normalize(token["content"]): token for token in normal}
         self.find_raw, self.find_normal = find_longest(self.raw_tokens), find_longest(self.normal_tokens)
 
     def encode(self, text, special=False, template=False) -> list[int]:
         """Text to ids. Special tokens that stand in the text are plain characters, unless special=True.
 
-        template=True puts the file's own first and last tokens around the ids. Added tokens that the file does not
-        call special are ordinary words, found either way.
+        template=True puts the file's own first and last tokens around the ids. Added tokens that the file
+        does not call special are ordinary words, found either way.
         """
         check_characters(text)
         ids = []
         for start, part, token in cut(text, self.find_raw, self.raw_tokens, special):
+            ids += self._encode_part(part, start, special) if token is None else [token]
+        for step in self.post_processors:
+            if template and step["type"] == "TemplateProcessing":
+                ids = in_template(ids, step)
+        return ids
+
+    def _encode_part(self, part, start, special):
+        """Ids of what lies between added tokens that are searched in the raw text."""
+        ids = []
+        for inner, text, token in cut(self._normalize(part), self.find_normal, self.normal_tokens, special):
             if token is not None:
                 ids.append(token)
                 continue
-            for inner, part, token in cut(self._normalize(part), self.find_normal, self.normal_tokens, special):
-                if token is not None:
-                    ids.append(token)
-                    continue
-                for word in self._words(part, start + inner == 0):
-                    ids += self._encode_word(word)
-        for step in self.post_processors:
-            if template and step["type"] == "TemplateProcessing":
-                known = step["special_tokens"]
-                parts = [known[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else ids for p in step["single"]]
-                ids = [i for part in parts for i in part]
+            for word in self._words(text, start + inner == 0):
+                ids += self._encode_word(word)
         return ids
 
     def pieces(self, text, special=False) -> list[str]:
-        """The pieces of encode's ids; what the vocabulary lacks shows as <0x..> per byte or as the unknown token."""
+        """The pieces of encode's ids; what the vocabulary lacks shows as <0x..> per byte or as unknown."""
         return [self.piece[i] for i in self.encode(text, special)]
 
     def id(self, piece) -> int | None:
@@ -170,12 +177,13 @@ class Tokenizer:
             tokens = decode_step(step, tokens)
         return ("" if self.decoders else " ").join(tokens)
 
-    # -------------------------------------------------------------------------------------------- reading the file
+    # --------------------------------------------------------------------------------------- reading the file
 
-    def _allow(self, what, found, allowed, known=None):
-        if found not in allowed:
-            raise Invalid(f"{self.name}: {what} is {found!r}, which is not supported; known: "
-                          f"{known or ', '.join(map(str, allowed))}. Is this the tokenizer of a model that is supported?")
+    def _allow(self, what, value, allowed, choices=None):
+        if value not in allowed:
+            choices = choices or ", ".join(map(str, allowed))
+            raise Invalid(f"{self.name}: {what} is {value!r}, which is not supported; known: {choices}. "
+                          "Is this the tokenizer of a model that is supported?")
 
     def _steps(self, step, part) -> list[dict]:
         """A part of the file as a flat list of steps, each of a kind that this module carries out."""
@@ -183,21 +191,25 @@ class Tokenizer:
         if step is None:
             return []
         if step["type"] == "Sequence":
-            return [s for one in step[several] for s in self._steps(one, part)]
+            steps = []
+            for one in step[several]:
+                steps += self._steps(one, part)
+            return steps
         self._allow(f"{part} type", step["type"], kinds)
         if step["type"] == "Replace":
             self._allow(f"{part} Replace pattern", list(step["pattern"]), [["String"]])
         if step["type"] == "Split":
-            self._allow(f"{part} Split pattern", step["pattern"].get("Regex", step["pattern"]), list(PATTERNS),
-                        "the patterns of GPT-2, Llama 3 and Qwen 2")
-            self._allow(f"{part} Split behavior, invert", (step["behavior"], step["invert"]),
-                        [("Isolated", False), ("Removed", True)])  # the same cuts, as the patterns leave no gap
+            pattern = step["pattern"].get("Regex", step["pattern"])
+            choices = "the patterns of GPT-2, Llama 3 and Qwen 2"
+            self._allow(f"{part} Split pattern", pattern, list(PATTERNS), choices)
+            same_cuts = [("Isolated", False), ("Removed", True)]  # as the patterns leave no gap
+            self._allow(f"{part} Split behavior, invert", (step["behavior"], step["invert"]), same_cuts)
         if step["type"] == "Metaspace":  # files from before prepend_scheme say add_prefix_space
             scheme = "never" if step.get("add_prefix_space") is False else "always"
             step = {"prepend_scheme": scheme, "split": True, **step}
         return [step]
 
-    # -------------------------------------------------------------------------------------------- from text to words
+    # ------------------------------------------------------------------------------------- from text to words
 
     def _normalize(self, text):
         for step in self.normalizers:
@@ -205,7 +217,7 @@ class Tokenizer:
                 text = step["prepend"] + text if text else ""
             elif step["type"] == "Replace":
                 text = text.replace(step["pattern"]["String"], step["content"])
-            else:  # the library's table is of Unicode 9; it may order combining marks that are newer differently
+            else:  # the library's table is of Unicode 9; it may order newer combining marks differently
                 text = unicodedata.normalize("NFC", text)
         return text
 
@@ -218,20 +230,13 @@ class Tokenizer:
                 if step["type"] == "Split":
                     parts += split(word, step["pattern"]["Regex"])
                 elif step["type"] == "ByteLevel":
-                    if step["add_prefix_space"] and not word.startswith(" "):
-                        word = " " + word
-                    cut_words = split(word, GPT2) if step.get("use_regex", True) else [word]
-                    parts += [w.encode().decode("latin-1").translate(BYTE_TO_CHAR) for w in cut_words]
+                    parts += byte_level(word, step)
                 else:
-                    marker, scheme = step["replacement"], step["prepend_scheme"]
-                    word = word.replace(" ", marker)
-                    wanted = scheme == "always" or scheme == "first" and at_start and i == 0
-                    word = marker + word if wanted and not word.startswith(marker) else word
-                    parts += re.split(f"(?!^)(?={re.escape(marker)})", word) if step["split"] else [word]
+                    parts += metaspace(word, step, at_start and i == 0)
             words = parts
         return words
 
-    # -------------------------------------------------------------------------------------------- from words to ids
+    # -------------------------------------------------------------------------------------- from words to ids
 
     def _encode_word(self, word) -> list[int]:
         if self.ignore_merges and word in self.model_vocab:
@@ -249,8 +254,11 @@ class Tokenizer:
         return self.ranks.get((a, b))
 
     def _symbols(self, word) -> list[str]:
-        """One symbol per character, or its bytes, or the unknown token, one for a whole run if they are fused."""
-        symbols, waiting = [], []  # the library appends an unknown late, behind bytes that follow it, so this must too
+        """One symbol per character, or its bytes, or the unknown token, one for a run if they are fused.
+
+        The library appends an unknown token late, behind bytes that follow it; so it waits here, too.
+        """
+        symbols, waiting = [], []
         for char in word:
             in_bytes = [self.byte_pieces[b] for b in char.encode()]
             if char in self.model_vocab:
@@ -264,17 +272,55 @@ class Tokenizer:
         return symbols + waiting
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise Invalid(f"{path} cannot be read as JSON: {e}. Copy it from the checkpoint again.") from None
+
+
+def in_template(ids, step):
+    """The file's own first and last tokens around the ids."""
+    out = []
+    for part in step["single"]:
+        if "SpecialToken" in part:
+            name = part["SpecialToken"]["id"]
+            out += step["special_tokens"][name]["ids"]
+        else:
+            out += ids
+    return out
+
+
+def byte_level(word, step):
+    """Cut by GPT-2's pattern, where the file wants that, and one visible character for each byte."""
+    if step["add_prefix_space"] and not word.startswith(" "):
+        word = " " + word
+    parts = split(word, GPT2) if step.get("use_regex", True) else [word]
+    return [part.encode().decode("latin-1").translate(BYTE_TO_CHAR) for part in parts]
+
+
+def metaspace(word, step, first):
+    """A marker for each space and, by the file's scheme, one in front; cut before each marker."""
+    marker, scheme = step["replacement"], step["prepend_scheme"]
+    word = word.replace(" ", marker)
+    in_front = scheme == "always" or scheme == "first" and first
+    if in_front and not word.startswith(marker):
+        word = marker + word
+    return re.split(f"(?!^)(?={re.escape(marker)})", word) if step["split"] else [word]
+
+
 # ------------------------------------------------------------------------------------------------ merging
 
 
 def merge_pairs(symbols, rank) -> list[str]:
     """Merge the neighbours of lowest rank(left, right), leftmost first, until every rank is None.
 
-    Places wait in one bucket per rank, named by the symbol on the left; the symbols are a linked list. One queue of
-    all places would do too, but then a word of 100,000 characters costs 16 times one of 10,000.
+    Places wait in one bucket per rank, named by the symbol on the left; the symbols are a linked list. One
+    queue of all places would do too, but then a word of 100,000 characters costs 16 times one of 10,000.
     """
     symbols = [None, *symbols, None]  # None: an edge, or a symbol that its left neighbour took in
-    before, after = array("l", range(-1, len(symbols) - 1)), array("l", range(1, len(symbols) + 1))
+    size = len(symbols)
+    before, after = array("l", range(-1, size - 1)), array("l", range(1, size + 1))
     buckets, queue = {}, []
 
     def rank_at(left):
@@ -293,7 +339,7 @@ def merge_pairs(symbols, rank) -> list[str]:
         lowest = heapq.heappop(queue)
         places = sorted(buckets.pop(lowest))
         for n, left in enumerate(places):
-            if queue and queue[0] <= lowest:  # the last merge made way for one that comes first; few files have such
+            if queue and queue[0] <= lowest:  # the last merge made way for one that comes first: a rare thing
                 wait(places[n:], lowest)
                 break
             if rank_at(left) != lowest:
@@ -308,7 +354,7 @@ def merge_pairs(symbols, rank) -> list[str]:
     return [s for s in symbols if s is not None]
 
 
-# ------------------------------------------------------------------------------------------------ added tokens
+# ----------------------------------------------------------------------------------------------- added tokens
 
 
 def check_characters(text):
@@ -316,13 +362,15 @@ def check_characters(text):
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise Invalid(f"character {e.start} of the text is U+{ord(text[e.start]):04X}, half of a surrogate pair and no "
+        code = f"U+{ord(text[e.start]):04X}"
+        raise Invalid(f"character {e.start} of the text is {code}, half of a surrogate pair and no "
                       "character. Read the text in the encoding that it was written in.") from None
 
 
 def find_longest(texts):
     """A pattern that finds the leftmost of these texts, and the longest of those that begin there."""
-    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or "(?!)")
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def cut(text, finder, tokens, special):
@@ -332,7 +380,8 @@ def cut(text, finder, tokens, special):
         token, (start, stop) = tokens[match[0]], match.span()
         if token["special"] and not special:
             continue
-        if token["single_word"] and (in_word(text[max(start - 1, 0):start]) or in_word(text[stop:stop + 1])):
+        before, behind = text[max(start - 1, 0):start], text[stop:stop + 1]
+        if token["single_word"] and (in_word(before) or in_word(behind)):
             continue
         if token["lstrip"]:
             start = done + len(text[done:start].rstrip(WHITE))
@@ -357,9 +406,8 @@ def in_word(char):
 
 def decode_step(step, tokens) -> list[str]:
     kind = step["type"]
-    if kind == "ByteLevel":  # a token with other characters than the 256, such as an added one, is text already
-        parts = [bytes(CHAR_TO_BYTE[c] for c in t) if all(c in CHAR_TO_BYTE for c in t) else t.encode() for t in tokens]
-        return [b"".join(parts).decode(errors="replace")]
+    if kind == "ByteLevel":
+        return [b"".join(map(bytes_of, tokens)).decode(errors="replace")]
     if kind == "ByteFallback":
         return join_bytes(tokens)
     if kind == "Metaspace":
@@ -372,6 +420,13 @@ def decode_step(step, tokens) -> list[str]:
     char = re.escape(step["content"])  # Strip: up to `start` of them in front, up to `stop` behind
     edges = re.compile(f"\\A{char}{{0,{step['start']}}}(.*?){char}{{0,{step['stop']}}}\\Z", re.DOTALL)
     return [edges.match(t)[1] for t in tokens]
+
+
+def bytes_of(token):
+    """A token with other characters than the 256 that stand for bytes, such as an added one, is text."""
+    if all(char in CHAR_TO_BYTE for char in token):
+        return bytes(CHAR_TO_BYTE[char] for char in token)
+    return token.encode()
 
 
 def join_bytes(tokens) -> list[str]:

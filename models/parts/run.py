@@ -1,0 +1,452 @@
+"""The bookkeeping of a training run: its folder, its clips, its log, the signals that end it.
+
+    save_path/
+        step_0000500/       a complete checkpoint, see models/parts/checkpoint.py; its index holds a Progress
+        latest              names the newest
+        config.yaml         the settings, good for going on
+        train.log  metrics.jsonl  logs/  samples/
+
+Nothing here computes what is trained: train.py reads the same without it.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+import torch
+
+from models.parts import Invalid, audio, checkpoint
+from models.parts.manifests import holders
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def lock(root) -> str | None:
+    """Keep other runs out of a folder while this process lives. Returns what is wrong.
+
+    None also where nothing can be locked: some systems and some network file systems have no locks.
+    """
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(Path(root) / ".lock", "w"))
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"another train.py is writing into {root}; wait for it or choose another save_path"
+    except (AttributeError, OSError):
+        pass
+    return None
+
+
+def claim(root) -> str | None:
+    """Make a run folder, or take possession of one. Returns what is wrong. Rank 0 only."""
+    root = Path(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".write"
+        probe.write_text("")
+        probe.unlink()
+        taken = lock(root)
+        # A save that was killed leaves its temporary folder. Before the lock it may be one of another run.
+        for torn in [] if taken else root.glob("step_*.tmp"):
+            checkpoint.remove(torn)
+        return taken
+    except OSError as e:
+        return f"save_path {root} cannot be written: {e.strerror}"
+
+
+def set_aside(root, say) -> None:
+    """What --overwrite does to an earlier run: it gets another name, nothing is deleted. Rank 0 only."""
+    if any(path.name != ".lock" for path in Path(root).iterdir()):
+        say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
+        lock(root)
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+class Best(NamedTuple):
+    """The lowest validation loss of those steps that were saved."""
+
+    loss: float = math.inf
+    step: int = -1
+
+
+@dataclass
+class Progress:
+    """How far a run has come and what it is, as the index of a step folder has it."""
+
+    step: int = 0  # updates done, skipped ones included
+    epoch: int = 0
+    position: int = 0  # micro-batches of the epoch that are done
+    best: Best = Best()
+    skipped: int = 0
+    micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
+    settings: dict = field(default_factory=dict)  # those that must agree for a run to go on
+    speakers: dict = field(default_factory=dict)  # name -> number
+    resumed_from: str = ""
+    data: int = 0  # seed_from ids and lengths of the rows
+    base: str | None = None  # fingerprint of the base of an adapter
+    folder: Path | None = None  # the step folder that says so
+
+    @classmethod
+    def read(cls, folder):
+        index = checkpoint.read_json(folder / checkpoint.INDEX)
+        known = {f.name: index[f.name] for f in fields(cls) if f.name in index}
+        return cls(**{**known, "best": Best(*index["best"]), "folder": folder})
+
+    def index(self):
+        values = asdict(self)
+        del values["folder"]
+        return values
+
+    def after(self, past):
+        """This run with the counters of `past`, from which it goes on.
+
+        Settings are equal; but speakers may have been added, and rows and base may be others by intent.
+        """
+        names = ("step", "epoch", "position", "best", "skipped", "micro_per_step", "folder")
+        return replace(self, **{name: getattr(past, name) for name in names})
+
+
+def find(root, resume_from, say) -> Progress | None:
+    """Where to go on from: the step `resume_from`, else the newest complete one in `root`. None: a new run.
+
+    Every rank looks for itself and comes to the same answer; nothing is changed on disk.
+    """
+    if resume_from:
+        chosen = Path(resume_from)
+        newest = checkpoint.newest_step(root, lambda text: None)
+        # The same command once more: what it has made since then counts, or it would start over each time.
+        own = newest and Progress.read(newest)
+        return own if own and own.resumed_from == str(chosen.resolve()) else Progress.read(chosen)
+    newest = checkpoint.newest_step(root, lambda text: say(text, "warning"))
+    if newest:
+        return Progress.read(newest)
+    damaged = checkpoint.steps(root)
+    if damaged:
+        raise Invalid(f"none of the {len(damaged)} checkpoints in {root} is complete; "
+                      "--overwrite starts anew and keeps them aside")
+    return None
+
+
+def flat(settings, prefix="") -> dict:
+    """{"lora": {"r": 8}} -> {"lora": "given", "lora.r": 8}; a section that is absent stays {"lora": None}."""
+    values = {}
+    for name, value in settings.items():
+        key = prefix + name
+        values[key] = "given" if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            values |= flat(value, key + ".")
+    return values
+
+
+def differences(there, here, defaults) -> list[str]:
+    """Lines such as `lora.r: 16 there, 8 here`: the settings of an earlier run against those of now.
+
+    A key that the earlier run does not have is newer than the run, which therefore had the default.
+    """
+    usual = flat(defaults)
+    there, here = {**usual, **flat(there)}, {**usual, **flat(here)}
+    lines = []
+    for key in sorted(there | here):
+        # Where one of the two has no such section, the section's own name says so, once.
+        section = key.partition(".")[0]
+        if key != section and there.get(section) != here.get(section):
+            continue
+        old, new = there.get(key), here.get(key)
+        if old != new and [old] != new:  # an old index may have its only value for a list of one
+            lines.append(f"{key}: {old!r} there, {new!r} here")
+    return lines
+
+
+def clear_the_way(past, root, say) -> None:
+    """Leave nothing in the folder that is newer than what the run goes on from. Rank 0 only."""
+    root, folder = Path(root), past.folder.resolve()
+    for path in checkpoint.steps(root):
+        # Damaged, or about to be made again: left in place it would pass for the newest.
+        if int(path.name[5:]) > past.step:
+            place = checkpoint.put_aside(path)
+            say(f"moved {path}, which lies after step {past.step}, to {place}", "warning")
+    stale = folder.parent == root.resolve() and (root / "latest").resolve() != folder
+    if stale:  # the run was killed before it could name it, or what it named was moved
+        checkpoint.point(root, folder.name)
+
+
+# ------------------------------------------------------------------------------------------------ clips
+
+
+class Clip(NamedTuple):
+    """One row of a manifest, ready to be trained on."""
+
+    row: dict
+    key: str  # by which the cache finds its example; empty while nobody has looked
+    length: int  # positions of the trained network; while there is no key, what its audio takes at least
+    seconds: float  # of audio
+
+
+def seconds_of(row):
+    """Length of a row's audio: as prepare_data.py wrote it down, else by the headers of the files."""
+    if row.get("duration"):
+        return row["duration"]
+    total = 0
+    for holder in holders(row):
+        if isinstance(holder.get("audio"), str):
+            end = holder.get("end")
+            end = audio.info(holder["audio"]).seconds if end is None else end
+            total += end - (holder.get("start") or 0)
+    return total
+
+
+def positions(row, rate):
+    """How many positions of `rate` per second a row takes at least, by the headers of its files.
+
+    A conversation may lose turns as it is encoded, so of its length nothing is known before.
+    """
+    if row.get("turns"):
+        return 0
+    return math.floor(seconds_of({**row, "duration": None}) * rate)
+
+
+def outlines(rows, rate) -> list[Clip]:
+    """Clips of which only the headers of the files were read."""
+    return [Clip(row, "", positions(row, rate), seconds_of(row)) for row in rows]
+
+
+def measured(clips, model, cache, limit) -> list[Clip]:
+    """The same clips with key and true length. What is too long by its audio was not encoded and stays."""
+    done = []
+    for clip in clips:
+        if clip.length <= limit:
+            key = cache.key(clip.row)
+            clip = clip._replace(key=key, length=model.length(cache.load(key)))
+        done.append(clip)
+    return done
+
+
+def hours(clips):
+    return sum(clip.seconds for clip in clips) / 3600
+
+
+def drop_long(clips, limits, say) -> list[Clip]:
+    """The clips that hold something to train and fit all limits, {reason: positions}. The rest is said."""
+    kept, dropped = [], {}
+    for clip in clips:
+        reasons = [reason for reason, most in limits.items() if clip.length > most]
+        if not clip.length:
+            reasons = ["with nothing that is trained in them"]
+        if reasons:
+            dropped.setdefault(reasons[0], []).append(clip)
+        else:
+            kept.append(clip)
+    gone = sum(dropped.values(), [])
+    say(f"data: {len(kept)} clips, {hours(kept):.2f} h; dropped {len(gone)} clips, {hours(gone):.2f} h")
+    for reason, part in dropped.items():
+        names = ", ".join(clip.row["id"] for clip in part[:5])
+        say(f"  {len(part)} {reason}: {names}{' ...' if part[5:] else ''}", "warning")
+    if not kept:
+        reasons = "; ".join(f"{len(part)} {reason}" for reason, part in dropped.items())
+        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. Raise max_batch_tokens, "
+                      "batch_tokens or max_length, or train more of the rows.")
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ log
+
+
+def step_of(line) -> int:
+    """The step of a line of metrics.jsonl; -1 where it was cut off or damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def cut_metrics(path, step) -> None:
+    """Take out of metrics.jsonl what will be made again; with no step done that is all, step 0 included."""
+    lines = path.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if step and 0 <= step_of(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class Log:
+    """Lines to stderr and train.log, numbers to metrics.jsonl and TensorBoard. Silent but on rank 0."""
+
+    def __init__(self, level, rank):
+        self.rank, self.level = rank, LEVELS[level]
+        self.file = self.metrics = self.writer = None
+        self.root = None
+        self.early = []  # lines that were said before there was a folder
+        self.full = False  # the disk
+
+    def open(self, root, tensorboard, step):
+        """From here on there are files. What they say of steps after `step` will be made again and goes."""
+        if self.rank:
+            return
+        self.root = root = Path(root)
+        metrics = root / "metrics.jsonl"
+        if metrics.exists():
+            cut_metrics(metrics, step)
+        self.file = open(root / "train.log", "a", encoding="utf-8")
+        self.metrics = open(metrics, "a")
+        # Imported here, since that takes longer than all the rest.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        for line in self.early:
+            self.file.write(line)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+    def put(self, file, line):
+        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as e:
+            if not self.full:
+                self.full = True
+                self.say(f"{file.name} cannot be written ({e.strerror}); going on without", "warning")
+
+    def say(self, text, level="info"):
+        if self.rank or LEVELS[level] < self.level:
+            return
+        with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
+            print(text, file=sys.stderr, flush=True)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
+        if self.file:
+            self.put(self.file, line)
+        else:
+            self.early.append(line)
+
+    def numbers(self, split, step, values, **more):
+        """One line of metrics.jsonl, and a curve in TensorBoard of each value; `more` is for the line."""
+        if self.rank:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        self.put(self.metrics, json.dumps({"step": step, "split": split, **more, **finite}) + "\n")
+        with contextlib.suppress(OSError):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+
+
+class Clock:
+    """How fast the training itself goes: time spent on validation and on saving is not counted."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+        self.steps, self.audio, self.waited = 0, 0.0, 0.0
+
+    def count(self, audio, waited):
+        """One more step, with so many seconds of audio, after so many seconds of waiting for its data."""
+        self.steps += 1
+        self.audio += audio
+        self.waited += waited
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def line(self, steps_left):
+        spent = time.perf_counter() - self.started
+        each = spent / self.steps
+        share = 100 * self.waited / spent
+        left = timedelta(seconds=round(each * steps_left))
+        return f"{each:.2f} s | {self.audio / spent:.0f} s audio/s | waited {share:.0f} % | ETA {left}"
+
+
+def peak_memory(device) -> float:
+    """Bytes, of the GPU or else of this process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def sentences(rows) -> list[dict]:
+    """Rows with a text to speak: a single clip as it is, of a conversation the last turn that has audio."""
+    found = []
+    for row in rows:
+        with_audio = [turn for turn in row.get("turns", [row]) if turn.get("audio")]
+        spoken = with_audio[-1] if with_audio else row
+        if spoken.get("text"):
+            found.append(spoken)
+    return found
+
+
+@torch.no_grad()
+def speak(model, rows, seed, step, log):
+    """Each row's text as a wav file and in TensorBoard, at step 0 with the recording beside. Rank 0 only."""
+    model.eval()
+    for i, row in enumerate(rows):
+        chunks = list(model.generate(row["text"], **model.sample_request(row), seed=seed))
+        wave = torch.cat(chunks) if chunks else torch.zeros(1)
+        rate = model.out_sample_rate
+        path = log.root / "samples" / f"step_{step:07d}_{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        audio.write(path, wave, rate)
+        picture = audio.mel_picture(wave, rate)
+        log.writer.add_audio(f"val_sample_{i}/generated_audio", wave[None], step, rate)
+        log.writer.add_image(f"val_sample_{i}/mel_spectrogram", picture, step, dataformats="CHW")
+        if step == 0 and isinstance(row["audio"], str):
+            recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
+            log.writer.add_audio(f"val_sample_{i}/reference_audio", recording[None], step, rate)
+
+
+def try_to_speak(model, rows, seed, step, log):
+    """A sample is no reason to lose a run: what goes wrong is only said."""
+    try:
+        speak(model, rows, seed, step, log)
+    except (Invalid, OSError, RuntimeError) as e:
+        log.say(f"step {step}: no sample of the validation texts: {str(e).splitlines()[0]}", "warning")
+    model.codec.to("cpu")
+    model.train()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def catch_signals() -> list[int]:
+    """From now on SIGINT, SIGTERM and SIGHUP only go into the list that this returns; the loop looks at it.
+
+    Who sends SIGINT a second time does not want to wait for the end of the step.
+    """
+    caught = []
+
+    def on_signal(number, frame):
+        if caught and number == signal.SIGINT:
+            os._exit(130)
+        caught.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup has it ignored
+        numbers.append(hangup)
+    for number in numbers:
+        signal.signal(number, on_signal)
+    return caught
