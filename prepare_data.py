@@ -40,9 +40,11 @@ import models
 from models.parts import Invalid, audio, clips, opt, page
 from models.parts.cache import ClipCache, Progress, clock, read_memo, sha, stamp, write_file
 from models.parts.clips import Clip, Cutting, Span, Speech
+from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
-    KEYS, SHAPES, Ambiguous, Fault, Place, Reading, check_text, for_encode, holders, is_file, listing,
-    number_speakers, read_manifest, read_rows, read_table, speaking, unused, voices, words_in)
+    KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
+    number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
+from models.parts.textfiles import check_text, is_control, is_file, plain
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -60,7 +62,9 @@ class Prepare:
     transcripts: str = opt("", "table of transcripts, or folder of text files, when they do not lie beside the recordings")
     alignment_dir: str = opt("", "folder of word times (<name>.json) when they do not lie beside the recordings")
     speaker: str = opt("", "speaker of rows that name none")
-    speaker_from_folder: bool = opt(False, "the folder that a recording lies in is its speaker")
+    speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
+    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
+    mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
     normalizer: str = opt("", "module:function from text to text, called on every text")
     min_seconds: float = opt(0.3, "shorter clips are bad rows")
     max_seconds: float = opt(60.0, "longer clips are bad rows, told by their header; with word times they are cut instead")
@@ -116,6 +120,7 @@ class Work:
     bad: list[Fault] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     inputs: list[dict] = field(default_factory=list)  # what each of them is
+    without_row: list[str] = field(default_factory=list)  # recordings that no row names
     changes: collections.Counter = field(default_factory=no_changes)
     val_ids: set[str] = field(default_factory=set)
     numbers: dict[str, int] = field(default_factory=dict)  # of the speakers
@@ -342,15 +347,9 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 
 
 def clean(text, normalise=None):
-    """NFC, without BOM and control characters; line breaks and tabs are spaces."""
-    text = unicodedata.normalize("NFC", text).replace("\ufeff", "")
-    spaced = "".join(" " if c.isspace() else c for c in text)
-    text = "".join(c for c in spaced if not is_control(c)).strip()
+    """NFC, and what every script does to a text."""
+    text = plain(unicodedata.normalize("NFC", text))
     return clean(normalise(text)) if normalise else text
-
-
-def is_control(character):
-    return unicodedata.category(character) == "Cc" and not character.isspace()
 
 
 def hook(name, flag="normalizer", example="my_text:expand"):
@@ -423,7 +422,10 @@ def clean_texts(holder, row, work):
         if key not in holder:
             continue
         before = holder[key]
-        text = holder[key] = clean(before, work.normalise)
+        cleaned = clean(before, work.normalise)
+        if "type" in holder:  # a part of a message: its lines mean something
+            cleaned = "\n".join(clean(line, work.normalise) for line in before.splitlines())
+        text = holder[key] = cleaned
         check_text(text, f"{key} after cleaning")
         work.changes["texts changed"] += before != text
         controls = {f"U+{ord(c):04X}" for c in before if is_control(c)}
@@ -1020,20 +1022,25 @@ def refuse_foreign(work):
 
 def gather(work):
     """The rows of all inputs, with unique ids, data set numbers and speakers."""
-    cfg, ids = work.cfg, set()
+    cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
-    how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots)
     for k, path in enumerate(inputs):
+        skip = folders_to_skip(work, path)
+        how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots, skip, cfg.mic)
         try:
-            rows, bad, shape = read_rows(path, how)
+            found = read_rows(path, how)
         except Ambiguous as e:
             raise configs.Usage(str(e)) from None
-        say(f"{path}: read as {shape}, {len(rows)} rows" + (f", {len(bad)} bad" if bad else ""))
-        about = {"input": str(path), "shape": shape, "rows": len(rows), "bad": len(bad)}
-        work.inputs.append(about)
-        if not rows and not bad:
+        rows, bad = found.rows, found.bad
+        say(f"{path}: read as {found.shape}, {len(rows)} rows" + (f", {len(bad)} bad" if bad else ""))
+        say_unread(path, found.unread)
+        names |= found.sounds
+        about = {"input": str(path), "shape": found.shape, "rows": len(rows), "bad": len(bad)}
+        work.inputs.append({**about, "unread": dict(sorted(found.unread.items()))})
+        nothing = is_own(path) and not os.path.getsize(path)  # validation rows of a single recording
+        if not rows and not bad and not nothing:
             bad = [Fault(Place(str(path)), "holds no rows")]
         work.bad += bad
         for row in rows:
@@ -1041,11 +1048,100 @@ def gather(work):
             ids.add(row["id"])
             if len(inputs) > 1:
                 row.setdefault("dataset_id", k)
-            if cfg.speaker_from_folder and "audio" in row:
-                row.setdefault("speaker", Path(row["audio"]).parent.name)
-            elif cfg.speaker and "turns" not in row:
-                row.setdefault("speaker", cfg.speaker)
         work.rows += rows
+    if not all(map(is_own, inputs)):
+        find_recordings_without_row(work, names)
+    name_speakers(work)
+
+
+def folders_to_skip(work, path):
+    """What this script writes is no input, unless it is asked for: pieces would be cut once more."""
+    own = [os.path.realpath(work.out / name) for name in ("clips", "cache")]
+    inside = os.path.realpath(path)
+    return tuple(folder for folder in own if os.path.commonpath([folder, inside]) != folder)
+
+
+def find_recordings_without_row(work, names):
+    """Recordings beside those of the rows that no row names: a line lost from a table shows here."""
+    skip = folders_to_skip(work, "/")
+    work.without_row = without_row(work.rows, names, work.cfg.input, skip)
+    if work.without_row:
+        count, first = len(work.without_row), work.without_row[0]
+        say(f"{count} recordings have no row, such as {first}; all of them are in the report")
+
+
+# Folders that are called for what lies in them, and not for who speaks.
+OF_NOBODY = re.compile(
+    r"(wavs?|wav48.*|audios?|clips|data|flac|mp3|sounds?|recordings?|segments|raw|processed)"
+    r"|(train|dev|test|valid|val|validation)([-_].*)?", re.I)
+
+
+def name_speakers(work):
+    """Give a speaker to rows that name none: their folder's, or the one that was given."""
+    cfg = work.cfg
+    unnamed = [row for row in work.rows if "speaker" not in row and "turns" not in row]
+    single = [row for row in unnamed if "audio" in row]
+    if single and (cfg.speaker_from_folder or cfg.speaker_level):
+        names = folder_speakers(single, cfg)
+        for row, name in zip(single, names):
+            row["speaker"] = name
+        some = ", ".join(list(dict.fromkeys(names))[:SOME_SPEAKERS])
+        say(f"{len(set(names))} speakers by their folders: {some}; --speaker_level N takes another level")
+    elif cfg.speaker:
+        for row in unnamed:
+            row["speaker"] = cfg.speaker
+    count = name_others(work.rows)
+    if count:
+        say(f"{count} rows name no speaker, unlike others: they are the speaker {UNNAMED!r}; "
+            "--speaker NAME gives them another")
+
+
+SOME_SPEAKERS = 8  # in the log: as many as a line holds
+
+
+def folder_speakers(rows, cfg):
+    """The name of the folder that tells speakers apart, for each row."""
+    if cfg.speaker_level:
+        return [folder_above(row["audio"], cfg.speaker_level) for row in rows]
+    homes = [path if os.path.isdir(path) else os.path.dirname(path) for path in cfg.input]
+    base = Path(os.path.commonpath([os.path.abspath(home) for home in homes]))
+    folders = [folders_below(base, row["audio"]) for row in rows]
+    # Corpora begin the names of their files with the speaker, 19_198_000001.wav: that settles it.
+    by_file = [folder_in_name(names, row["audio"]) for names, row in zip(folders, rows)]
+    if all(by_file):
+        return by_file
+    level = 0
+    for level in range(max(map(len, folders))):
+        at_level = {tuple(names[level : level + 1]) for names in folders}
+        if len(at_level) > 1:
+            break
+    else:
+        level = 0  # one speaker
+    own_name = next((name for name in base.parts[::-1] if not OF_NOBODY.fullmatch(name)), base.name)
+    found = []
+    for names in folders:
+        found.append(names[min(level, len(names) - 1)] if names else own_name)
+    return found
+
+
+def folder_above(path, level):
+    above = Path(path).parents
+    if level > len(above) or not above[level - 1].name:
+        raise configs.Usage(f"--speaker_level {level}: {path} does not lie so deep")
+    return above[level - 1].name
+
+
+def folders_below(base, path):
+    """Names of the folders from base down to a recording that may be a speaker's."""
+    home = Path(path).parent
+    names = home.relative_to(base).parts if home.is_relative_to(base) else (home.name,)
+    return [name for name in names if not OF_NOBODY.fullmatch(name)]
+
+
+def folder_in_name(folders, path):
+    """The first of the folders that the name of the file begins with, or None."""
+    stem = Path(path).stem
+    return next((name for name in folders if stem.startswith((f"{name}_", f"{name}-"))), None)
 
 
 def encode(folder, work, as_is):

@@ -315,7 +315,9 @@ def test_paths_are_tried_against_the_manifest_and_the_working_directory(tmp_path
     manifest = put(tmp_path / "m/m.jsonl", '{"audio": "in_cwd.wav", "text": "x"}\n{"audio": "../m/in_m.wav", "text": "y"}\n')
     monkeypatch.chdir(tmp_path / "cwd")
     assert [r["audio"] for r in read_manifest(manifest)] == [str(tmp_path / "cwd/in_cwd.wav"), str(tmp_path / "m/in_m.wav")]
-    tone(tmp_path / "m/in_cwd.wav")
+    tone(tmp_path / "m/in_cwd.wav")  # a copy: either will do
+    assert [r["audio"] for r in read_manifest(manifest)][0] == str(tmp_path / "m/in_cwd.wav")
+    tone(tmp_path / "m/in_cwd.wav", hertz=300)
     with pytest.raises(Invalid, match=r"m.jsonl line 1: .* could be .* or "):
         read_manifest(manifest)
 

@@ -61,6 +61,11 @@ def decibels(power):
     return 10 * np.log10(np.maximum(power, LEAST_POWER))
 
 
+def centred(wave):
+    """Without the constant offset of a cheap sound card, which nobody hears and every level would count."""
+    return wave - wave.mean(dtype=np.float64).astype(np.float32)
+
+
 def frame_levels(wave, rate, hop):
     """The level of each `hop` seconds in dB of full scale. (n,) -> (frames,)"""
     size = max(1, round(rate * hop))
@@ -101,11 +106,12 @@ def measure(clip, longest, silence_db):
         return {"error": str(e).removeprefix(f"{clip.path}: ")}
     seconds = len(wave) / header.rate
     head = tail = 0.0
-    loud = np.flatnonzero(frame_levels(wave, header.rate, FRAME_SECONDS) > silence_db)
+    sound = centred(wave)
+    loud = np.flatnonzero(frame_levels(sound, header.rate, FRAME_SECONDS) > silence_db)
     if len(loud):
         head = loud[0] * FRAME_SECONDS
         tail = max(0.0, seconds - (loud[-1] + 1) * FRAME_SECONDS)
-    level = decibels(np.square(wave, dtype=np.float64).mean())
+    level = decibels(np.square(sound, dtype=np.float64).mean())
     height = np.abs(wave)
     return {**facts, "seconds": round(seconds, 4),
             "head": round(float(head), 3), "tail": round(float(tail), 3),
@@ -121,7 +127,7 @@ def find_speech(path, silence_db, hop, cutting):
     last = header.seconds - 0.001  # a block of less than a millisecond could be an empty one
     for start in np.arange(0, last, READ_SECONDS):
         wave, rate = audio.read(path, None, start, min(start + READ_SECONDS, header.seconds))
-        levels.append(frame_levels(wave.numpy(), rate, hop))
+        levels.append(frame_levels(centred(wave.numpy()), rate, hop))
     quiet = np.concatenate([[True], np.concatenate(levels) < silence_db, [True]])
     edges = (np.flatnonzero(np.diff(quiet)) * hop).tolist()  # sound begins, ends, begins, ends ...
     if not edges:
