@@ -125,6 +125,7 @@ class Work:
     val_ids: set[str] = field(default_factory=set)
     numbers: dict[str, int] = field(default_factory=dict)  # of the speakers
     checkpoints: list[dict] = field(default_factory=list)
+    made_of: list[str] = field(default_factory=list)  # what manifests that are only encoded were made of
     written: list[str] = field(default_factory=list)  # hashes of manifests that this script wrote
 
     def refuse(self, row, reason):
@@ -227,7 +228,7 @@ def leave_signals_to_the_parent():
 def measure_line(progress):
     rate = progress.done / progress.elapsed
     left = (progress.count - progress.done) / rate
-    return (f"checked {progress.done}/{progress.count} | {progress.seconds / 3600:.2f} h | "
+    return (f"checked {progress.done}/{progress.count} | {length_of(progress.seconds / 3600)} | "
             f"{progress.seconds / progress.elapsed:.0f} s audio/s | {rate:.0f} clips/s | {clock(left)} left")
 
 
@@ -651,11 +652,12 @@ PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
-def for_checkpoint(model, cache, rows, cfg):
+def for_checkpoint(model, cache, rows, work):
     """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours to train on.
 
     Without a cache (--check) the audio positions of all rows are estimated from one clip. -> (facts, notices)
     """
+    cfg = work.cfg
     texts = [text_of(row) for row in rows]
     unknown = unknown_characters(model, texts)
     tokens = [len(model.encode_text(text)) for text in texts]
@@ -675,8 +677,12 @@ def for_checkpoint(model, cache, rows, cfg):
         what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
         notices.append(Notice(row, "too many tokens", what))
     counts = collections.Counter(c for c in "".join(texts) if c in unknown)
-    rates = [row.get("sample_rate", math.inf) for row in rows]
-    step_rows = cfg.batch_size * cfg.grad_accum_steps
+    lower = [row for row in rows if row.get("sample_rate", math.inf) < model.sample_rate]
+    if lower:  # one line for all: a data set has mostly one rate
+        what = f"{len(lower)} clips lie below the codec's {model.sample_rate} Hz; what is above stays silent"
+        notices.append(Notice(lower[0], "sample rate", what))
+    to_train = [row for row in kept if row["id"] not in work.val_ids]
+    micro_batches = math.ceil(len(to_train) / cfg.batch_size)
     facts = {
         "backbone": model.backbone,
         "sample_rate": model.sample_rate,
@@ -685,8 +691,8 @@ def for_checkpoint(model, cache, rows, cfg):
         "longest": max(lengths, default=0),
         "rows dropped by max_batch_tokens": len(rows) - len(kept),
         "hours kept": hours(kept),
-        "steps per epoch": round(len(kept) / step_rows, 2),
-        "clips with a lower sample rate": sum(rate < model.sample_rate for rate in rates),
+        "steps per epoch": round(micro_batches / cfg.grad_accum_steps, 2),
+        "clips with a lower sample rate": len(lower),
         "unknown characters": dict(counts.most_common()),
     }
     return facts, notices
@@ -739,17 +745,18 @@ class Standout(NamedTuple):
 
 
 def worst(rows, notices):
-    """The clips that stand out most, whatever the reason: listen to these first."""
+    """The clips that stand out most, of those that have a notice: listen to these first."""
     kinds = collections.defaultdict(list)
     for notice in notices:
         kinds[notice.row["id"]].append(notice.kind)
     single = [row for row in rows if "facts" in row and "text" in row]
-    if not single:
+    noticed = [row for row in single if kinds[row["id"]]]
+    if not noticed:
         return []
     usual_pace = statistics.median(map(pace, single))
     usual_level = statistics.median(row["facts"]["rms"] for row in single)
     found = []
-    for row in single:
+    for row in noticed:
         facts, why = row["facts"], kinds[row["id"]]
         # One point is a factor of e in pace, 10 dB, a second of silence, 2 % of clipped samples, or a notice.
         score = abs(math.log(pace(row) / usual_pace))
@@ -820,6 +827,7 @@ def report_data(work, standouts):
         histograms[name] = {"edges": edges, "counts": counts}
     return {
         "inputs": work.inputs,
+        "recordings without a row": work.without_row,
         "totals": totals,
         "speakers": speakers,
         "dropped": dropped,
@@ -831,7 +839,7 @@ def report_data(work, standouts):
         "histograms": histograms,
         "worst": strangest,
         "checkpoints": work.checkpoints,
-        "inputs_of": real_paths(work.cfg.input),
+        "inputs_of": work.made_of or real_paths(work.cfg.input),
         "written": work.written,
     }
 
@@ -870,16 +878,38 @@ def spread_of(rows):
     }
 
 
+def length_of(hours_of_audio):
+    """As people say it: minutes below an hour."""
+    if hours_of_audio < 1:
+        return f"{60 * hours_of_audio:.1f} min"
+    return f"{hours_of_audio:.2f} h"
+
+
+def spelled(facts):
+    """Facts with hours as people say them: {"train hours": 0.5} is {"train length": "30.0 min"}."""
+    found = {}
+    for name, value in facts.items():
+        if "hours" in name:
+            found[name.replace("hours", "length")] = length_of(value)
+        else:
+            found[name] = value
+    return found
+
+
 def report_page(work, standouts, data):
     changes = {name: round(value, 2) for name, value in work.changes.items() if value}
-    inputs = [list(about.values()) for about in work.inputs]
+    inputs = []
+    for about in work.inputs:
+        *cells, unread = about.values()
+        inputs.append([*cells, ", ".join(unread)])
     histograms = []
     for name, values in spread_of(work.rows).items():
         histograms.append(page.histogram(values, name))
     counts = [counts_section(name, data[name]) for name in ("formats", "sample rates", "channels")]
     pieces = [
-        page.facts(data["totals"] | changes),
-        page.section("Inputs", page.table(["input", "shape", "rows", "bad"], inputs)),
+        page.facts(spelled(data["totals"]) | changes),
+        page.section("Inputs", page.table(["input", "shape", "rows", "bad", "nobody reads"], inputs)),
+        without_row_section(work.without_row),
         bad_section(work.bad),
         notices_section(work.notices),
         page.section("How the clips are spread", page.grid(*histograms)),
@@ -889,6 +919,12 @@ def report_page(work, standouts, data):
         standouts_section(standouts),
     ]
     return page.page("Data report", *pieces)
+
+
+def without_row_section(paths):
+    rows = [[path] for path in paths]
+    table = page.table(["recording"], rows, "Every recording has a row.")
+    return page.section(f"Recordings that no row names: {len(paths)}", table)
 
 
 def bad_section(bad):
@@ -910,19 +946,18 @@ def speakers_section(speakers):
     rows = []
     for name, total in speakers.items():
         number = total.get("number", "")
-        rows.append([name or "(none named)", number, total["clips"], total["hours"]])
-    return page.section("Speakers", page.table(["speaker", "number", "clips", "hours"], rows))
+        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"])])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "length"], rows))
 
 
 def standouts_section(standouts):
     rows = []
     for _, row, why in standouts:
         text = page.text(row["text"][:PLAYER_TEXT])
-        reason = ", ".join(why) or "pace, level or silence"
-        rows.append([row["id"], page.Piece(player(row) + text), row["duration"], reason])
+        rows.append([row["id"], page.Piece(player(row) + text), row["duration"], ", ".join(why)])
     heads = ["id", f"the first {PLAYER_SECONDS} seconds, and the text", "length", "why"]
     title = "The clips that stand out most: listen to these first"
-    return page.section(title, page.table(heads, rows))
+    return page.section(title, page.table(heads, rows, "Nothing stands out."))
 
 
 def short(at):
@@ -940,7 +975,7 @@ def checkpoint_section(about):
     folder = facts.pop("checkpoint")
     unknown = list(facts.pop("unknown characters").items())
     table = page.table(["unknown character", "times"], unknown, "Every character has a token.")
-    return page.section(f"For {folder}", page.facts(facts), table)
+    return page.section(f"For {folder}", page.facts(spelled(facts)), table)
 
 
 def player(row):
@@ -989,17 +1024,15 @@ def write_manifests(work):
     """train.jsonl and val.jsonl, and the report that says that they are ours."""
     sides, said = work.sides(), []
     for name, side in sides.items():
-        said.append(f"{work.out / name}: {len(side)} rows" if side else f"no {name}: too few recordings")
+        # An empty val.jsonl, so that a command that names it runs with a single recording, too.
+        said.append(f"{work.out / name}: {len(side)} rows" if side else f"{name} is empty: nothing to validate on")
     say(", ".join(said))
     texts = {name: manifest(side, work.out) for name, side in sides.items()}
     hashes = {clips.hash_bytes(text) for text in texts.values()}
     work.written = sorted({*work.written, *hashes})
     write_report(work)  # first, so that a kill in between leaves no manifest that looks foreign
     for name, text in texts.items():
-        if text:
-            write_file(work.out / name, text)
-        else:
-            (work.out / name).unlink(missing_ok=True)
+        write_file(work.out / name, text)
 
 
 def refuse_foreign(work):
@@ -1154,7 +1187,7 @@ def encode(folder, work, as_is):
         cache = ClipCache(work.out / "cache", model)
         rows = fill(cache, folder, work, as_is)
         say(f"{work.out / 'cache'}: {len(rows)} rows ready for {folder}")
-    about, notices = for_checkpoint(model, cache, rows, work.cfg)
+    about, notices = for_checkpoint(model, cache, rows, work)
     work.notices += notices
     work.checkpoints.append({"checkpoint": str(folder), **about})
     write_report(work)
@@ -1220,6 +1253,8 @@ def main(argv=None):
                             "to change its rows, prepare it into another --output_dir")
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
+    if as_is:  # so that the command that made them is not refused afterwards
+        work.made_of = list(before.get("inputs_of", []))
     if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
     write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
@@ -1268,7 +1303,7 @@ def main(argv=None):
     for folder in cfg.ckpt_dir:
         encode(folder, work, as_is)
     seconds = sum(row["duration"] for row in work.rows)
-    say(f"{len(work.rows)} rows, {seconds / 3600:.2f} hours, {len(work.bad)} left out, "
+    say(f"{len(work.rows)} rows, {length_of(seconds / 3600)}, {len(work.bad)} left out, "
         f"{len(work.notices)} worth a look")
     print(report)
 

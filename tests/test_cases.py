@@ -163,3 +163,324 @@ def test_words_of_a_textgrid_are_an_alignment(tmp_path):
     put(tmp_path / "in/a.TextGrid", GRID % "anna" + (GRID % "bob").split("item []:\n")[1])
     with pytest.raises(Invalid, match="this TextGrid has: anna, bob"):
         prepared(tmp_path, "--input", tmp_path / "in", "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def folder_of_three(folder, ending=".wav"):
+    for n in range(3):
+        put(tone(folder / f"{n}{ending}", 1, 300 + 50 * n).with_suffix(".txt"), f"Number {n}.")
+
+
+def test_links_are_followed_once_and_a_link_to_nothing_is_named(tmp_path):
+    folder_of_three(tmp_path / "store")
+    put(tone(tmp_path / "in/own/x.wav").with_suffix(".txt"), "Not linked.")
+    os.symlink("../store", tmp_path / "in/linked")
+    os.symlink("..", tmp_path / "in/own/loop")
+    assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 4
+    os.symlink("../gone.wav", tmp_path / "in/lost.wav")
+    found = read_rows(tmp_path / "in")
+    assert len(found.rows) == 4 and [str(f.reason) for f in found.bad] == [f"{tmp_path}/in/lost.wav is a link to ../gone.wav, where nothing is"]
+
+
+@pytest.mark.parametrize("ending, kind", [(".caf", "CAF"), (".au", "AU"), (".w64", "W64"), (".aiff", "AIFF"), (".aif", "AIFF"), (".opus", "OGG"), (".rf64", "RF64")])
+def test_every_ending_that_can_be_read_is_looked_for(tmp_path, ending, kind):
+    sub = {"subtype": "OPUS"} if kind == "OGG" else {}
+    for n in range(3):
+        put(tone(tmp_path / f"in/{n}{ending}", 1, 300 + 50 * n, format=kind, **sub).with_suffix(".txt"), f"Number {n}.")
+    assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 3
+
+
+def test_what_a_mac_leaves_is_no_recording(tmp_path):
+    folder_of_three(tmp_path / "in")
+    for name in ("in/._0.wav", "in/__MACOSX/in/._0.wav", "in/__MACOSX/0.wav"):
+        put(tmp_path / name, "resource fork")
+    assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 3
+
+
+def test_recordings_without_a_row_are_counted_and_listed(tmp_path, capsys):
+    for n in range(4):
+        tone(tmp_path / f"in/wavs/{n}.wav", 1, 300 + 50 * n)
+    tone(tmp_path / "in/extra/e.flac")
+    put(tmp_path / "in/metadata.csv", "0|Zero.\n1|One.\n")
+    _, report = prepared(tmp_path, "--input", tmp_path / "in")
+    left = [str(tmp_path / name) for name in ("in/extra/e.flac", "in/wavs/2.wav", "in/wavs/3.wav")]
+    assert report["recordings without a row"] == left and f"3 recordings have no row, such as {left[0]}" in capsys.readouterr().err
+    assert "wavs/3.wav" in (tmp_path / "out/report.html").read_text()
+    put(tmp_path / "in/metadata.csv", "0|Zero.\n1|One.\n2|Two.\n3|Three.\nextra/e|Extra.\n")
+    assert prepared(tmp_path, "--input", tmp_path / "in")[1]["recordings without a row"] == []
+
+
+def test_slice_does_not_cut_its_own_pieces_again(tmp_path):
+    wave = np.concatenate([part for n in range(3) for part in (0.3 * np.sin(np.arange(32000) * (0.1 + 0.02 * n)), np.zeros(16000))])
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in/long.wav", wave, 16000)
+    flags = ("--slice", "--slice_min_seconds", 1, "--slice_max_seconds", 3, "--overwrite")
+    for _ in range(2):
+        prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "in/out", *flags)
+        assert len(list((tmp_path / "in/out/clips").glob("*.wav"))) == 3
+    table = tmp_path / "in/out/clips/clips.csv"
+    put(table, "".join(line.replace(",,", f",Piece {n}.,") + "\n" for n, line in enumerate(table.read_text().splitlines())))
+    assert len(prepared(tmp_path, "--input", table)[0]) == 3
+
+
+# ------------------------------------------------------------------------------------------------ speakers
+
+LAYOUTS = {  # what lies below the inputs: who speaks
+    "anna/wavs/0.wav bob/wavs/0.wav": "anna bob",
+    "anna/session1/0.wav anna/session2/1.wav bob/session1/0.wav": "anna anna bob",
+    "train-clean-100/19/198/19_198_0.wav train-clean-360/26/495/26_495_0.wav": "19 26",
+    "19/198/19_198_0.wav 19/227/19_227_0.wav": "19 19",
+    "wav48/p225/p225_001.wav wav48/p226/p226_001.wav": "p225 p226",
+    "english/anna/0.wav english/bob/1.wav": "anna bob",
+    "anna/0.wav": "anna",
+    "train/anna/0.wav test/anna/1.wav test/bob/2.wav": "anna anna bob",
+}
+
+
+@pytest.mark.parametrize("names", LAYOUTS)
+def test_the_folder_that_tells_speakers_apart(tmp_path, names, capsys):
+    for n, name in enumerate(names.split()):
+        put(tone(tmp_path / "in" / name, 1, 300 + 50 * n).with_suffix(".txt"), f"Number {n}.")
+    rows, _ = prepared(tmp_path, "--input", tmp_path / "in", "--speaker_from_folder")
+    want = dict(zip(names.split(), LAYOUTS[names].split()))
+    assert {str(Path(row["audio"]).relative_to(tmp_path / "in")): row["speaker"] for row in rows} == want
+    assert f"{len(set(want.values()))} speakers by their folders: {rows[0]['speaker']}" in capsys.readouterr().err
+
+
+def test_the_level_of_speakers_by_hand_and_over_several_inputs(tmp_path):
+    for n, who in enumerate(("anna", "bob")):
+        for take in "ab":
+            put(tone(tmp_path / f"in/{who}/{take}/0.wav", 1, 300 + 50 * n + 10 * ord(take)).with_suffix(".txt"), f"{who} {take}.")
+    both = ("--input", tmp_path / "in/anna", tmp_path / "in/bob")
+    for flags, names in ((("--speaker_level", 1), "abab"), (("--speaker_level", 2), ["anna", "anna", "bob", "bob"]), (("--speaker_from_folder",), ["anna", "anna", "bob", "bob"])):
+        assert [row["speaker"] for row in prepared(tmp_path, *both, *flags, "--overwrite")[0]] == list(names)
+    assert {row["speaker"] for row in prepared(tmp_path, "--input", tmp_path / "in/anna", "--speaker_from_folder", "--overwrite")[0]} == {"a", "b"}
+    with pytest.raises(configs.Usage, match="speaker_level 90"):
+        prepared(tmp_path, *both, "--speaker_level", 90, "--overwrite")
+
+
+def test_rows_without_a_speaker_are_nobody_elses(tmp_path, capsys):
+    tone(tmp_path / "a.wav")
+    row = {"audio": "a.wav", "text": "x"}
+    put(tmp_path / "m.jsonl", lines_of({**row, "speaker": "anna"}, row, {**row, "speaker": "bob"}, {"turns": [{**row, "speaker": "bob"}, row]}))
+    speakers = {}
+    rows = read_manifest(tmp_path / "m.jsonl", speakers)
+    assert [r.get("speaker") for r in rows] == [0, 1, 2, None] and said(rows[3]["turns"], "speaker") == [(2,), (1,)]
+    assert speakers == {"anna": 0, "unnamed": 1, "bob": 2}
+    rows, report = prepared(tmp_path, "--input", tmp_path / "m.jsonl")
+    assert said(rows[:3], "speaker") == [("anna",), ("unnamed",), ("bob",)] and set(report["speakers"]) == {"anna", "unnamed", "bob"}
+    assert "2 rows name no speaker" in capsys.readouterr().err
+    put(tmp_path / "m.jsonl", lines_of(row))
+    assert "speaker" not in read_manifest(tmp_path / "m.jsonl", speakers)[0]
+
+
+# ------------------------------------------------------------------------------------------------ cleaning
+
+
+@pytest.mark.parametrize("raw", [" hello there\n", "hello\u00a0there", "\ufeffhello there\r\n", "hello\tthere", "hello there\x07"])
+def test_one_text_however_it_is_brought(tmp_path, raw):
+    put(tone(tmp_path / "0.wav").with_suffix(".txt"), raw)
+    put(tmp_path / "beside.jsonl", lines_of({"audio": "0.wav"}))
+    put(tmp_path / "within.jsonl", lines_of({"audio": "0.wav", "text": raw}))
+    put(tmp_path / "turns.jsonl", lines_of({"turns": [{"audio": "0.wav", "text": raw}]}))
+    put(tmp_path / "clean.jsonl", lines_of({"audio": "0.wav", "text": "hello there"}))
+    cache = ClipCache(tmp_path / "c", Model())
+    rows = [read_manifest(tmp_path / f"{name}.jsonl")[0] for name in ("beside", "within", "clean")]
+    assert len({cache._plan(row).key for row in rows}) == 1 and read_manifest(tmp_path / "turns.jsonl")[0]["turns"][0]["text"] == "hello there"
+    for name in ("beside", "within"):
+        assert said(prepared(tmp_path, "--input", tmp_path / f"{name}.jsonl", "--overwrite")[0], "text") == [("hello there",)]
+
+
+def test_only_prepare_chooses_a_unicode_form_and_messages_keep_their_lines(tmp_path):
+    tone(tmp_path / "0.wav")
+    apart = unicodedata.normalize("NFD", "Café")
+    put(tmp_path / "m.jsonl", lines_of({"audio": "0.wav", "text": apart}))
+    assert said(read_manifest(tmp_path / "m.jsonl"), "text") == [(apart,)] and said(prepared(tmp_path, "--input", tmp_path / "m.jsonl")[0], "text") == [("Café",)]
+    talk = {"messages": [{"role": "system", "content": "One.\n\nTwo."}, {"role": "user", "content": "Say\nit."},
+                         {"role": "assistant", "content": [{"type": "audio", "audio": "0.wav"}]}]}
+    put(tmp_path / "t.jsonl", lines_of(talk))
+    for row in (read_manifest(tmp_path / "t.jsonl")[0], prepared(tmp_path, "--input", tmp_path / "t.jsonl", "--overwrite")[0][0]):
+        assert row["messages"][0]["content"][0]["text"] == "One.\n\nTwo." and row["text"] == "Say it."
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\ufeff", "\x07", "\u00a0"])
+def test_a_blank_text_is_refused_where_it_is_read(tmp_path, blank):
+    tone(tmp_path / "a.wav")
+    for row in ({"audio": "a.wav", "text": blank}, {"turns": [{"audio": "a.wav", "text": blank}]}):
+        with pytest.raises(Invalid, match="m.jsonl line 1: text.* is empty"):
+            read_manifest(put(tmp_path / "m.jsonl", lines_of(row)))
+
+
+# ------------------------------------------------------------------------------------------------ sound
+
+
+def test_a_constant_offset_is_neither_level_nor_sound(tmp_path):
+    wave = np.concatenate([np.zeros(8000), 0.2 * np.sin(0.3 * np.arange(16000)), np.zeros(8000)])
+    facts, speech = [], []
+    for name, offset in (("plain", 0), ("offset", 0.1)):
+        soundfile.write(tmp_path / f"{name}.wav", wave + offset, 16000)
+        facts.append(measuring.measure(measuring.Clip(str(tmp_path / f"{name}.wav")), 60, -40))
+        speech.append(measuring.find_speech(tmp_path / f"{name}.wav", -40, 0.01, measuring.Cutting(1, 9, 0.3, 0.1)))
+    assert facts[1]["rms"] == pytest.approx(facts[0]["rms"], abs=0.05)
+    assert [facts[1][key] for key in ("head", "tail")] == pytest.approx([0.5, 0.5], abs=0.02) and speech[0] == speech[1]
+    soundfile.write(tmp_path / "only.wav", np.full(16000, 0.1), 16000)
+    put(tmp_path / "only.txt", "Nothing.")
+    with pytest.raises(Invalid, match="silence"):
+        prepared(tmp_path, "--input", tmp_path / "only.wav")
+
+
+# ------------------------------------------------------------------------------------------------ lists
+
+
+@pytest.mark.parametrize("text, count", [('[{"audio": "a.wav", "text": "x"}, {"audio": "a.wav", "text": "y"}]', 2), ('[\n{"audio": "a.wav", "text": "x"},\n{"audio": "a.wav", "text": "y"}\n]', 2),
+                                         ('[{"audio": "a.wav", "text": "x", "role": "user"}, {"audio": "a.wav", "text": "y", "role": "assistant"}]', 1),
+                                         ('[{"text": "x"}, {"audio": "a.wav", "text": "y"}]', 1), ('[{"audio": "a.wav", "text": "x"}]\n[{"audio": "a.wav", "text": "y"}]', 2)])
+def test_a_list_that_is_called_jsonl(tmp_path, text, count):
+    tone(tmp_path / "a.wav")
+    rows = read_manifest(put(tmp_path / "m.jsonl", text))
+    assert len(rows) == count and ("turns" in rows[0]) == (count == 1 or "]\n[" in text)
+
+
+# ------------------------------------------------------------------------------------------------ our own manifests
+
+
+def test_our_own_manifest_is_never_refused(tmp_path, monkeypatch):
+    folder_of_three(tmp_path / "a/in")
+    prepare("--input", tmp_path / "a/in", "--output_dir", tmp_path / "a/out", "--val_split", 0.4)
+    for n in range(3):
+        tone(tmp_path / f"b/in/{n}.wav", 2, 900)  # others of the same relative path
+    (tmp_path / "b/sub").mkdir()
+    monkeypatch.chdir(tmp_path / "b/sub")
+    for name in ("train.jsonl", "val.jsonl"):
+        for row in read_manifest(tmp_path / "a/out" / name):
+            assert row["audio"].startswith(str(tmp_path / "a/in"))
+    prepare("--input", tmp_path / "a/out/train.jsonl", tmp_path / "a/out/val.jsonl", "--output_dir", tmp_path / "a/out")
+    prepare("--input", tmp_path / "a/out/train.jsonl", "--output_dir", tmp_path / "c")
+
+
+def test_one_recording_leaves_an_empty_val_jsonl_that_is_read(tmp_path, model):
+    put(tone(tmp_path / "in/a.wav").with_suffix(".txt"), "Alone.")
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
+    both = [tmp_path / "out/train.jsonl", tmp_path / "out/val.jsonl"]
+    assert len(read_manifest(both[0])) == 1 and read_manifest(both[1]) == [] and both[1].read_bytes() == b""
+    prepare("--input", *both, "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any")
+    put(tmp_path / "elsewhere/val.jsonl", "")
+    with pytest.raises(Invalid, match="holds no rows"):
+        read_manifest(tmp_path / "elsewhere/val.jsonl")
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_encoding(tmp_path):
+    put(tone(tmp_path / "a.wav").with_suffix(".txt"), "Alone.")
+    put(tmp_path / "cache", "a file where the folder should be")
+    made = Model()
+    with pytest.raises(Invalid, match=r"cache cannot be written \(.*1 rows are not encoded yet.*--cache_dir"):
+        ClipCache(tmp_path / "cache", made).add(read_manifest(put(tmp_path / "m.jsonl", lines_of({"audio": "a.wav"}))))
+    assert made.codec_calls == 0
+
+
+# ------------------------------------------------------------------------------------------------ corpora
+
+
+@pytest.mark.parametrize("table, name", [("{}.wav|Number {}.", "t.csv"), ("{}|Number {}.", "t.csv"), ("{}\tNumber {}.", "t.tsv"), ("{}.wav\tNumber {}.", "t.tsv"),
+                                         ('{"audio": "{}", "text": "Number {}."}', "t.jsonl")])
+def test_a_table_of_transcripts_that_lies_elsewhere(tmp_path, table, name):
+    for n in range(3):
+        tone(tmp_path / f"mine/{n}.wav", 1, 300 + 50 * n)
+    put(tmp_path / "meta" / name, "".join(table.replace("{}", str(n)) + "\n" for n in range(3)))
+    rows, _ = prepared(tmp_path, "--input", tmp_path / "mine", "--transcripts", tmp_path / "meta" / name)
+    assert said(rows, "text") == [("Number 0.",), ("Number 1.",), ("Number 2.",)]
+    (tmp_path / "mine/2.wav").unlink()
+    with pytest.raises(Invalid, match=r"line 3: no file at 2(\.wav)? \(looked in "):
+        prepared(tmp_path, "--input", tmp_path / "mine", "--transcripts", tmp_path / "meta" / name)
+
+
+def test_common_voice(tmp_path):
+    for n in range(2):
+        tone(tmp_path / f"cv/clips/c{n}.wav", 1, 300 + 50 * n)
+    put(tmp_path / "cv/validated.tsv", 'client_id\tpath\tsentence\tage\nff\tc0.wav\t"Hello," she said.\t\nee\tc1.wav\tSo.\tteens\n')
+    for path in (tmp_path / "cv", tmp_path / "cv/validated.tsv"):
+        rows, _ = prepared(tmp_path, "--input", path, "--overwrite")
+        assert said(rows, "speaker", "text") == [("ff", '"Hello," she said.'), ("ee", "So.")]
+
+
+@pytest.mark.parametrize("flags, count", [((), 4), (("--mic", "mic2"), 2)])
+def test_vctk(tmp_path, flags, count):
+    for who in ("p225", "p226"):
+        for mic in "12":
+            tone(tmp_path / f"vctk/wav48/{who}/{who}_001_mic{mic}.flac", 1, 300 + ord(who[-1]))
+        put(tmp_path / f"vctk/txt/{who}/{who}_001.txt", f"I am {who}.\n")
+    for where in (("--input", tmp_path / "vctk/wav48", "--transcripts", tmp_path / "vctk/txt"), ("--input", tmp_path / "vctk")):
+        rows, _ = prepared(tmp_path, *where, "--speaker_from_folder", "--overwrite", *flags)
+        assert [row["text"] for row in rows] == [f"I am {row['speaker']}." for row in rows] and len(rows) == count
+
+
+@pytest.mark.parametrize("name, line", [("metadata.jsonl", '{"file_name": "{}.wav", "text": "{}."}\n'), ("metadata.csv", "{}.wav,{}.\n")])
+def test_audiofolder(tmp_path, name, line):
+    for part in ("train", "test"):
+        for n in range(2):
+            tone(tmp_path / f"af/{part}/{n}.wav", 1, 300 + 50 * n + len(part))
+        head = "file_name,transcription\n" if name.endswith("csv") else ""
+        put(tmp_path / f"af/{part}" / name, head + "".join(line.replace("{}", str(n)) for n in range(2)))
+    assert [len(prepared(tmp_path, "--input", tmp_path / path, "--overwrite")[0]) for path in ("af/train", "af")] == [2, 4]
+    put(tmp_path / "af/test" / name, (head or "") + line.replace("{}", "9"))
+    with pytest.raises(Invalid, match=rf"test/{name} line \d: no file at 9.wav"):
+        prepared(tmp_path, "--input", tmp_path / "af", "--overwrite")
+
+
+def test_kaldi(tmp_path):
+    tone(tmp_path / "k/wav/r1.wav", 3), tone(tmp_path / "k/wav/r2.wav", 2, 600)
+    put(tmp_path / "k/wav.scp", "r1 wav/r1.wav\nr2 wav/r2.wav\n"), put(tmp_path / "k/text", "r1 one two\nr2 three\n"), put(tmp_path / "k/utt2spk", "r1 anna\nr2 bob\n")
+    assert said(prepared(tmp_path, "--input", tmp_path / "k")[0], "text", "speaker", "id") == [("one two", "anna", "r1"), ("three", "bob", "r2")]
+    put(tmp_path / "k/segments", "u1 r1 0.5 1.5\nu2 r2 0 1\nu3 r9 0 1\n"), put(tmp_path / "k/text", "u1 one\nu2 two\nu4 lost\n"), put(tmp_path / "k/utt2spk", "u1 anna\n")
+    found = read_rows(tmp_path / "k/wav.scp")
+    assert said(found.rows, "text", "start", "end") == [("one", 0.5, 1.5), ("two", 0, 1)]
+    assert sorted(fault.reason for fault in found.bad) == ["segments names r9, which wav.scp does not have", "u4 has a text, and no line in segments"]
+    (tmp_path / "k/segments").unlink()
+    put(tmp_path / "k/wav.scp", "u1 sph2pipe -f wav r1.sph |\nu2 wav/r2.wav\n")
+    assert "u1 is a command" in " ".join(fault.reason for fault in read_rows(tmp_path / "k").bad)
+
+
+def test_librispeech(tmp_path):
+    for n in range(2):
+        tone(tmp_path / f"ls/19/198/19-198-000{n}.flac", 1, 300 + 50 * n)
+    put(tmp_path / "ls/19/198/19-198.trans.txt", "19-198-0000 NORTHANGER ABBEY\n19-198-0001 THIS LITTLE WORK\n")
+    rows, _ = prepared(tmp_path, "--input", tmp_path / "ls", "--speaker_from_folder")
+    assert said(rows, "text", "speaker") == [("NORTHANGER ABBEY", "19"), ("THIS LITTLE WORK", "19")]
+
+
+def test_names_as_windows_and_mac_write_them(tmp_path):
+    tone(tmp_path / "wavs/0.wav"), tone(tmp_path / "wavs" / (unicodedata.normalize("NFD", "é") + ".wav"))
+    put(tmp_path / "rows.jsonl", lines_of({"audio": "wavs\\0.wav", "text": "x"}, {"audio": unicodedata.normalize("NFC", "wavs/é.wav"), "text": "y"}))
+    put(tmp_path / "metadata.csv", "wavs\\0.wav|Zero.\r\n")
+    assert len(read_manifest(tmp_path / "rows.jsonl")) == 2 and len(read_manifest(tmp_path / "metadata.csv")) == 1
+    tone(tmp_path / "wavs\\0.wav", 2)  # a file of that very name comes first
+    assert read_manifest(tmp_path / "rows.jsonl")[0]["audio"] == str(tmp_path / "wavs\\0.wav")
+
+
+@pytest.mark.parametrize("data, what", [(b"PAR1" + bytes(20), "is Parquet: export it as JSONL"), (b"PK\3\4" + bytes(20), "a zip archive or a spreadsheet: unpack"),
+                                        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*git lfs pull"), (b"\x1f\x8b" + bytes(9), "gzip")])
+def test_files_that_are_no_tables_are_named(tmp_path, data, what):
+    for name in ("train.parquet", "rows.jsonl"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(Invalid, match=f"{name} is .*{what}" if "is " not in what else f"{name} {what}"):
+            read_manifest(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def test_the_report_says_minutes_and_names_a_reason_for_every_clip_to_listen_to(tmp_path, model):
+    model.sample_rate = 24000
+    folder_of_three(tmp_path / "in")
+    _, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "any", "--batch_size", 2)
+    html = (tmp_path / "out/report.html").read_text()
+    assert [notice["what"][:47] for notice in report["notices"]] == ["3 clips lie below the codec's 24000 Hz; what is"]
+    assert report["checkpoints"][0]["steps per epoch"] == 2 and "0.1 min" in html and "hours" not in html
+    assert [entry["why"] for entry in report["worst"]] in ([], [["sample rate"]])
+    model.sample_rate = 16000
+    _, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "any")
+    html = (tmp_path / "out/report.html").read_text()
+    assert report["worst"] == [] and "Nothing stands out." in html and "samples at full scale" not in html

@@ -847,7 +847,7 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     assert (report["dropped"], report["notices"]) == ([], [])
     assert report["totals"]["train rows"] == 22 and report["totals"]["val rows"] == 2 and report["totals"]["hours"] == pytest.approx(0.0456, abs=1e-3)
     about = report["checkpoints"][0]
-    assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 1.5
+    assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 2
     assert about["clips with a lower sample rate"] == 0 and report["sample rates"] == {"22050": 24}
     assert "22 rows" in capsys.readouterr().err
     before = model.codec_calls
