@@ -27,6 +27,7 @@ from models.parts.corpora import (
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, plain, read_text, refuse_foreign, shown)
 
+CHAT_ROLES = ("system", "user", "assistant")
 SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "kaldi", "folder")
 LANGUAGES = set("ar bn cs da de el en es fa fi fr he hi hu id it ja jp ko nl no pl pt ro ru sv th tr uk ur "
                 "vi yue zh".split())
@@ -431,7 +432,12 @@ def canonical(raw, roots):
             row[key] = masked(check_objects(row[key], key), raw.get("training_mask"))
     if "messages" in row:
         row["messages"] = [message(m) for m in row["messages"]]
-        if all(m["role"] in ("system", "user", "assistant") for m in row["messages"]):
+        roles = dict.fromkeys(str(m["role"]) for m in row["messages"])
+        unknown = [role for role in roles if role not in CHAT_ROLES]
+        if unknown and "assistant" in roles:
+            expected = f"{', '.join(CHAT_ROLES)}, or a speaker as the role of every message"
+            raise Invalid(f"the role {unknown[0]!r} beside assistant: expected {expected}")
+        if not unknown:
             row = {**from_messages(row["messages"]), **row}
         else:  # roles that are speakers: a conversation
             row["turns"] = [as_turn(m) for m in row.pop("messages")]
