@@ -1026,7 +1026,8 @@ def write_manifests(work):
     sides, said = work.sides(), []
     for name, side in sides.items():
         # An empty val.jsonl, so that a command that names it runs with a single recording, too.
-        said.append(f"{work.out / name}: {len(side)} rows" if side else f"{name} is empty: nothing to validate on")
+        many = f"{work.out / name}: {len(side)} rows"
+        said.append(many if side else f"{name} is empty: nothing to validate on")
     say(", ".join(said))
     texts = {name: manifest(side, work.out) for name, side in sides.items()}
     hashes = {clips.hash_bytes(text) for text in texts.values()}
@@ -1306,7 +1307,9 @@ def main(argv=None):
     seconds = sum(row["duration"] for row in work.rows)
     say(f"{len(work.rows)} rows, {length_of(seconds / 3600)}, {len(work.bad)} left out, "
         f"{len(work.notices)} worth a look")
-    print(report)
+    # A terminal that is not UTF-8 gets escapes: the work is done, and a name must not end it in a fault.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(report).encode(encoding, "backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

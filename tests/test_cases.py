@@ -1,5 +1,6 @@
 """Kinds of input that people brought to tools like this one: data sets of the layouts that corpora have, and rows that used to
 lose their sound, their text or their speaker without a word. Each is made here, small, and its right reading is written beside it."""
+import io
 import json
 import os
 import unicodedata
@@ -8,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
+
 
 import configs
+import models
 import prepare_data
-from models.parts import Invalid, clips as measuring, corpora, manifests, textfiles, transcripts
+from models.parts import Invalid, clips as measuring
 from models.parts.manifests import read_manifest, read_rows
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
@@ -469,6 +471,31 @@ def test_files_that_are_no_tables_are_named(tmp_path, data, what):
             read_manifest(tmp_path / name)
 
 
+def test_a_data_set_in_another_form_is_named_within_a_folder(tmp_path):
+    put(tmp_path / "in/data/train-0.parquet", "PAR1...")
+    with pytest.raises(Invalid, match="train-0.parquet is Parquet"):
+        prepared(tmp_path, "--input", tmp_path / "in")
+    put(put(tmp_path / "lfs/a.wav", "version https://git-lfs.github.com/spec/v1\n").with_suffix(".txt"), "Words.")
+    with pytest.raises(Invalid, match="a.wav is a pointer of Git LFS.*git lfs pull"):
+        prepared(tmp_path, "--input", tmp_path / "lfs")
+
+
+def test_subtitles_are_an_input_by_themselves(tmp_path):
+    put(tone(tmp_path / "in/talk.flac", 3).with_suffix(".srt"), SRT)
+    put(tmp_path / "in/talk.txt", "One two. Three.")
+    assert said(prepared(tmp_path, "--input", tmp_path / "in/talk.srt")[0], "text", "start", "end") == TWO
+    (tmp_path / "in/talk.flac").unlink()
+    with pytest.raises(Invalid, match="no recording of that name"):
+        read_manifest(tmp_path / "in/talk.srt")
+
+
+def test_texts_whose_names_were_typed_otherwise(tmp_path):
+    tone(tmp_path / "in" / (unicodedata.normalize("NFD", "é") + ".wav")), tone(tmp_path / "in/B.WAV", 1, 600)
+    put(tmp_path / "in/é.txt", "Accent."), put(tmp_path / "in/B.TXT", "Capitals.")
+    assert sorted(said(prepared(tmp_path, "--input", tmp_path / "in")[0], "text")) == [("Accent.",), ("Capitals.",)]
+    assert len(read_manifest(put(tmp_path / "in/m.jsonl", lines_of({"audio": "B", "text": "x"})))) == 1
+
+
 # ------------------------------------------------------------------------------------------------ the report
 
 
@@ -484,3 +511,23 @@ def test_the_report_says_minutes_and_names_a_reason_for_every_clip_to_listen_to(
     _, report = prepared(tmp_path, "--input", tmp_path / "in", "--ckpt_dir", "any")
     html = (tmp_path / "out/report.html").read_text()
     assert report["worst"] == [] and "Nothing stands out." in html and "samples at full scale" not in html
+
+
+@pytest.mark.parametrize("variables, place", [({"HUGGINGFACE_HUB_CACHE": "{}"}, ""), ({"XDG_CACHE_HOME": "{}"}, "huggingface/hub"), ({"HF_HOME": "{}", "XDG_CACHE_HOME": "x"}, "hub"),
+                                              ({"HF_HUB_CACHE": "{}", "HUGGINGFACE_HUB_CACHE": "x"}, ""), ({"HOME": "{}"}, ".cache/huggingface/hub")])
+def test_the_variables_of_the_hub(tmp_path, monkeypatch, variables, place):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    folder = tmp_path / place / "models--org--voice/snapshots/abc"
+    folder.mkdir(parents=True)
+    assert models.folder_of("org/voice") == folder
+
+
+def test_a_terminal_that_is_not_utf8(tmp_path, monkeypatch, capsysbinary):
+    folder_of_three(tmp_path / "in")
+    monkeypatch.setattr(prepare_data.sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "größe")
+    prepare_data.sys.stdout.seek(0)
+    assert prepare_data.sys.stdout.read().endswith("gr\\xf6\\xdfe/report.html\n")

@@ -83,7 +83,7 @@ class Model:
 @pytest.fixture
 def model(monkeypatch):
     made = Model()
-    monkeypatch.setattr(prepare_data.models, "load", lambda path, device: made, raising=False)
+    monkeypatch.setattr(prepare_data.models, "load", lambda path, device, extra: made, raising=False)
     return made
 
 
@@ -746,7 +746,7 @@ def telling_model():
             return super().encode(row)
 
     cache_part.SHARD_SECONDS = -1
-    prepare_data.models.load = lambda path, device: Telling()
+    prepare_data.models.load = lambda path, device, extra: Telling()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -912,7 +912,7 @@ def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
 def test_one_command_prepares_for_several_checkpoints(tmp_path, monkeypatch):
     loaded = []
 
-    def load(path, device):
+    def load(path, device, extra):
         loaded.append(Model())
         loaded[-1].encode_key = f"rest of {path}"
         return loaded[-1]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.parts import Invalid, audio
+from models.parts.textfiles import is_file, refuse_foreign
 
 FRAME_SECONDS = 0.01  # one period of the deepest voice: the level of shorter frames follows the wave itself
 READ_SECONDS = 30  # of a long file at a time: 6 MB at 48 kHz
@@ -103,7 +104,7 @@ def measure(clip, longest, silence_db):
             return {**facts, "error": f"{length:.1f} s is longer than the limit of {longest:g} s"}
         wave = audio.read(clip.path, None, clip.start, clip.end)[0].numpy()
     except Invalid as e:
-        return {"error": str(e).removeprefix(f"{clip.path}: ")}
+        return {"error": fault_of(clip.path, e)}
     seconds = len(wave) / header.rate
     head = tail = 0.0
     sound = centred(wave)
@@ -118,6 +119,16 @@ def measure(clip, longest, silence_db):
             "rms": round(float(level), 2), "peak": float(height.max()),
             "clipped": float((height >= FULL_SCALE).mean()),
             "sha": hash_file(clip.path)}
+
+
+def fault_of(path, fault):
+    """Why a recording cannot be read: what the file is, where it is something else altogether."""
+    try:
+        if is_file(path):
+            refuse_foreign(path)
+    except Invalid as e:
+        return str(e)
+    return str(fault).removeprefix(f"{path}: ")
 
 
 def find_speech(path, silence_db, hop, cutting):

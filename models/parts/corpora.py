@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.parts import Invalid
-from models.parts.textfiles import check_text, is_file, lines, parse, plain, read_text
+from models.parts.textfiles import check_text, is_file, lines, parse, plain, read_text, refuse_foreign
 from models.parts.transcripts import read_timed, speakers_of, words_of
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm",
          ".caf", ".au", ".snd", ".w64", ".rf64", ".aifc", ".oga")
-TEXTS = (".normalized.txt", ".original.txt", ".txt", ".lab")  # beside a recording; the first that exists wins
+TEXTS = (".normalized.txt", ".original.txt", ".txt", ".TXT", ".lab")  # beside a recording; the first that exists wins
 SUBTITLES = (".srt", ".vtt")
 TIMES = (".json", ".TextGrid")
 HOMES = ("wavs", "wav", "audio", "clips")  # folders beside a table in which corpora keep their recordings
@@ -47,7 +47,7 @@ class Reading:
 
 
 def walk(folder, skip=()):
-    """Every file below a folder in order; links are followed, and a folder that was reached before is left."""
+    """Every file below a folder, in order; links are followed, and each folder is read once."""
     files, visited = [], set(skip)
     for home, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(home)
@@ -63,11 +63,24 @@ def walk(folder, skip=()):
 
 def recordings_in(path, how=Reading()):
     """Raw rows of every recording below a folder, or of one recording; the text is found beside each."""
-    for sound in [Path(path)] if is_file(path) else walk(path, how.skip):
+    files = [Path(path)] if is_file(path) else walk(path, how.skip)
+    if not any(map(is_sound, files)):
+        yield from ((0, fault) for fault in map(foreign, files) if fault)
+    for sound in files:
         if not sound.exists() and sound.is_symlink():
             yield 0, Invalid(f"{sound} is a link to {os.readlink(sound)}, where nothing is")
         elif is_sound(sound) and right_microphone(sound, how.mic):
             yield 0, {"audio": os.path.abspath(sound)}
+
+
+def foreign(path):
+    """An Invalid that says what a file is which holds a data set in another form, or None."""
+    try:
+        return refuse_foreign(path)
+    except OSError:  # a link to nothing
+        return None
+    except Invalid as e:
+        return e
 
 
 def is_sound(path):
@@ -132,7 +145,8 @@ def read_kaldi(path):
         if sound is None:
             yield number_of[name], Invalid(f"segments names {recording}, which wav.scp does not have")
         elif sound.endswith("|"):
-            yield number_of[name], Invalid(f"{name} is a command ({sound}); run it, and give the file that it makes")
+            what = f"{name} is a command ({sound}); run it, and give the file that it makes"
+            yield number_of[name], Invalid(what)
         elif name not in texts:
             yield number_of[name], Invalid(f"{name} has no line in {home / 'text'}")
         else:
@@ -190,6 +204,14 @@ def with_text(row, how):
     return [row]
 
 
+def read_subtitles(path, sound):
+    """Raw rows of a file of subtitles for a recording."""
+    timed = timed_text(read_text(path), path)
+    if timed is None:
+        raise Invalid(f"{path} holds no times, such as 00:00:01,000 --> 00:00:02,500")
+    yield from ((0, row) for row in row_for_each({"audio": os.path.abspath(sound)}, timed.spans))
+
+
 def timed_text(text, path):
     try:
         return read_timed(text)
@@ -238,7 +260,8 @@ def beside(sound, folder, endings, kind):
     if above:
         places.append(above[0].parent / kind / home.relative_to(above[0]))
     places.append(home.parent.parent / "txt" / home.name)
-    stems = dict.fromkeys([sound.stem, MICROPHONE.sub("", sound.stem)])
+    forms = [unicodedata.normalize(form, sound.stem) for form in ("NFC", "NFD")]
+    stems = dict.fromkeys([sound.stem, *forms, MICROPHONE.sub("", sound.stem)])
     for stem, place, ending in itertools.product(stems, places, endings):
         path = place / (stem + ending)
         if is_file(path):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from models.parts import Invalid, audio
 from models.parts.corpora import (
-    HOMES, SOUND, Reading, read_kaldi, recordings_in, tables_in, with_text, words_in)
+    HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text, words_in)
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, plain, read_text, refuse_foreign, shown)
 
@@ -241,8 +241,9 @@ def usual_columns(path):
     return collections.Counter(counts).most_common(1)[0][0] if counts else 0
 
 
-def unlike_neighbours(count, usual):
-    return Invalid(f"{count} columns, and {usual} in most lines: a text must not hold |, or stand in quotes")
+def unlike_neighbours(line, count, usual):
+    return Invalid(f"{count} columns, and {usual} in most lines: {shown(line)}; "
+                   "put a text that holds | into quotes")
 
 
 def read_ljspeech(path):
@@ -255,7 +256,7 @@ def read_ljspeech(path):
             yield n, Invalid(f"{len(texts) + 1} columns, expected id|text or id|text|normalised text")
             continue
         if len(texts) + 1 != usual:
-            yield n, unlike_neighbours(len(texts) + 1, usual)
+            yield n, unlike_neighbours(line, len(texts) + 1, usual)
             continue
         sound = find_sound(name, folders) or name
         if name.lower().endswith(SOUND):
@@ -284,7 +285,7 @@ def read_list(path):
             yield n, Invalid(f"{len(cells)} columns, expected {layouts}")
             continue
         if len(cells) != usual:
-            yield n, unlike_neighbours(len(cells), usual)
+            yield n, unlike_neighbours(line, len(cells), usual)
             continue
         middle = columns[len(cells)]
         if len(cells) == 3 and cells[1].lower() in LANGUAGES:
@@ -306,6 +307,11 @@ def recognise(path, how=Reading()):
             raise Ambiguous(f"{path} is a folder; the format {shape} needs a file")
         return "folder", recordings_in(path, how)
     refuse_foreign(path)
+    if shape == "auto" and str(path).lower().endswith(SUBTITLES):
+        sound = find_sound(Path(path).stem, [Path(path).parent])
+        if sound is None:
+            raise Invalid(f"{path} holds subtitles, and no recording of that name lies beside it")
+        return "subtitles", read_subtitles(path, sound)
     if shape == "auto" and Path(path).name == "wav.scp":
         shape = "kaldi"
     sample = [line for _, line in itertools.islice(lines(path), SAMPLE_LINES)]
@@ -358,7 +364,7 @@ def recognise_text(path, first, sample):
 
 
 def is_array(first, sample):
-    """Whether a file is one JSON list of rows, whatever its name; a list of turns is one row of JSON lines."""
+    """Whether a file is one JSON list of rows, whatever its name; a list of turns is one row of JSONL."""
     if first[:1] != "[" or len(sample) == 1 and not first.endswith("]"):
         return first == "["
     items = parse(first) if len(sample) == 1 else None
@@ -476,7 +482,7 @@ def refuse_times(voice):
 
 
 def clean_texts(row):
-    """The texts of a row and its turns as every script reads them. Messages stay: their lines mean something."""
+    """The texts of a row and its turns as every script reads them; in messages, lines mean something."""
     for voice in voices(row):
         for key in ("text", "ref_text"):
             if key in voice:
@@ -692,6 +698,7 @@ def spellings(name, roots):
         if not slashed.lower().endswith(SOUND):
             for other, ending in itertools.product(names, SOUND):
                 yield places, other + ending
+                yield places, other + ending.upper()
 
 
 def check_path(name, key):
