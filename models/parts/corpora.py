@@ -20,7 +20,7 @@ from models.parts.transcripts import read_timed, speakers_of, words_of
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm",
          ".caf", ".au", ".snd", ".w64", ".rf64", ".aifc", ".oga")
-TEXTS = (".normalized.txt", ".original.txt", ".txt", ".TXT", ".lab")  # beside a recording; the first that exists wins
+TEXTS = (".normalized.txt", ".original.txt", ".txt", ".TXT", ".lab")  # the first that is beside it wins
 SUBTITLES = (".srt", ".vtt")
 TIMES = (".json", ".TextGrid")
 HOMES = ("wavs", "wav", "audio", "clips")  # folders beside a table in which corpora keep their recordings

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from models.parts import Invalid, audio
 from models.parts.corpora import (
-    HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text, words_in)
+    HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
+    words_in)
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, plain, read_text, refuse_foreign, shown)
 
