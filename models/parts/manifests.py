@@ -39,6 +39,9 @@ LARGEST = 1e9  # no time, rate or level comes near it
 EMOTIONS = 8  # intensities of an emotion that is given by hand, in the published order
 LISTING_LINES = 50  # of bad rows: a screen. The report has them all
 
+# What a trainer of another project made of a clip beforehand, each in a .npy file: the row is used as it is.
+FEATURES = ("text_ids", "codes", "condition", "emo_vec")
+
 # The keys of a row, each with the names that it is read under; the first one that has a value wins. This is
 # the one list: a key that is added here is read from every shape, written to train.jsonl and given to
 # `encode`, also within turns, unless LABELS or OF_A_ROW says otherwise.
@@ -60,12 +63,13 @@ KEYS = {
     "alignment": ("alignment",),
     "turns": ("turns",),
     "messages": ("messages",),
+    **{key: (f"{key}_path",) for key in FEATURES},
 }
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
 LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
 # What belongs to a whole row: a turn has none of these.
-OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages")
+OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
 # What else is read of a row, a turn or a message.
 ALSO_READ = ("speaker_id", "training_mask", "role", "train", "content", "type")
 # Keys that say which sound belongs to a text in a way that is not followed: leaving them out would train on
@@ -452,9 +456,14 @@ def canonical(raw, roots):
         row["turns"] = [turn(t) for t in row["turns"]]
         if not any("audio" in t for t in row["turns"]):
             raise Invalid("no turn has audio")
-    elif "audio" not in row:
+    elif "audio" not in row and "codes" not in row:
         found = ", ".join(map(str, list(raw)[:8])) or "none"
         raise Invalid(f"no audio: expected one of {', '.join(KEYS['audio'][:6])}; the keys here are {found}")
+    for key in FEATURES:
+        if key in row:
+            row[key] = resolve(row[key], roots, key)
+    if "codes" in row and "audio" in row and not is_somewhere(row["audio"], roots):
+        del row["audio"]  # the recording may have stayed on another machine: it is only needed to listen to
     for holder in holders(row):
         check_holder(holder, roots)
     for voice in voices(row):
@@ -702,6 +711,10 @@ def spellings(name, roots):
                 yield places, other + ending.upper()
 
 
+def is_somewhere(name, roots):
+    return isinstance(name, str) and any(is_file(os.path.join(root, name)) for root in roots)
+
+
 def check_path(name, key):
     if not isinstance(name, str) or not name.strip():
         raise Invalid(f"{key} must be a path, got {shown(name)}")
@@ -767,7 +780,7 @@ def read_table_rows(path, how):
 def whole_rows(raw, roots, how):
     """The canonical rows of a raw one: several where its text is subtitles."""
     row = canonical(raw, roots)
-    if "text" in row or "turns" in row:
+    if "text" in row or "turns" in row or "audio" not in row:
         return [row]
     return with_text(row, how)
 
@@ -828,6 +841,7 @@ def say_unread(path, unread):
 def stem(row):
     """The name of a row's first recording; where that is no UTF-8, with question marks."""
     sounds = [holder["audio"] for holder in holders(row) if "audio" in holder]
+    sounds.append(row.get("codes", ""))  # of a clip that was encoded elsewhere, and may lie there
     return Path(sounds[0]).stem.encode("utf-8", "replace").decode()
 
 
