@@ -29,7 +29,7 @@ import configs
 import lora
 import models
 import train
-from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import Invalid, adapters, audio, checkpoint, listen
 from models.parts import run as bookkeeping
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
@@ -37,7 +37,7 @@ from tests.running import ranks, start
 
 SMALL = dict(lm_config={"num_hidden_layers": 2}, residual_lm_num_layers=1, encoder_config={"num_layers": 1}, dit_config={"num_layers": 1})
 SETTINGS = {"pretrained_path": "base", "train_manifest": "train.jsonl", "batch_size": 2, "num_workers": 1, "warmup_steps": 2, "max_steps": 20,
-            "num_iters": 20, "learning_rate": 0.01, "log_interval": 5, "valid_interval": 0, "save_interval": 0, "val_samples": 0}
+            "num_iters": 20, "learning_rate": 0.01, "log_interval": 5, "valid_interval": 0, "save_interval": 0, "val_samples": 0, "gate": "off"}
 LONG = ("--grad_accum_steps", 3, "--val_manifest", "val.jsonl", "--valid_interval", 4)  # what the runs of 20 steps share
 HALVES = {"lora": ("lora", 1), "full": ("full", 1), "two ranks": ("lora", 2)}
 
@@ -375,7 +375,8 @@ def test_validation_and_its_samples_do_not_disturb_training(home, straight):
     assert numbers(home / "unvalidated") == numbers(home / "validated") and not numbers(home / "unvalidated", "val")
     assert not differing(step(home / "unvalidated", 4), step(home / "validated", 4))
     assert [line["step"] for line in numbers(home / "validated", "val")] == [0, 1, 2, 3, 4]
-    assert sorted(p.name for p in (home / "validated" / "samples").iterdir()) == [f"step_{i:07d}_0.wav" for i in range(5)]
+    made = {f"step_{i:07d}_0.{kind}" for i in range(5) for kind in ("wav", "flac")} | {"recording_0.flac", "listen.html"}
+    assert {p.name for p in (home / "validated" / "samples").iterdir()} == made
     shown = EventAccumulator(str(home / "validated" / "logs"), {"scalars": 0, "audio": 0, "images": 0}).Reload().Tags()
     assert {"train/loss/diff", "train/loss/stop", "train/lr", "train/epoch", "train/grad_norm", "val/loss/total"} <= set(shown["scalars"])
     assert set(shown["audio"]) == {"val_sample_0/generated_audio", "val_sample_0/reference_audio"}
@@ -648,7 +649,7 @@ def deaf():
     def broken(*_):
         raise OSError("no space")
 
-    bookkeeping.speak = broken
+    listen.Samples.take = broken
 
 
 def test_neither_a_closed_pipe_nor_a_sample_ends_a_run(home):
@@ -956,7 +957,7 @@ def no_weights():
 def test_a_run_folder_of_another_run_is_refused_with_the_keys_that_differ(home, halfway):
     """Each key in a line of its own, before any weight is read."""
     run = halfway("lora", "another")
-    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--batch_size", 3, "--lambdas.loss/stop", 2, code=2, hook=no_weights)
+    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--lora.alpha", 8, "--batch_size", 3, "--lambdas.loss/stop", 2, code=2, hook=no_weights)
     assert "made with other settings" in said and "--overwrite" in said
     differ = ["batch_size: 2 there, 3 here", "lambdas.loss/stop: 1.0 there, 2.0 here", "lora.r: 4 there, 2 here", "seed: 42 there, 7 here"]
     assert [line.strip() for line in said.splitlines()[1:-1]] == differ
@@ -1051,7 +1052,9 @@ REFUSED = {  # flags, exit code, words
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),
     "no base": (("--pretrained_path", "nobase"), 1, "no checkpoint at nobase"),
-    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens"),
+    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens / batch_size). "
+                     "Raise max_batch_tokens 8, or lower batch_size 2."),
+    "all longer than max_length": (("--max_length", 3), 1, "13 longer than 3 positions (max_length). Raise max_length, up to the checkpoint's "),
     "no target": (("--lora.target_modules", "q_projj"), 2, "lora.target_modules: 'q_projj' matches no Linear"),
     "a torn recording": (("--train_manifest", "torn.jsonl"), 1, "torn.wav"),
 }
