@@ -25,7 +25,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -350,7 +350,49 @@ def join_ranks(device):
         store = dist.PrefixStore(attempt(), store)  # else the addresses of the dead still stand there
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        STORES.append(store)
     return Place(device, rank, world)
+
+
+STORES = []  # through it the ranks can exchange words, also when one of them has failed
+ERROR_SECONDS = 5  # how far apart two ranks may meet the same error
+LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|by peer|timed out|aborted", re.I)
+
+
+def told_once(main):
+    """Under torchrun, what goes wrong is printed once: not by each rank, and by none because another ended."""
+    @wraps(main)
+    def wrapped():
+        try:
+            return main()
+        except (Usage, Invalid) as error:
+            if mine_to_say(error):
+                raise
+            sys.exit(2 if isinstance(error, Usage) else 1)
+        except RuntimeError as error:
+            # A rank that has failed leaves the others in the middle of a sum.
+            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+            if alone or isinstance(error, torch.OutOfMemoryError) or not LOST.search(str(error)):
+                raise
+            sys.exit(1)
+    return wrapped
+
+
+def mine_to_say(error):
+    """Whether this rank prints an error: rank 0 always does, another one what rank 0 did not meet, too."""
+    if not STORES:  # before the ranks have met: settings and files, of which there is one set on each machine
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    key = f"error {attempt()} {zlib.crc32(str(error).encode())}"
+    try:
+        if dist.get_rank() == 0:
+            STORES[0].set(key, "said")
+        else:
+            STORES[0].wait([key], timedelta(seconds=ERROR_SECONDS))
+    except dist.DistNetworkError:  # rank 0 has ended, not without saying why
+        return dist.get_rank() == 0
+    except dist.DistStoreError:  # nobody else has said it
+        return True
+    return dist.get_rank() == 0
 
 
 def attempt() -> str:
@@ -1072,6 +1114,7 @@ def no_good_step(step):
 # ------------------------------------------------------------------------------------------------ the run
 
 
+@told_once
 def main():
     cfg, notes = parse_settings()
     check_settings(cfg)
