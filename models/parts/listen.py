@@ -178,7 +178,7 @@ LOOKS = """<style>
 #bar input { width: 240px; max-width: 100%; vertical-align: middle } #bar select { font: inherit }
 section.chosen h2 { border-color: var(--ink); color: var(--ink) }
 .take b { display: block } .take img { width: 100%; height: 90px; border-radius: 4px }
-.take.empty { opacity: .4 }
+.take.empty { opacity: .4 } .take.empty img { visibility: hidden }
 </style>"""
 SCRIPT = """<script>
 (() => {
