@@ -28,6 +28,8 @@ The model, values:
   sample_rate                 of the audio that `encode` reads
   out_sample_rate             of the audio that `generate` returns
   frame_rate                  steps of `frames` per second of audio
+  device                      where the weights are
+  dtype                       of the weights
   codec                       the frozen codec, float32, in no list of parameters: encode(wave),
                               decode(frames), stream() -> object with decode(chunk), an nn.Module's own
   codec_key                   text that names the codec and how it is used: another key, other cached codes

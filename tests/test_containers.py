@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from models.parts import Invalid
+from models.parts import Invalid, containers
 from models.parts.containers import MOST_CHUNKS, look
 
 RATE, SECONDS = 16000, 3
@@ -159,3 +159,21 @@ def test_an_unknown_format_is_left_to_libsndfile(tmp_path):
         assert not found.problem and not found.parts
     with pytest.raises(Invalid, match="nowhere"):
         look(tmp_path / "nowhere.wav")
+
+
+def test_an_ogg_that_ends_between_two_pages_is_cut(tmp_path):
+    data = encoded("a.ogg")
+    assert "no page ends the stream" in put(tmp_path, "a.ogg", data[: data.rindex(b"OggS")]).problem
+
+
+def test_frames_of_a_flac_are_told_by_their_checksums_and_long_numbers(tmp_path):
+    """From 128 on a frame's number takes two bytes; and noise that looks like a header is none."""
+    samples = 140 * 4096
+    data = bytearray(encoded("a.flac", sound(0, samples)))
+    assert not put(tmp_path, "a.flac", data).problem
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    assert decoded(put(tmp_path, "b.flac", data)) == samples
+    number = b"\xff\xf8\xc9\x08\x00"  # sync, 4096 samples, 16 bits, frame 0; no checksum is as long as this is wrong
+    fake = [number + bytes([crc]) for crc in range(256)]
+    headers = [head for head in fake if containers._flac_header(bytearray(head + bytes(8)), 0)]
+    assert len(headers) == 1

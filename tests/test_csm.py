@@ -541,12 +541,12 @@ def test_a_draw_is_never_zero(model, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
-@pytest.mark.parametrize("adapter", [False, True])
-def test_depth_steps_are_the_depth_decoder(folders, dtype, near, adapter):
-    """Position by position, rows leaving on the way, with and without adapters: what the training forward computes."""
-    m = models.load(folders["transformers"], dtype=dtype)
+@pytest.mark.parametrize("adapter, bits", [(None, 16), ("decoder", 16), (None, 8), ("q_proj", 4)])
+def test_depth_steps_are_the_depth_decoder(folders, dtype, near, adapter, bits):
+    """Position by position, rows leaving on the way, with and without adapters and rounding: what the training forward computes."""
+    m = models.load(folders["transformers"], dtype=dtype, bits=bits)
     if adapter:
-        lora.apply_lora_to_model(m, {"r": 2, "target_modules": ["decoder", "projection"]})
+        lora.apply_lora_to_model(m, {"r": 2, "target_modules": [adapter, "projection"]})
         randomize(m)
     decoder, table = m.depth_decoder.model, m.backbone_model.embed_tokens.embed_audio_tokens.weight
     with torch.no_grad():

@@ -21,6 +21,12 @@ def test_pitch_of_a_known_tone(hertz, rate):
     assert median == pytest.approx(hertz, rel=0.005) and spread < 0.2
 
 
+def test_a_pure_low_tone_is_not_heard_as_a_high_one():
+    """Its difference at short lags is small, too; only against the mean of all shorter lags is the true period alone."""
+    wave = torch.sin(2 * math.pi * 62 * torch.arange(16000) / 16000)
+    assert measures.pitch_facts(wave, 16000)[0] == pytest.approx(62, rel=0.005)
+
+
 def test_noise_and_silence_have_no_pitch():
     noise = torch.randn(16000, generator=torch.Generator().manual_seed(0)) * 0.1
     assert len(measures.pitch(noise, 16000)) < 3

@@ -83,7 +83,7 @@ SOUNDS = {  # name: (how the file is made, what is said about it)
     "zero.wav": (lambda p: p.write_bytes(b""), "empty (0 bytes)"),
     "text.wav": (lambda p: p.write_text("this is a text, not sound"), "not a sound file"),
     "short_header.wav": (lambda p: (wave(p, sine()), cut(p, 20 / 32044)), "."),
-    "half.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), cut(p, 0.5)), "damaged"),
+    "half.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), cut(p, 0.5)), "cut off"),
     "flipped.flac": (lambda p: (wave(p, np.random.default_rng(0).normal(0, 0.1, 16000)), changed(p, p.stat().st_size // 2, b"\x55" * 40)), "damaged"),
     "nan.wav": (lambda p: wave(p, broken(np.nan), subtype="FLOAT"), "sample 500 is nan"),
     "inf.wav": (lambda p: wave(p, broken(np.inf), subtype="FLOAT"), "sample 500 is inf"),

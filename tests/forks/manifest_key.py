@@ -21,9 +21,9 @@ def main():
     cache = ClipCache("cache_styled", model)
     styled = read_manifest(["styled.jsonl"])
     cache.add(styled, lambda line: None)
-    for row in styled:
-        text = f"(whispering){row['text']}" if "style" in row else row["text"]
-        assert cache.get(row)["text"].tolist()[:-1] == model.encode_text(text), row
+    before = ("(whispering)", "(whispering)", "", "")
+    for row, style in zip(styled, before, strict=True):
+        assert cache.get(row)["text"].tolist()[:-1] == model.encode_text(style + row["text"]), row
     trained = run("voxcpm.yaml", "--save_path", "styled", "--train_manifest", "styled.jsonl", "--num_iters", 1)
     assert len(trained) == 1
 

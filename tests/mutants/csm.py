@@ -81,6 +81,7 @@ MUTANTS = [
     ("eps of the steps", STEPS, "math.sqrt(self.C * self.eps)", "math.sqrt(self.eps)", some("depth_steps")),
     ("queries not divided by the root", STEPS, "[self.D**-0.5] * queries", "[1.0] * queries", some("depth_steps")),
     ("low precision attends to what was there", STEPS, "                p.qkv32.copy_(p.qkv)", "                pass", some("depth_steps")),
+    ("codes taken for weights", STEPS, ' or hasattr(m, "code_scale") for m', " for m", some("depth_steps")),
     ("an adapter's sum replaces the stream", STEPS, "return out.add_(y) if add else out.copy_(y)", "return out.copy_(y)", some("depth_steps")),
     ("an adapter skips the norm's weight", STEPS, "x = x if scale is None else x * scale", "pass", some("depth_steps")),
     ("the depth decoder's own temperature", FILE, "temperature = s.temperature if s.depth_temperature is None else s.depth_temperature", "temperature = s.temperature", some("own_sampling")),
