@@ -360,7 +360,10 @@ LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|by peer|
 
 
 def told_once(main):
-    """Under torchrun, what goes wrong is printed once: not by each rank, and by none because another ended."""
+    """Under torchrun, what goes wrong is printed once: not by each rank, nor because another one ended.
+
+    A person looks for the first message, and finds it last where every rank adds a traceback of its own.
+    """
     @wraps(main)
     def wrapped():
         try:

@@ -92,9 +92,9 @@ class Findings:
                         f"(in {better} of {len(self.gains)} rows), so it cannot hear that the two belong "
                         f"together. {CAUSES}")
         for name, ours, constant in self.worse_than_constant:
-            told.append(f"gate: {name} of the base is {ours:.4f}, no better than the {constant:.4f} of a model "
-                        "that always gives the same answer. Usual causes: a base that is not the published one, "
-                        "audio of another kind (rate, noise, silence), a codec of another checkpoint.")
+            told.append(f"gate: {name} of the base is {ours:.4f}, no better than the {constant:.4f} of a "
+                        "model that always gives the same answer. Usual causes: a base that is not the "
+                        "published one, audio of another kind (rate, noise, silence), another codec.")
         return told
 
 
