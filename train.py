@@ -183,6 +183,7 @@ def parse_settings():
     nothing. With rslora the root in the scale is there for that, and alpha stays.
     """
     cfg = configs.parse(Train)
+    # Only flags count: a file that says r without alpha means the default that its tool has.
     flags = configs.Given(configs.names(Train, "train"))
     configs.Flags(flags, sys.argv[1:], None).read()
     names = dict(flags.values)
@@ -257,6 +258,7 @@ def schedule_of(cfg, progress, per_epoch):
     epoch = per_epoch / per_step
     given = cfg.num_iters or cfg.max_steps
     by_data = bool(cfg.epochs) or not given
+    # New clips in a run that goes on make it no longer: the learning rate is on its way to zero already.
     steps = given or progress.steps or usual_steps(epoch)
     if cfg.epochs:
         steps = math.ceil(cfg.epochs * epoch)
@@ -277,10 +279,11 @@ def usual_steps(epoch):
 
 def intervals(cfg, steps):
     """Steps between validations and between checkpoints: as they are set, else a tenth of the run."""
+    # A tenth shows where a short run turns, and is rare enough that neither costs much of a long one.
     tenth = math.ceil(steps / TENTH)
     validate_every = tenth if cfg.valid_interval is None else cfg.valid_interval
     save_every = cfg.save_interval
-    if save_every is None:
+    if save_every is None:  # who counts checkpoints in epochs wants no others
         save_every = 0 if cfg.save_epochs else tenth
     return validate_every, save_every
 
@@ -344,6 +347,7 @@ def join_ranks(device):
     device = models.pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Without torchrun nobody waits for anybody, and no port is opened.
     if "RANK" in os.environ:
         limit = timedelta(minutes=30)  # the others wait while rank 0 saves or speaks, on a slow disk for long
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -651,6 +655,8 @@ def load_clips(cfg, model, speakers, place, log):
 
 def limits_of(cfg, limit, longest):
     """How long a clip may be; the first limit that it exceeds is the reason why it is dropped."""
+    # Each remedy is one that works: nothing raises the checkpoint's own limit, and a budget that is divided
+    # by the clips of a batch has two ways out.
     cut = "cut longer recordings: prepare_data.py has --slice and --max_seconds"
     remedy = f"Raise max_length, up to the checkpoint's {longest}, or {cut}."
     limits = [run.Limit(limit, "max_length", remedy)]
@@ -673,6 +679,15 @@ def command_to_encode(cfg, folder, usual):
     flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder)]
     flags += ["--ckpt_dir", cfg.pretrained_path]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
+
+
+def samples_of(cfg, data, log):
+    """What is spoken at each validation."""
+    rows = [clip.row for clip in data.val]
+    spoken = listen.sentences(rows)[: cfg.val_samples]
+    # Texts that nobody has recorded are spoken in the voice of the first row.
+    rows += [clip.row for clip in data.train]
+    return listen.Samples(spoken + listen.further(cfg.sample_texts, rows), cfg.seed, log)
 
 
 def warn_of_speakers(model, log):
@@ -965,6 +980,7 @@ def pass_gate(cfg, trainee, data, place, log):
         found = gate.look(trainee.model, data.train, data.cache, trainee.lambdas, place.device)
         log.say(found.line)
         wrong = found.wrong
+    # A sum over ranks, although only one has looked: else the others would go on without it.
     refused = all_sum({"wrong": len(wrong)}, place.device)["wrong"] and cfg.gate == "stop"
     for text in wrong:
         log.say(text, "error" if refused else "warning")
@@ -987,6 +1003,7 @@ def rehearse(cfg, trainee, data, schedule, log):
     sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]  # positions, with padding
     longest = batches[sizes.index(max(sizes))]
     examples = [data.cache.load(clips[i].key) for i in longest]
+    # What a message about memory looks at.
     ready = StepData([], [MicroBatch(0, longest, {}, {})], 0, 0, 0.0)
     model.train()
     try:
@@ -1004,6 +1021,7 @@ def rehearse(cfg, trainee, data, schedule, log):
             seconds = time.perf_counter() - began
     except torch.OutOfMemoryError as e:
         raise Invalid(out_of_memory(ready, clips, 1, e)) from None
+    # All steps together take about what their positions do; the longest one is what memory has to hold.
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     each = seconds * schedule.per_step / ranks
     mean = each * sum(sizes) / len(sizes) / max(sizes)
@@ -1087,6 +1105,7 @@ def out_of_memory(data, clips, step, error):
 
 def say_what_next(cfg, log):
     """How to hear, and how to choose."""
+    # Whole commands, quoted, that can be copied: most people look for them right here.
     root = Path(cfg.save_path)
     samples = root / "samples" / "listen.html"
     if samples.is_file():
@@ -1159,10 +1178,7 @@ def main():
     warn_of_speakers(model, log)
     clips, lengths = data.train, [clip.length for clip in data.train]
     val_examples = [data.cache.load(clip.key) for clip in data.val]
-    spoken = listen.sentences(clip.row for clip in data.val)[: cfg.val_samples]
-    # Texts that nobody has recorded are spoken in the voice of the first row.
-    spoken += listen.further(cfg.sample_texts, [clip.row for clip in data.val + data.train])
-    samples = listen.Samples(spoken, cfg.seed, log)
+    samples = samples_of(cfg, data, log)
 
     # -------------------------------------------------------------------------------------------- resume
     # What each checkpoint will say of the run. Where it goes on, the counters are those of the last one.
@@ -1179,7 +1195,10 @@ def main():
     order = order_from(progress, lengths, cfg)
     schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0)))
     steps, span, warmup, per_step, *_ = schedule
+    # What the settings say is not remembered: without it the run has the length of its data again.
     progress.steps = 0 if cfg.epochs or cfg.num_iters or cfg.max_steps else steps
+
+    # What can be known of a run is said before it costs time, and before anything is written.
     announce(cfg, trainee, place, schedule, log)
     if progress.step == 0:
         pass_gate(cfg, trainee, data, place, log)
@@ -1208,7 +1227,7 @@ def main():
             log.numbers("val", progress.step, means, epoch=passed)
             parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
             log.say(f"step {progress.step}/{steps} | validation {total:.4f} ({parts})")
-        if rank == 0 and spoken:
+        if rank == 0 and samples.sentences:
             samples.try_to_speak(model, progress.step)
         return total
 
