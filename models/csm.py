@@ -46,10 +46,12 @@ from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
+from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
+PARTS = {"codec": "", "tokenizer": ""}  # what may lie elsewhere; as published both come with the weights
 # frames: speech takes two to four per token of text, and a short word has a tail
 LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 
@@ -84,8 +86,6 @@ class Config:
     codec_config: dict
 
 
-LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
 FLAVORS = {
     "llama-1B": TowerConfig(2048, 8192, 16, 32, 8, 64, rope_scaling=LLAMA3),
     "llama-100M": TowerConfig(1024, 8192, 4, 8, 2, 128, rope_scaling=LLAMA3),
@@ -155,7 +155,7 @@ def read_tower(section, base, shapes, prefix, where):
     if groups is None:
         groups = key_shape[0] // size if key_shape else base.num_key_value_heads
     numbers = {m[1] for name in shapes if (m := re.match(rf"{prefix}\.layers\.(\d+)\.", name))}
-    theta, scaling = rope_settings(section, base, where)
+    theta, scaling = rope_settings(section, base.rope_theta, base.rope_scaling, where)
     return TowerConfig(
         hidden_size=stated("hidden_size", f"{prefix}.norm.weight"),
         intermediate_size=stated("intermediate_size", layer + "mlp.gate_proj.weight"),
@@ -172,24 +172,6 @@ def head_size(section, base, shape, heads):
     if "hidden_size" in section:
         return section["hidden_size"] // heads
     return base.head_dim
-
-
-def rope_settings(section, base, where):
-    """(theta, llama3 numbers or None) of a config section in its older or newer spelling."""
-    given = section.get("rope_parameters") or section.get("rope_scaling")
-    theta = section.get("rope_theta", base.rope_theta)
-    if given is None:
-        return theta, None if "hidden_size" in section else base.rope_scaling
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
-    theta = given.get("rope_theta", theta)
-    if kind == "default":
-        return theta, None
-    missing = [key for key in LLAMA3 if key not in given]
-    if missing:
-        raise Invalid(f"{where}: the rope settings lack {', '.join(missing)}")
-    return theta, {key: given[key] for key in LLAMA3}
 
 
 @dataclass
@@ -230,24 +212,6 @@ class Sampling:
 # -------------------------------------------------------------------------------------------- modules
 
 
-def frequencies(c):
-    """Angular frequency of each pair, (D/2,) float32, with Llama 3's stretching of the slow ones where c asks
-    for it.
-
-    Only original/low and original/high enter, so transformers' "equivalent" numbers give the same table to
-    the bit.
-    """
-    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    f = 1.0 / c.rope_theta**exponents
-    if c.rope_scaling is None:
-        return f
-    factor, low, high, old = (c.rope_scaling[key] for key in LLAMA3)
-    wave = 2 * math.pi / f
-    s = (old / wave - low) / (high - low)  # 0 for slow pairs, 1 for quick ones
-    stretched = torch.where(wave > old / low, f / factor, (1 - s) * f / factor + s * f)
-    return torch.where(wave < old / high, f, stretched)
-
-
 class Tower(nn.Module):
     """A Llama without embeddings: backbone or depth decoder. (B, L, C) -> (B, L, C), final norm included."""
 
@@ -263,7 +227,8 @@ class Tower(nn.Module):
 
     def make_rotary(self, device):
         """After loading and casting: frequencies stay float32, and the meta device holds no numbers."""
-        self.frequencies = frequencies(self.config).to(device)
+        c = self.config
+        self.frequencies = llama3_frequencies(c.head_dim, c.rope_theta, c.rope_scaling).to(device)
 
     def rope(self, positions):
         return rotary(positions, self.frequencies)
