@@ -24,6 +24,7 @@ import yaml
 
 from configs.aliases import ALIASES, COMPUTED, Scaling
 from models.parts import Invalid, opt  # noqa: F401  (opt marks a field of settings: default and sentence)
+from models.parts.plain import write_file
 
 NULLS = ("null", "Null", "NULL", "~", "none", "None")
 YAML_NULLS = NULLS[:4]  # none and None are texts to YAML, but on a command line nobody means them so
@@ -349,10 +350,8 @@ def dump(cfg, path):
     for f in dataclasses.fields(cfg):
         if f.metadata.get("config"):
             del values[f.name]
-    temporary = Path(f"{path}.tmp")
     text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(Path(path), text.encode())
 
 
 class Dumper(yaml.SafeDumper):

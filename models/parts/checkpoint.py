@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.parts import Invalid
+from models.parts.plain import temporary_name
 
 # Keys under which trainers put the state dict inside what they save.
 WRAPPERS = ("state_dict", "model", "net", "generator", "module")
@@ -365,10 +366,9 @@ def write_step(root, step, write, state) -> Path:
     root = Path(root)
     name = f"step_{step:07d}"
     tmp = root / f"{name}.tmp"
-    if tmp.exists():
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
     try:
+        remove(tmp)  # of an earlier try
+        tmp.mkdir(parents=True)
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": checksum(p)} for p in files}
@@ -389,26 +389,29 @@ def write_step(root, step, write, state) -> Path:
 
 def _replace(tmp, folder):
     """Rename tmp to folder; an old one stays readable under another name until the new one is in place."""
-    old = folder.with_name(f"{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
+    old = put_aside(folder) if os.path.lexists(folder) else None  # a free name: what lies under others may be a user's
     os.rename(tmp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def point(root, name):
     """Let root/latest name a step folder: a link, or a text file where links are refused."""
-    tmp, latest = root / "latest.tmp", root / "latest"
+    tmp, latest = root / temporary_name("latest"), root / "latest"
     tmp.unlink(missing_ok=True)
     try:
         tmp.symlink_to(name)
     except OSError:
         tmp.write_text(name)
-    if latest.is_dir() and not latest.is_symlink():  # a copy that followed the link
+    if not latest.is_symlink() and os.path.lexists(latest) and not _names_a_step(latest):
         put_aside(latest)
     os.replace(tmp, latest)
     _flush(root)
+
+
+def _names_a_step(latest):
+    """Whether it is the text file of `point`; a folder is a copy that followed the link, the rest a user's."""
+    return latest.is_file() and re.fullmatch(rb"step_\d+", latest.read_bytes()[:30]) is not None
 
 
 def put_aside(path) -> Path:
@@ -416,7 +419,7 @@ def put_aside(path) -> Path:
     path = Path(path)
     for n in itertools.count(1):
         aside = path.with_name(f"{path.name}.before-{n}")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             return path.rename(aside)
 
 
@@ -513,8 +516,8 @@ def prune(root, keep_last, keep_every=0, stay=(), say=print):
 
 
 def remove(path):
-    """Delete a file or folder if it is there."""
-    if Path(path).is_dir():
+    """Delete a file or folder if it is there; of a link the link, never what it leads to."""
+    if Path(path).is_dir() and not Path(path).is_symlink():
         shutil.rmtree(path)
     else:
         Path(path).unlink(missing_ok=True)

@@ -12,8 +12,10 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -30,6 +32,7 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
+from models.parts.plain import TEMPORARY, read_json, need, write_file
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
@@ -59,16 +62,37 @@ def claim(root) -> str | None:
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".write"
-        probe.write_text("")
-        probe.unlink()
-        taken = lock(root)
-        # A save that was killed leaves its temporary folder. Before the lock it may be one of another run.
-        for torn in [] if taken else root.glob("step_*.tmp"):
-            checkpoint.remove(torn)
-        return taken
+        with tempfile.TemporaryFile(dir=root):  # whether one can write here
+            pass
+        wrong = leads_outside(root) or lock(root)
+        if not wrong:  # before the lock these may be of another run
+            sweep(root)
+        return wrong
     except OSError as e:
         return f"save_path {root} cannot be written: {e.strerror}"
+
+
+WRITTEN = (".lock", "train.log", "metrics.jsonl", "logs", "samples")
+
+
+def leads_outside(root) -> str | None:
+    """A run folder that came from elsewhere may hold links; what is written into them would change other files."""
+    for name in WRITTEN:
+        path = Path(root) / name
+        if path.is_symlink() and Path(root).resolve() not in path.resolve().parents:
+            return (f"{path} is a link to {os.readlink(path)}, outside of the run folder; nothing is written "
+                    "through it. Remove the link, or choose another save_path.")
+    return None
+
+
+TORN = (r"step_\d{7,}\.tmp", TEMPORARY.format(name="latest"))
+
+
+def sweep(root):
+    """Delete what a killed save leaves: its temporary folder and link, named as we name them."""
+    for path in Path(root).glob("*.tmp"):
+        if any(re.fullmatch(pattern, path.name) for pattern in TORN):
+            checkpoint.remove(path)
 
 
 def set_aside(root, say) -> None:
@@ -282,9 +306,7 @@ def cut_metrics(path, step) -> None:
     """Take out of metrics.jsonl what will be made again; with no step done that is all, step 0 included."""
     lines = path.read_text(errors="replace").splitlines()
     kept = [line for line in lines if step and 0 <= step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_file(path, "".join(line + "\n" for line in kept).encode())
 
 
 class Log:

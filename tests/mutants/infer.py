@@ -26,7 +26,7 @@ MUTANTS = [
     (7, "lora.py", "(base.float() + update).to(base.dtype)", "base + update.to(base.dtype)",
      only("merge", "test_a_merged_folder_keeps_the_dtype_of_its_base")),
     (7, "merge_lora.py", "            keep_strength(model)\n", "", only("merge", "test_a_strength_goes_into_alpha_and_several_become_one")),
-    (7, "merge_lora.py", "    finally:\n        checkpoint.remove(tmp)\n", "    finally:\n        pass\n", only("merge", "test_a_failure_while_writing_leaves_nothing")),
+    (7, "merge_lora.py", "    finally:\n        checkpoint.remove(tmp)\n", "    finally:\n", only("merge", "test_a_failure_while_writing_leaves_nothing")),
     (7, "merge_lora.py", "if cfg.dtype else None\n", "if cfg.dtype else models.pick_dtype('float32', device)\n",
      only("merge", "test_a_merged_folder_keeps_the_dtype_of_its_base")),
     (7, "models/parts/adapters.py", "return round(alpha) if abs(alpha - round(alpha)) < 1e-6 else alpha", "return alpha", only("merge", "test_there_and_back_an_adapter_is_bit_equal")),
