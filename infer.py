@@ -23,7 +23,8 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import Invalid, adapters, audio
+from models.parts.plain import need, parse, read_object
 
 
 @dataclass
@@ -125,10 +126,8 @@ def base_of(adapter):
 def stated_base(adapter):
     """The base that the config file of another tool names."""
     _, config, _ = adapters.locate(adapter)
-    raw = checkpoint.read_json(config) if config else {}
-    if not isinstance(raw, dict):
-        return None
-    return raw.get("base_model") or raw.get("base_model_name_or_path")
+    raw = read_object(config) if config else {}
+    return need(raw, "base_model", str, "") or need(raw, "base_model_name_or_path", str, "")
 
 
 def load_model(cfg, path, chosen):
@@ -165,7 +164,7 @@ def trained_speakers(chosen):
     """{name: number} of the speakers that the adapters record."""
     speakers = {}
     for path, _ in chosen:
-        speakers |= adapters.read_record(path).get("speakers", {})
+        speakers |= need(adapters.read_record(path), "speakers", dict[str, int], {})
     return speakers
 
 

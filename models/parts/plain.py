@@ -1,12 +1,15 @@
 """Files of other people, read without trust: JSON, values of a wanted type, names for a terminal; and our writes.
 
-    config = read_json(folder / "adapter_config.json")        # a Record: a dict that knows its place
+    config = read_object(folder / "adapter_config.json")      # a Record: a dict that knows its place
     r = need(config, "r", int, at_least=1)                    # or an Invalid with file, key, value, expectation
 """
+import dataclasses
 import json
 import math
 import os
+import re
 import stat
+import types
 import typing
 from pathlib import Path
 
@@ -33,9 +36,19 @@ def parse(text, where):
 
 
 def read_json(path):
-    """The JSON in a file, Records knowing that they came from it."""
-    value = parse(read_bytes(path, LARGEST_JSON), path)
-    return as_record(value, path) if isinstance(value, dict) else value
+    """The JSON in a file."""
+    return parse(read_bytes(path, LARGEST_JSON), path)
+
+
+def read_object(path):
+    """The JSON object in a file, as a Record that knows that it came from there."""
+    return an_object(read_json(path), path)
+
+
+def an_object(value, where):
+    if not isinstance(value, dict):
+        raise Invalid(f"{where}: expected a map of settings, found {shown(written(value))}")
+    return as_record(value, where)
 
 
 def read_bytes(path, most):
@@ -65,32 +78,71 @@ def as_record(values, where):
     return record
 
 
-def need(record, key, kind, default=REQUIRED, at_least=None):
-    """record[key] as int, float, bool, str, dict, list[str], ...; null counts as absent.
+def need(record, key, kind, default=REQUIRED, **bounds):
+    """record[key] as int, float, bool, str, dict, list[str], int | str, ...; null counts as absent.
 
-    What is absent is `default`, or an error without one.
+    What is absent is `default`, or an error without one. bounds: at_least and at_most of a number.
     """
     where = getattr(record, "where", "JSON")
     value = record.get(key)
     if value is None and default is not REQUIRED:
         return default
-    low = f" of at least {at_least}" if at_least is not None else ""
-    if not fits(value, kind) or (low and not value >= at_least):
-        found = "is missing" if value is None else f"is {shown(repr(value))}"
-        raise Invalid(f"{where}: {shown(key)} {found}, expected {expected(kind)}{low}. Was the file changed by "
-                      "hand? Copy it again from where it came from.")
+    wanted = expected(kind)
+    for bound, number in bounds.items():
+        wanted += f", {bound.replace('_', ' ')} {number}"
+    if value is None:
+        raise Invalid(f"{where} does not say {shown(key)}, expected {wanted}. Copy the file again from where "
+                      "it came from.")
+    if not fits(value, kind) or not within(value, **bounds):
+        raise Invalid(f"{where}: {shown(key)} is {shown(written(value))}, expected {wanted}. Was it changed by "
+                      "hand? Copy the file again from where it came from.")
     return as_record(value, f"{where}: {key}") if isinstance(value, dict) else value
+
+
+def typed(cls, record, **given):
+    """A dataclass from a record: every field as its declared type; what else the record holds is left.
+
+    given: values of fields that the caller has read. Bounds stand in a field's metadata.
+    """
+    kinds = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.name in given:
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = REQUIRED if default is dataclasses.MISSING else default
+        bounds = {bound: f.metadata[bound] for bound in BOUNDS if bound in f.metadata}
+        given[f.name] = need(record, f.name, kinds[f.name], default, **bounds)
+    return cls(**given)
+
+
+BOUNDS = ("at_least", "at_most")
+
+
+def alternatives(kind):
+    """The types of X | Y but None; of any other type the type."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return [one for one in typing.get_args(kind) if one is not type(None)] if union else [kind]
 
 
 def fits(value, kind):
     """Whether a value of JSON has a type: true is no number, 2 is a float, infinity and 10**400 are none."""
-    base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    several = alternatives(kind)
+    if len(several) > 1:
+        return any(fits(value, one) for one in several)
+    base, inner = typing.get_origin(several[0]) or several[0], typing.get_args(several[0])
+    if base in (int, float) and isinstance(value, bool):
+        return False
     if base is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
-    if base is int and isinstance(value, bool) or not isinstance(value, base):
+        return isinstance(value, (int, float)) and is_finite(value)
+    if not isinstance(value, base):
         return False
     entries = value.values() if base is dict else value
     return not inner or all(fits(entry, inner[-1]) for entry in entries)
+
+
+def within(value, at_least=None, at_most=None):
+    low = at_least is None or value >= at_least
+    return low and (at_most is None or value <= at_most)
 
 
 def is_finite(number):
@@ -100,9 +152,65 @@ def is_finite(number):
         return False
 
 
+def written(value):
+    """A value for a message; a number may have more digits than Python writes out."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def expected(kind):
-    base, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    return EXPECTED[base] + (f" in which each value is {EXPECTED[inner[-1]]}" if inner else "")
+    names = []
+    for one in alternatives(kind):
+        base, inner = typing.get_origin(one) or one, typing.get_args(one)
+        names.append(EXPECTED[base] + (f" in which each value is {expected(inner[-1])}" if inner else ""))
+    return " or ".join(names)
+
+
+# ------------------------------------------------------------------------------------------------ patterns
+
+LONGEST_PATTERN = 1000  # characters
+MOST_REPEATS = 5  # of *, + and {} in one pattern: on names of 60 letters that many end within a second
+MOST_OPTIONS = 8  # of ?, each of which may double the ways
+
+
+def pattern_of(text, where):
+    """A regex of somebody else, compiled; refused where a name could keep it busy for hours.
+
+    That takes a repetition of what itself can match in several ways, as (a+)+ and (a|a)*, or many in a row.
+    """
+    wrong = None
+    tokens = re.findall(r"\\.|\[\^?\]?[^\]]*\]|\(\?[:=!]|[*+?}][?+]|.", text, re.DOTALL)
+    if len(text) > LONGEST_PATTERN:
+        wrong = f"it has {len(text)} characters, at most {LONGEST_PATTERN} are read"
+    elif sum(token[0] in "*+{" for token in tokens) > MOST_REPEATS or tokens.count("?") > MOST_OPTIONS:
+        wrong = f"it has more than {MOST_REPEATS} repetitions or {MOST_OPTIONS} options"
+    elif repeats_a_choice(tokens):
+        wrong = "it repeats a group that itself repeats or chooses"
+    try:
+        if not wrong:
+            return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as e:
+        wrong = str(e)
+    raise Invalid(f"{where}: {shown(repr(text))} is no module name and no regex that is tried: {wrong}")
+
+
+def repeats_a_choice(tokens):
+    """Whether a group in which something repeats, is optional or chosen is itself repeated."""
+    open_groups, closed = [False], False  # whether each holds such a thing; closed: the one that ends here
+    for token in tokens:
+        if token[0] in "*+{" and closed:
+            return True
+        closed = False
+        if token[0] == "(":
+            open_groups.append(False)
+        elif token == ")" and len(open_groups) > 1:
+            closed = open_groups.pop()
+            open_groups[-1] |= closed
+        elif token[0] in "*+{?|":
+            open_groups[-1] = True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ showing

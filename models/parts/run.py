@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
-from models.parts.plain import TEMPORARY, read_json, need, write_file
+from models.parts.plain import need, read_object, typed, write_file
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
@@ -85,14 +85,13 @@ def leads_outside(root) -> str | None:
     return None
 
 
-TORN = (r"step_\d{7,}\.tmp", TEMPORARY.format(name="latest"))
-
-
 def sweep(root):
-    """Delete what a killed save leaves: its temporary folder and link, named as we name them."""
-    for path in Path(root).glob("*.tmp"):
-        if any(re.fullmatch(pattern, path.name) for pattern in TORN):
+    """Delete what a killed run was writing, named as we name that."""
+    for path in root.glob("step_*.tmp"):
+        if re.fullmatch(r"step_\d{7,}\.tmp", path.name):
             checkpoint.remove(path)
+    for name in ("latest", "config.yaml", "metrics.jsonl"):
+        checkpoint.sweep(root / name)
 
 
 def set_aside(root, say) -> None:
@@ -131,9 +130,11 @@ class Progress:
 
     @classmethod
     def read(cls, folder):
-        index = checkpoint.read_json(folder / checkpoint.INDEX)
-        known = {f.name: index[f.name] for f in fields(cls) if f.name in index}
-        return cls(**{**known, "best": Best(*index["best"]), "folder": folder})
+        index = read_object(folder / checkpoint.INDEX)
+        best = need(index, "best", list)
+        if len(best) != len(Best._fields):
+            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        return typed(cls, index, best=Best(*best), folder=folder)
 
     def index(self):
         values = asdict(self)

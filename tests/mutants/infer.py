@@ -25,7 +25,7 @@ MUTANTS = [
      only("infer", "test_adapters_act_with_their_strength_and_add_up")),
     (7, "lora.py", "(base.float() + update).to(base.dtype)", "base + update.to(base.dtype)",
      only("merge", "test_a_merged_folder_keeps_the_dtype_of_its_base")),
-    (7, "merge_lora.py", "            keep_strength(model)\n", "", only("merge", "test_a_strength_goes_into_alpha_and_several_become_one")),
+    (7, "merge_lora.py", "        keep_strength(model)\n", "", only("merge", "test_a_strength_goes_into_alpha_and_several_become_one")),
     (7, "merge_lora.py", "    finally:\n        checkpoint.remove(tmp)\n", "    finally:\n", only("merge", "test_a_failure_while_writing_leaves_nothing")),
     (7, "merge_lora.py", "if cfg.dtype else None\n", "if cfg.dtype else models.pick_dtype('float32', device)\n",
      only("merge", "test_a_merged_folder_keeps_the_dtype_of_its_base")),
