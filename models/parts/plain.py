@@ -13,9 +13,12 @@ import types
 import typing
 from pathlib import Path
 
+import yaml
+
 from models.parts import Invalid
 
 LARGEST_JSON = 100 << 20  # bytes: the longest tokenizer.json has 35 MB
+LARGEST_YAML = 1 << 20
 SHOWN = 80  # characters of somebody else's text in one of our lines: more would hide the line
 REQUIRED = object()
 EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a map",
@@ -43,6 +46,16 @@ def read_json(path):
 def read_object(path):
     """The JSON object in a file, as a Record that knows that it came from there."""
     return an_object(read_json(path), path)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, which may hold plain values only."""
+    try:
+        return an_object(yaml.safe_load(read_bytes(path, LARGEST_YAML)), path)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as e:
+        if isinstance(e, Invalid):
+            raise
+        raise Invalid(f"{path} is not valid YAML: {shown(e, 200)}") from None
 
 
 def an_object(value, where):
@@ -116,6 +129,13 @@ def typed(cls, record, **given):
 
 
 BOUNDS = ("at_least", "at_most")
+LARGEST = 1 << 24  # of a width or a vocabulary: products of two still count as bytes
+LAYERS = 1000  # of a stack: a file that says 10**9 would keep us building for hours
+
+
+def count(at_most=LARGEST, default=dataclasses.MISSING):
+    """A field of a checkpoint's Config that is a number of things."""
+    return dataclasses.field(default=default, metadata={"at_least": 1, "at_most": at_most})
 
 
 def alternatives(kind):

@@ -7,6 +7,7 @@ of prefixes and what replaces them. Pieces and ids equal those of the `sentencep
 Refused are the model types WORD and CHAR, pieces marked as unused and rules for after decoding; published
 models have none.
 """
+import operator
 import struct
 from array import array
 
@@ -56,7 +57,7 @@ class SentencePiece:
     def decode(self, ids) -> str:
         """Ids to text. Control pieces vanish, unknown ones leave a mark, a marker at the start is none."""
         text, run, at_start = "", b"", self.add_dummy_prefix or self.remove_extra_whitespaces
-        for i in ids:
+        for i in map(operator.index, ids):
             if not 0 <= i < len(self):
                 raise Invalid(f"{self.name} has no piece with id {i}, only {len(self)} pieces. "
                               "Is it this model's?")
