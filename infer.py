@@ -33,6 +33,7 @@ class Infer:
 
     ckpt_dir: str = opt("", "folder of the checkpoint, or org/name in the local hub cache; empty takes the adapter's base")
     lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up", repeat=True)
+    extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     config: str = opt("", "training YAML: its pretrained_path is the checkpoint where ckpt_dir is not given")
     text: str = opt("", "what to say")
     output: str = opt("output.wav", "wav file to write; - streams raw 16-bit samples to stdout as they come")
@@ -123,6 +124,14 @@ def base_of(adapter):
     return base
 
 
+def parts_of(cfg, chosen):
+    """{part: place} of what lies elsewhere: as given, else as adapters record it, if it is still there."""
+    recorded = {}
+    for path, _ in chosen:
+        recorded |= need(adapters.read_record(path), "extra", dict[str, str], {})
+    return {**models.present(recorded), **cfg.extra}
+
+
 def stated_base(adapter):
     """The base that the config file of another tool names."""
     _, config, _ = adapters.locate(adapter)
@@ -134,7 +143,8 @@ def load_model(cfg, path, chosen):
     """The model with every adapter of [(path, strength)] on; several are stacked."""
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
-    model = models.load(path, device, dtype, allow_unused=cfg.allow_unused_tensors, bits=cfg.base_bits)
+    extra, unused = parts_of(cfg, chosen), cfg.allow_unused_tensors
+    model = models.load(path, device, dtype, extra=extra, allow_unused=unused, bits=cfg.base_bits)
     if chosen:
         loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
         report_adapters(model, chosen, loaded, skipped)

@@ -18,7 +18,7 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from infer import base_of, split_strength, trained_speakers
+from infer import base_of, parts_of, split_strength, trained_speakers
 from models.parts import Invalid, checkpoint
 from models.parts.plain import TEMPORARY, is_alive, temporary_name
 
@@ -29,6 +29,7 @@ class Merge:
 
     ckpt_dir: str = opt("", "folder of the base, or org/name in the local hub cache; empty takes the adapter's record")
     lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up", repeat=True)
+    extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     output_dir: str = opt("", "folder to write; must not hold anything yet")
     to: str = opt("", "adapter format to convert to instead of merging: native, peft, or another that its tools read")
     naming: str = opt("", "tensor names of the file where the backbone has several published ones; empty keeps the base's")
@@ -48,11 +49,11 @@ def check(cfg):
         raise Usage("--dtype is of merged weights; converted adapters (--to) are float32")
 
 
-def load_base(cfg, base):
+def load_base(cfg, base, extra):
     """The base on the CPU, in the dtype of its file unless another is asked for."""
     device = models.pick_device("cpu")
     dtype = models.pick_dtype(cfg.dtype, device) if cfg.dtype else None
-    model = models.load(base, device, dtype, allow_unused=cfg.allow_unused_tensors)
+    model = models.load(base, device, dtype, extra=extra, allow_unused=cfg.allow_unused_tensors)
     if cfg.to and cfg.to not in ("native", *model.adapter_namings):
         raise Usage(f"--to {cfg.to}: for this backbone native or {' or '.join(model.adapter_namings)}")
     if cfg.naming and cfg.naming not in model.namings:
@@ -105,7 +106,8 @@ def main():
     check(cfg)
     chosen = [split_strength(spec) for spec in cfg.lora]
     base = cfg.ckpt_dir or base_of(chosen[0][0])
-    model = load_base(cfg, base)
+    extra = parts_of(cfg, chosen)
+    model = load_base(cfg, base, extra)
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     modules = lora.lora_modules(model)
     print(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped", file=sys.stderr)
@@ -123,7 +125,8 @@ def main():
         raise Invalid(f"{out}: cannot be written ({e}); nothing was changed") from None
     try:
         (tmp / MARK).touch()
-        write(cfg, model, tmp, {"base": str(base), "speakers": speakers})
+        record = dict(base=str(base), speakers=speakers, extra=models.parts_elsewhere(base, extra))
+        write(cfg, model, tmp, record)
         (tmp / MARK).unlink()
         if out.exists():
             out.rmdir()  # fails if somebody has put something there since

@@ -55,6 +55,7 @@ class Prepare:
     input: list[str] = opt([], "manifests, folders of recordings, or recordings; several are one data set", repeat=True)
     output_dir: str = opt("", "folder for train.jsonl, val.jsonl, report.html, report.json and cache/")
     ckpt_dir: list[str] = opt([], "checkpoints to encode for; none only checks and splits", repeat=True)
+    extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     format: str = opt("auto", "shape of every input; list is file|speaker|text or file|speaker|language|text",
                       choices=("auto", *SHAPES))
     transcripts: str = opt("", "table of transcripts, or folder of text files, when they do not lie beside the recordings")
@@ -1050,7 +1051,7 @@ def gather(work):
 
 def encode(folder, work, as_is):
     """Fill the cache for a checkpoint, and report what it makes of the rows."""
-    model = models.load(folder, device=work.device)
+    model = models.load(folder, device=work.device, extra=work.cfg.extra)
     model.codec.to(work.device)
     if work.cfg.check:
         cache, rows = None, work.rows

@@ -53,6 +53,7 @@ class Train:
     pretrained_path: str = opt("", "folder of the published checkpoint, or org/name in the local hub cache")
     train_manifest: list[str] = opt([], "JSONL of rows to train on; a list of files is one data set")
     val_manifest: list[str] = opt([], "JSONL of rows to validate on; empty means no validation")
+    extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     save_path: str = opt("", "run folder: checkpoints, logs, the resolved settings")
     tensorboard: str = opt("", "folder of the TensorBoard log; empty means logs/ in the run folder")
     cache_dir: str = opt("", "folder of encoded clips; empty means cache/ beside the first manifest")
@@ -119,7 +120,8 @@ class Train:
 # Settings that may change when a run goes on: lengths, intervals, places and speed. Any other one changes the
 # numbers, and a run that mixes two of its values is neither of the two.
 FREE = {
-    "config", "pretrained_path", "train_manifest", "val_manifest", "save_path", "tensorboard", "cache_dir",
+    "config", "pretrained_path", "extra", "train_manifest", "val_manifest", "save_path", "tensorboard",
+    "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "log_level", "debug",
@@ -362,16 +364,19 @@ def find_run(cfg, settings, defaults, place, log):
 
 def load_model(cfg, past, options, device, dtype):
     """The checkpoint. A full run that goes on is its own; an adapter is trained on its base again."""
-    source, weights = cfg.pretrained_path, cfg.weights or None
+    source, weights, extra = cfg.pretrained_path, cfg.weights or None, cfg.extra
     if cfg.from_scratch:
         weights = SCRATCH
     if past and not cfg.lora:
         source, weights = past.folder, None
+    if past:  # the run has recorded where its parts were; one that was moved is searched for
+        extra = models.present(extra)
     # For weights from scratch, and for the adapter that comes next.
     torch.manual_seed(seed_from(cfg.seed, "init"))
     unused = cfg.allow_unused_tensors
-    model = models.load(source, device, dtype, options, weights=weights, allow_unused=unused,
-                        bits=cfg.base_bits)
+    model = models.load(source, device, dtype, options, extra, weights, unused, cfg.base_bits)
+    # Recorded in the run and in its adapters, so that both find again what they were made with.
+    cfg.extra = models.parts_elsewhere(cfg.pretrained_path, extra)
     for key in ("sample_rate", "out_sample_rate"):
         if getattr(cfg, key) not in (0, getattr(model, key)):
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; "
@@ -458,7 +463,8 @@ def write_files(cfg, trainee, progress, folder):
     whole = not cfg.lora or cfg.save_mode != "lora"
     if adapter:
         base = cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path)
-        lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers)
+        extra = {} if cfg.distribute else cfg.extra  # places on this machine are nobody else's
+        lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
     if whole:
         model.save(folder, merged=bool(cfg.lora))
     # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (a bias

@@ -27,7 +27,7 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from infer import base_of, progress
+from infer import base_of, parts_of, progress
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
 from prepare_data import hook, read_manifest
 
@@ -40,6 +40,7 @@ class Validate:
 
     lora: list[str] = opt([], "adapter folders to compare, a column each; their base is a column, too", repeat=True)
     ckpt_dir: list[str] = opt([], "with lora: the base; without: checkpoints to compare, the base first", repeat=True)
+    extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     manifest: list[str] = opt([], "JSONL of rows that were not trained on, for losses and comparison", repeat=True)
     text: list[str] = opt([], "sentences to speak besides those of the manifest", repeat=True)
     rows: int = opt(5, "rows of the manifest that are spoken; the losses take all of them")
@@ -631,12 +632,12 @@ def key_of(cfg, column, sampling, base):
 
 
 def main():
-    cfg, extra = configs.parse(Validate, script="validate", extra=True)
+    cfg, flags = configs.parse(Validate, script="validate", extra=True)
     check_settings(cfg)
     base = cfg.ckpt_dir[0] if cfg.ckpt_dir else base_of(cfg.lora[0])
     columns = find_columns(cfg, base)
     nearby = [f.name for f in dataclasses.fields(Validate)]
-    sampling = dataclasses.asdict(configs.build(models.find(base).Sampling, extra, "--", nearby))
+    sampling = dataclasses.asdict(configs.build(models.find(base).Sampling, flags, "--", nearby))
     sampling.pop("retries", None)  # takes are counted here
     rows = read_manifest(cfg.manifest) if cfg.manifest else []
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
@@ -645,7 +646,8 @@ def main():
     # The base is loaded once, and adapters are switched on it; full checkpoints are loaded one by one.
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
-    model = models.load(base, device, dtype)
+    extra = parts_of(cfg, [] if cfg.ckpt_dir else [(cfg.lora[0], 1.0)])
+    model = models.load(base, device, dtype, extra=extra)
     model.codec.to(device)
     plan = make_plan(cfg, model, rows, sampling)
     started, finished = time.perf_counter(), []
@@ -659,7 +661,7 @@ def main():
         if column.kind == "adapter":
             able = not column.problems and put_on(model, column, cfg)
         else:
-            model, able = other_checkpoint(model, column, device, dtype)
+            model, able = other_checkpoint(model, column, device, dtype, cfg.extra)
         if able:
             examine(model, column, plan, cfg)
         finished.append(column)
@@ -684,13 +686,13 @@ def main():
     return 1 if any(column.problems for column in finished) else 0
 
 
-def other_checkpoint(model, column, device, dtype):
+def other_checkpoint(model, column, device, dtype, extra):
     """(model, whether it can be used): another full checkpoint in place of the one that was there."""
     if model.path == column.path:
         column.problems += not_finite(dict(model.named_parameters()))
         return model, not column.problems
     try:
-        new = models.load(column.path, device, dtype)
+        new = models.load(column.path, device, dtype, extra=extra)
     except Invalid as error:
         column.problems.append(str(error))
         return model, False

@@ -11,7 +11,8 @@ The file:
                               keys tell, never a folder's name; exactly one file of models/ may say yes
   load(folder, device, dtype, options, extra, weights, allow_unused)
                               the model of a published folder or file, in eval mode. options: Training's;
-                              extra: {part: path} of parts kept elsewhere; weights: which file or naming
+                              extra: {part: path} of parts kept elsewhere, of which `find_parts` finds those
+                              in PARTS, {part: hub id}, of the file; weights: which file or naming
                               where several lie side by side, or "scratch" for drawn ones; dtype None: the
                               file's
   blank(size, version, device, dtype, options)
@@ -152,6 +153,53 @@ def folder_of(path):
                   f"and give {SHELF}/{parts[1]}")
 
 
+def find_parts(module, folder, given):
+    """{part: place} of what a backbone keeps apart from its weights: as given, else where it is found.
+
+    module.PARTS {part: hub id} says what is looked for: in a folder of its published name inside the
+    checkpoint's, in one beside it, then in the local hub cache. What is nowhere is left to the backbone,
+    which says so.
+    """
+    parts = getattr(module, "PARTS", dict.fromkeys(EXTRA, ""))
+    places = {key: published_place(folder, hub_id) for key, hub_id in parts.items() if hub_id}
+    found = {key: place for key, place in places.items() if place}
+    for key, place in given.items():
+        if key not in parts:
+            raise Invalid(f"extra.{key}: this backbone keeps no such part apart; it has {', '.join(parts)}")
+        try:
+            found[key] = folder_of(place)
+        except Invalid as e:
+            raise Invalid(f"extra.{key}: {e}") from None
+    return found
+
+
+def published_place(folder, hub_id):
+    """Where a part that is published under this id lies, seen from a checkpoint; None if it is nowhere."""
+    name = hub_id.split("/")[1]
+    home = folder if folder.is_dir() else folder.parent
+    for place in (home / name, home.resolve().parent / name):
+        if place.is_dir():
+            return place
+    try:
+        return folder_of(hub_id)
+    except Invalid:
+        return None
+
+
+def parts_elsewhere(path, given):
+    """{part: absolute path} of all that `load` takes from outside of the checkpoint, for a record."""
+    folder = folder_of(path)
+    found = find_parts(find(path), folder, given)
+    inside = folder.resolve()
+    places = {key: place.resolve() for key, place in found.items()}
+    return {key: str(place) for key, place in places.items() if inside not in (place, *place.parents)}
+
+
+def present(parts):
+    """Those of recorded parts that are still in their places; `load` searches for the others again."""
+    return {key: place for key, place in parts.items() if Path(place).exists()}
+
+
 def read_config(path):
     """The dictionary in config.json or config.yaml; without one, {"tensors": names}, for names can tell."""
     folder = path if path.is_dir() else path.parent
@@ -243,8 +291,9 @@ def load(path, device="cpu", dtype=torch.float32, options=None, extra=None, weig
     folder = folder_of(path)
     if isinstance(device, str):
         device = pick_device(device)
+    extra = find_parts(module, folder, extra or {})
     first = device if bits == WHOLE else torch.device("cpu")
-    model = module.load(folder, first, dtype, options or {}, extra or {}, weights, allow_unused)
+    model = module.load(folder, first, dtype, options or {}, extra, weights, allow_unused)
     model.path = str(path)
     model.fingerprint = checkpoint.fingerprint(model)
     if bits != WHOLE:

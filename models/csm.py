@@ -46,10 +46,13 @@ from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
+from models.parts.plain import LARGEST, LAYERS, as_record, checked, count, need, read_object, shown
+from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
+PARTS = {"codec": "", "tokenizer": ""}  # what may lie elsewhere; as published both come with the weights
 # frames: speech takes two to four per token of text, and a short word has a tail
 LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 
@@ -60,16 +63,16 @@ LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 class TowerConfig:
     """Numbers of one of the two Llamas, under transformers' names."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    hidden_size: int = count()
+    intermediate_size: int = count()
+    num_hidden_layers: int = count(LAYERS)
+    num_attention_heads: int = count()
+    num_key_value_heads: int = count()
+    head_dim: int = count()
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: dict | None = None  # the four numbers of LLAMA3
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = count(default=2048)
 
 
 @dataclass
@@ -78,14 +81,12 @@ class Config:
 
     backbone: TowerConfig
     depth_decoder_config: TowerConfig
-    text_vocab_size: int
-    vocab_size: int  # of one codebook, three special ids included
-    num_codebooks: int
+    text_vocab_size: int = count()
+    vocab_size: int = count()  # of one codebook, three special ids included
+    num_codebooks: int = count()
     codec_config: dict
 
 
-LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
 FLAVORS = {
     "llama-1B": TowerConfig(2048, 8192, 16, 32, 8, 64, rope_scaling=LLAMA3),
     "llama-100M": TowerConfig(1024, 8192, 4, 8, 2, 128, rope_scaling=LLAMA3),
@@ -102,36 +103,41 @@ def read_config(raw, shapes, where):
 
     shapes: {name in the mlx naming: shape}, {} where nothing is known. where: what errors call the file.
     """
+    raw = checked(Config, as_record(raw, where))
     if raw.get("tie_codebooks_embeddings") is False:
         raise Invalid(f"{where}: tie_codebooks_embeddings is false; "
                       "backbone and depth decoder of CSM share one audio table")
     large = flavor(raw.get("backbone_flavor", "llama-1B"), where)
     small = flavor(raw.get("decoder_flavor", "llama-100M"), where)
     backbone = read_tower(raw, large, shapes, "backbone", where)
-    decoder = read_tower(raw.get("depth_decoder_config") or {}, small, shapes, "decoder", where)
+    decoder = read_tower(need(raw, "depth_decoder_config", dict, {}), small, shapes, "decoder", where)
 
     def rows(name, default):
         return shapes.get(name, (default,))[0]
 
-    vocab = raw.get("vocab_size") or raw.get("audio_vocab_size") or rows("codebook0_head.weight", 2051)
+    def number(name, default):
+        return need(raw, name, int, default, at_least=1, at_most=LARGEST)
+
+    vocab = raw.get("vocab_size") or number("audio_vocab_size", rows("codebook0_head.weight", 2051))
     codebooks = rows("audio_embeddings.weight", 32 * vocab) // vocab
     return Config(
         backbone, decoder,
         text_vocab_size=raw.get("text_vocab_size") or rows("text_embeddings.weight", 128256),
         vocab_size=vocab,
-        num_codebooks=raw.get("num_codebooks") or raw.get("audio_num_codebooks") or codebooks,
+        num_codebooks=raw.get("num_codebooks") or number("audio_num_codebooks", codebooks),
         codec_config=raw.get("codec_config") or {})
 
 
 def flavor(name, where):
     """The published tower of a name in the original config.json."""
-    if name not in FLAVORS:
-        raise Invalid(f"{where}: flavour {name!r} is not known; known are {', '.join(FLAVORS)}")
+    if not isinstance(name, str) or name not in FLAVORS:
+        raise Invalid(f"{where}: flavour {shown(repr(name))} is not known; known are {', '.join(FLAVORS)}")
     return FLAVORS[name]
 
 
 def read_tower(section, base, shapes, prefix, where):
     """TowerConfig of a section of config.json: as stated, else as the shapes say, else as `base` has it."""
+    checked(TowerConfig, section)
     for key, value in FIXED.items():
         if section.get(key, value) != value:
             raise Invalid(f"{where}: {key} is {section[key]!r}; every published CSM has {value!r}, "
@@ -155,7 +161,7 @@ def read_tower(section, base, shapes, prefix, where):
     if groups is None:
         groups = key_shape[0] // size if key_shape else base.num_key_value_heads
     numbers = {m[1] for name in shapes if (m := re.match(rf"{prefix}\.layers\.(\d+)\.", name))}
-    theta, scaling = rope_settings(section, base, where)
+    theta, scaling = rope_settings(section, base.rope_theta, base.rope_scaling, where)
     return TowerConfig(
         hidden_size=stated("hidden_size", f"{prefix}.norm.weight"),
         intermediate_size=stated("intermediate_size", layer + "mlp.gate_proj.weight"),
@@ -172,24 +178,6 @@ def head_size(section, base, shape, heads):
     if "hidden_size" in section:
         return section["hidden_size"] // heads
     return base.head_dim
-
-
-def rope_settings(section, base, where):
-    """(theta, llama3 numbers or None) of a config section in its older or newer spelling."""
-    given = section.get("rope_parameters") or section.get("rope_scaling")
-    theta = section.get("rope_theta", base.rope_theta)
-    if given is None:
-        return theta, None if "hidden_size" in section else base.rope_scaling
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
-    theta = given.get("rope_theta", theta)
-    if kind == "default":
-        return theta, None
-    missing = [key for key in LLAMA3 if key not in given]
-    if missing:
-        raise Invalid(f"{where}: the rope settings lack {', '.join(missing)}")
-    return theta, {key: given[key] for key in LLAMA3}
 
 
 @dataclass
@@ -230,24 +218,6 @@ class Sampling:
 # -------------------------------------------------------------------------------------------- modules
 
 
-def frequencies(c):
-    """Angular frequency of each pair, (D/2,) float32, with Llama 3's stretching of the slow ones where c asks
-    for it.
-
-    Only original/low and original/high enter, so transformers' "equivalent" numbers give the same table to
-    the bit.
-    """
-    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
-    f = 1.0 / c.rope_theta**exponents
-    if c.rope_scaling is None:
-        return f
-    factor, low, high, old = (c.rope_scaling[key] for key in LLAMA3)
-    wave = 2 * math.pi / f
-    s = (old / wave - low) / (high - low)  # 0 for slow pairs, 1 for quick ones
-    stretched = torch.where(wave > old / low, f / factor, (1 - s) * f / factor + s * f)
-    return torch.where(wave < old / high, f, stretched)
-
-
 class Tower(nn.Module):
     """A Llama without embeddings: backbone or depth decoder. (B, L, C) -> (B, L, C), final norm included."""
 
@@ -263,7 +233,8 @@ class Tower(nn.Module):
 
     def make_rotary(self, device):
         """After loading and casting: frequencies stay float32, and the meta device holds no numbers."""
-        self.frequencies = frequencies(self.config).to(device)
+        c = self.config
+        self.frequencies = llama3_frequencies(c.head_dim, c.rope_theta, c.rope_scaling).to(device)
 
     def rope(self, positions):
         return rotary(positions, self.frequencies)
@@ -1075,7 +1046,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     path, extra = Path(folder), extra or {}
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
-    raw = checkpoint.read_json(file) if file.is_file() else {}
+    raw = read_object(file) if file.is_file() else {}
     if weights == "scratch":
         original = "backbone_flavor" in raw and "hidden_size" not in raw
         source = Weights(path, {}, "original" if original else "transformers")
@@ -1181,7 +1152,7 @@ def load_codec(folder, given, stored, config):
             continue
         beside = file.parent / "config.json"
         if given is not None and beside.is_file() and not inside:
-            settings = checkpoint.read_json(beside)
+            settings = read_object(beside)
             only_mimi = settings if settings.get("model_type") == "mimi" else {}
             settings = settings.get("codec_config", only_mimi)
         return mimi.load(stored, settings, K, what=str(file))

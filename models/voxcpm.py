@@ -52,6 +52,7 @@ from models.parts.tokenizer import Tokenizer
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
 PATCH = -1  # stands among token ids where a patch of audio stands in the sequence
 LAMBDAS = {"loss/diff": 1.0, "loss/stop": 1.0}
+PARTS = {"codec": "", "tokenizer": ""}  # what may lie elsewhere; as published both come with the weights
 TIME_SHIFT = -0.4  # mean of the logit of flow time in training: a little more data than noise
 # of the solver's steps, at its noisy end, in which guidance is not to be trusted (CFG-Zero*)
 IDLE_SHARE = 0.04

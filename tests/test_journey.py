@@ -63,6 +63,22 @@ def speech(folder, n):
         shutil.copy(place[line], folder / "wavs")
 
 
+def chatml(folder):
+    """Seed H's own example, voices and texts of its form: a reference and what is to be said in the user's turn."""
+    folder.mkdir(parents=True)
+    rows, said = [], ["وَمِنْ ثُمَّ قَالُوا", "حلو لو سميته", "مرحبا بكم", "صباح الخير", "إلى اللقاء"]
+    for i, text in enumerate(said):
+        for kind, pitch in (("ref", 110), ("target", 170)):
+            t = torch.arange(int(24000 * (0.5 + 0.1 * i))) / 24000
+            audio.write(folder / f"{kind}{i}.wav", 0.3 * torch.sin(6.2832 * (pitch + 9 * i) * t) * (1 + 0.3 * torch.sin(40 * t)), 24000)
+        asked = [{"type": "text", "text": said[i - 1]}, {"type": "audio", "audio_url": f"ref{i}.wav"},
+                 {"type": "text", "text": f"Please generate speech for: {text}"}]
+        answer = [{"type": "text", "text": text}, {"type": "audio", "audio_url": f"target{i}.wav"}]
+        rows.append({"messages": [{"role": "system", "content": "You speak in the voice of the provided reference audio."},
+                                  {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], "speaker": "speaker_001"})
+    (folder / "train.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+
+
 def settings(folder, name, variant, method):
     """The YAML file that is shipped for this backbone, or for a backbone that has none yet, the least that names the method."""
     for file in (f"{name}{variant}_{method}.yaml", f"{name}_{method}.yaml"):
@@ -78,10 +94,10 @@ def losses(run):
     return [(line["step"], line["loss/total"]) for line in lines if line["split"] == "train"]
 
 
-def journey(folder, run, name, variant, seconds, methods):
+def journey(folder, run, name, variant, seconds, methods, rows="talk"):
     """One preparation; then with each method train, go on and speak, and with adapters merge and speak the same again."""
     importlib.import_module(f"tests.tiny_{name}").write(folder / "base", variant)
-    run("prepare_data", "--input", "talk", "--output_dir", "data", "--ckpt_dir", "base", "--val_split", 0.2, "--workers", 1)
+    run("prepare_data", "--input", rows, "--output_dir", "data", "--ckpt_dir", "base", "--val_split", 0.2, "--workers", 1)
     ready = [json.loads(line) for side in ("train", "val") for line in (folder / "data" / f"{side}.jsonl").read_text().splitlines()]
     assert sum(row["duration"] for row in ready) == pytest.approx(seconds, rel=0.01)
     base = models.load(folder / "base")
@@ -125,12 +141,18 @@ def test_from_recordings_to_a_voice(tmp_path, name, variant, methods):
 
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="the recordings of LJSpeech-24 are not here")
-@pytest.mark.parametrize("name, variant, start_script, methods", [("voxcpm", "1.5", by_path, ("lora",)), ("csm", "transformers", forked, tuple(METHODS))],
-                         ids=["voxcpm, scripts started by their paths", "csm"])
+@pytest.mark.parametrize("name, variant, start_script, methods", [("voxcpm", "1.5", by_path, ("lora",)), ("csm", "transformers", forked, tuple(METHODS)),
+                                                                    ("higgs", "original", forked, ("lora",))],
+                         ids=["voxcpm, scripts started by their paths", "csm", "higgs"])
 def test_from_a_real_speaker_to_a_voice(tmp_path, name, variant, start_script, methods):
     speech(tmp_path / "talk", 5)
     seconds = sum(audio.info(path).seconds for path in (tmp_path / "talk/wavs").iterdir())
     journey(tmp_path, start_script(tmp_path), name, variant, seconds, methods)
+
+
+def test_from_conversations_with_a_reference_to_a_voice(tmp_path):
+    chatml(tmp_path / "talk")
+    journey(tmp_path, forked(tmp_path), "higgs", "transformers", sum(0.5 + 0.1 * i for i in range(5)), ("lora", "full"), "talk/train.json")
 
 
 def test_what_an_option_of_the_backbone_freezes_stays_frozen_in_full_tuning(tmp_path):

@@ -91,7 +91,7 @@ def test_target_layers_keep_their_number_in_every_stack_that_has_it(model):
 @pytest.mark.parametrize("settings, words", [
     ({"target_modules": ["q_projj"]}, "'q_projj' matches no Linear; this model has names such as"),
     ({"enable_lm": True, "target_modules_lm": ["attn"]}, "target_modules_lm: 'attn' matches no Linear.*q_proj"),
-    ({"target_modules": ["*bad"]}, "no module name and no regex"),
+    ({"target_modules": ["(bad"]}, "no module name and no regex"),
     ({"train_modules": ["nothing"]}, "train_modules: 'nothing' matches no module"),
     ({"target_modules": ["q_proj"], "train_modules": ["base_lm.layers.0.self_attn"]}, "both a LoRA target and trained in full"),
     ({"r": 0}, "r 0 must be at least 1"),

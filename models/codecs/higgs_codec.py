@@ -685,3 +685,27 @@ def load(path, device="cpu", weights=None, allow_unused=False):
         if isinstance(module, (Conv, Upsample)):
             module.weight.data = lay_out(module.weight[:, :, None].detach())[:, :, 0]  # once, not at every call
     return codec.requires_grad_(False).eval()
+
+
+# HuBERT base: kernels and strides of its feature extractor, and of its positional convolution the kernel and the groups.
+KERNELS, STRIDES, POSITIONAL = [10, 3, 3, 3, 3, 2, 2], [5, 2, 2, 2, 2, 2, 2], (128, 16)
+RATIOS = [8, 5, 4, 2, 3]  # strides of DAC's blocks, in this order on both sides
+
+
+def blank(filters, width, layers):
+    """A codec of the published structure with drawn weights, for measuring. filters: of DAC's first convolution; width, layers: of HuBERT.
+
+    64, 768 and 12 are the published sizes.
+    """
+    channels = [filters * 2**i for i in range(len(RATIOS) + 1)]
+    latent, wide = 4 * filters, 16 * filters
+    hubert = dict(feature_widths=[2 * width // 3] * len(KERNELS), kernels=KERNELS, strides=STRIDES, width=width, inner=4 * width, layers=layers,
+                  heads=max(1, width // 64), pos_kernel=POSITIONAL[0], pos_groups=POSITIONAL[1], eps=1e-5)
+    codec = HiggsCodec(dict(widths=channels, strides=RATIOS, latent=latent),
+                       dict(latent=latent, widths=[wide // 2**i for i in range(len(RATIOS) + 1)], strides=RATIOS),
+                       hubert, dict(widths=[width] * 3, kernel=3, unit_kernel=3, dilations=[1, 1]),
+                       dict(stages=8, width=latent + width, bins=1024, size=latent // 4), 24000, 16000, 320)
+    for name, p in codec.named_parameters():
+        if name.endswith("embed"):
+            nn.init.normal_(p)
+    return codec.requires_grad_(False).eval()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from models.parts import Invalid
 
+CHAT_ROLES = ("system", "user", "assistant")
 SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "folder")
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm")
 TEXTS = (".normalized.txt", ".original.txt", ".txt", ".lab")  # beside a recording; the first that exists wins
@@ -420,7 +421,12 @@ def canonical(raw, roots):
             row[key] = masked(check_objects(row[key], key), raw.get("training_mask"))
     if "messages" in row:
         row["messages"] = [message(m) for m in row["messages"]]
-        if all(m["role"] in ("system", "user", "assistant") for m in row["messages"]):
+        roles = dict.fromkeys(str(m["role"]) for m in row["messages"])
+        unknown = [role for role in roles if role not in CHAT_ROLES]
+        if unknown and "assistant" in roles:
+            expected = f"{', '.join(CHAT_ROLES)}, or a speaker as the role of every message"
+            raise Invalid(f"the role {unknown[0]!r} beside assistant: expected {expected}")
+        if not unknown:
             row = {**from_messages(row["messages"]), **row}
         else:  # roles that are speakers: a conversation
             row["turns"] = [as_turn(m) for m in row.pop("messages")]

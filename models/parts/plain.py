@@ -128,6 +128,16 @@ def typed(cls, record, **given):
     return cls(**given)
 
 
+def checked(cls, record):
+    """The record, once every field of the dataclass that it states was found to have its declared type."""
+    kinds = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        bounds = {bound: f.metadata[bound] for bound in BOUNDS if bound in f.metadata}
+        kind = dict if dataclasses.is_dataclass(kinds[f.name]) else kinds[f.name]
+        need(record, f.name, kind, None, **bounds)
+    return record
+
+
 BOUNDS = ("at_least", "at_most")
 LARGEST = 1 << 24  # of a width or a vocabulary: products of two still count as bytes
 LAYERS = 1000  # of a stack: a file that says 10**9 would keep us building for hours

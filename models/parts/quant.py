@@ -10,7 +10,8 @@
 
 A quantised layer is still an nn.Linear, wrapped by LoRA like any other: only its class is swapped, and
 `weight` holds the codes. Each product makes the weight anew, in the activation's dtype, and forgets it:
-backward makes it once more. Rounded weights are never merged and never saved; merge_lora.py starts from the original.
+backward makes it once more. Rounded weights are never merged and never saved; merge_lora.py starts from the
+original.
 """
 import torch
 import torch.nn.functional as F

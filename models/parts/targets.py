@@ -67,21 +67,36 @@ def in_layers(entries, names, spellings):
 
 
 def means(word, name):
-    """A word means a module by its name, its end, any step on the way to it, or as a regex."""
+    """A word means a module by its name, its end, any step on the way to it, or as a pattern."""
     if name == word or name.endswith("." + word):
         return True
     # A bare number is no step: target_layers asks for layers, and 3 would mean whatever else is counted, too.
-    step = not word.isdigit() and word in name.split(".")
+    steps = name.split(".")
+    step = not word.isdigit() and (word in steps or f"self_{word}" in steps)  # attn, whatever the naming
     return step or matches(word, name)
 
 
 @functools.cache
 def compiled(pattern):
-    return pattern_of(pattern, "lora.target_modules")
+    return pattern_of(as_regex(pattern), "lora.target_modules")
 
 
 def matches(pattern, name):
+    """Whether a regex, or a pattern with a wildcard and braces, is the whole name."""
     return compiled(pattern).fullmatch(name) is not None
+
+
+BRACES = re.compile(r"\{([a-zA-Z]\w*(?:,\w+)+)\}")  # {gate,up}; what a regex has there are numbers
+
+
+def as_regex(pattern):
+    """A pattern as people write it for names, *.mlp.{gate,up}_proj, as a regex. A regex stays itself."""
+    spelled = BRACES.sub(lambda braces: "(" + braces[1].replace(",", "|") + ")", pattern)
+    if pattern.startswith("*"):  # which no regex can
+        return spelled.replace(".", r"\.").replace("*", ".*")
+    if spelled != pattern:
+        return r"(.*\.)?" + spelled  # the end of a name, as a word without braces would be
+    return pattern
 
 
 def in_full(model, s):

@@ -1,6 +1,7 @@
 """One-line faults in CSM, by the items of section 9 of its sheet (9, the codec, is in mimi.py)."""
 FILE, SAMPLING, ALL = "models/csm.py", "models/parts/sampling.py", "tests/test_csm.py"
 STEPS = "models/parts/depth_steps.py"
+ROPE = "models/parts/rope.py"
 
 
 def some(word):
@@ -45,12 +46,12 @@ MUTANTS = [
     ("7 tied copies trained apart are taken", FILE, "if len(tied) == 2 and not", "if False and not", some("does_not_fit")),
     ("7 second name of the table forgotten", FILE, "            out[TIED[1]] = out[TIED[0]].clone()", "            out[TIED[1]] = 0 * out[TIED[0]]", some("published_state")),
     ("7 copies in an adapter not written", FILE, "return TIED[1:] if", "return () if", some("trained_tables")),
-    ("8 no llama3 stretching", FILE, "    if c.rope_scaling is None:\n        return f", "    if True:\n        return f", LOSS),
-    ("8 equivalent numbers with the old context", FILE, "return theta, {key: given[key] for key in LLAMA3}",
+    ("8 no llama3 stretching", ROPE, "    if scaling is None:\n        return plain", "    if True:\n        return plain", LOSS),
+    ("8 equivalent numbers with the old context", ROPE, "return theta, {key: given[key] for key in LLAMA3}",
      "return theta, {**{key: given[key] for key in LLAMA3}, \"original_max_position_embeddings\": 8192}", LOSS),
-    ("8 no smooth part", FILE, "(1 - s) * f / factor + s * f)", "f)", LOSS),
-    ("8 slow ones not stretched", FILE, "torch.where(wave > old / low, f / factor,", "torch.where(wave > old / low, f,", LOSS),
-    ("8 theta", FILE, "theta = given.get(\"rope_theta\", theta)", "theta = 10000.0", LOSS),
+    ("8 no smooth part", ROPE, "(1 - share) * plain / factor + share * plain", "plain", LOSS),
+    ("8 slow ones not stretched", ROPE, "torch.where(wave > old / low, plain / factor,", "torch.where(wave > old / low, plain,", LOSS),
+    ("8 theta", ROPE, 'theta = given.get("rope_theta") or theta', "theta = 10000.0", LOSS),
     ("10 special ids sampled", FILE, "allowed = min(allowed, self.codec.config.codebook_size)", "pass", some("special_ids")),
     ("10 end frame kept", FILE, "                if not ended[row]:", "                if True:", some("end_frame_ends")),
     ("10 an empty take says nothing", FILE, "for i in sorted(silent):", "for i in ():", some("empty_take")),
