@@ -7,7 +7,6 @@ With --lora alone the base is the one that the adapter records. Fields of the ba
 too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
 """
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -24,7 +23,7 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio
-from models.parts.plain import need, parse, read_object
+from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object
 
 
 @dataclass
@@ -262,7 +261,7 @@ def numbered_lines(path):
     if not path.is_file():
         raise Usage(f"--input: no file at {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+        lines = read_bytes(path, LARGEST_JSON).decode("utf-8-sig").split("\n")  # a text may hold other line separators
     except UnicodeDecodeError as e:
         place = f"{e.reason} at byte {e.start}"
         raise Usage(f"--input: {path} is not UTF-8 ({place}); save it as UTF-8") from None
@@ -274,9 +273,9 @@ def read_line(line, flags, is_json):
     if not is_json:
         return {**flags, "text": line.strip()}, None
     try:
-        item = json.loads(line)
-    except json.JSONDecodeError as e:
-        return None, f"not valid JSON: {e.msg}"
+        item = parse(line, "it")
+    except Invalid as e:
+        return None, str(e)
     keys = {"output", *flags}
     if not isinstance(item, dict) or not item.get("text") or set(item) - keys - {"text"}:
         return None, f"expected an object with text and any of {', '.join(sorted(keys))}"
@@ -293,12 +292,12 @@ def read_context(path):
     if not path:
         return []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")
         if text.lstrip().startswith("["):
-            turns = json.loads(text)
+            turns = parse(text, path)
         else:
-            turns = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
+            turns = [parse(line, path) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, Invalid) as e:
         raise Usage(f"--context {path}: {e}; expected a JSON list of turns, or one per line") from None
     for turn in turns:
         if isinstance(turn, dict) and isinstance(turn.get("audio"), str):
@@ -314,7 +313,7 @@ LARGEST_SEED = 2**62  # tries add to it, and torch's generators take 64 bits
 def wrong_request(item, output):
     """What is wrong with a line or with the flags, or None."""
     for key, value in item.items():
-        if key not in ("seed", "context") and not isinstance(value, str):
+        if key not in ("seed", "context") and (not isinstance(value, str) or "\0" in value):
             return f"{key} is {value!r}, expected a text"
     if type(item["seed"]) is not int or abs(item["seed"]) >= LARGEST_SEED:
         return f"seed is {item['seed']!r}, expected a whole number below 2**62"
@@ -328,6 +327,10 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
+    if not str(output).isprintable() or str(output).endswith("/"):
+        return f"output {str(output)!r}: expected the name of a file, without control characters"
+    if not item.get("text", "said").strip():
+        return "text is blank; expected what to say"
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"
     return None
@@ -395,7 +398,7 @@ def write(take, rate):
             raise take.error
         audio.write(take.output, take.wave, rate)
     except Invalid as e:
-        print(f"{take.output}: {e}", file=sys.stderr)
+        print(lines_of(f"{take.output}: {e}"), file=sys.stderr)
         return False
     say_cap(take.output, take.finish)
     print(take.output)

@@ -46,7 +46,8 @@ from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
-from models.parts.plain import LARGEST, LAYERS, as_record, checked, count, need, read_object, shown
+from models.parts.plain import (LARGEST, LAYERS, as_record, checked, count, need, read_object, shown,
+                                written)
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
@@ -140,7 +141,7 @@ def read_tower(section, base, shapes, prefix, where):
     checked(TowerConfig, section)
     for key, value in FIXED.items():
         if section.get(key, value) != value:
-            raise Invalid(f"{where}: {key} is {section[key]!r}; every published CSM has {value!r}, "
+            raise Invalid(f"{where}: {key} is {shown(written(section[key]))}; every published CSM has {value!r}, "
                           "and nothing else is read")
     layer = f"{prefix}.layers.0."
     query_shape = shapes.get(layer + "self_attn.q_proj.weight")

@@ -2,10 +2,12 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,15 @@ import torch
 
 import configs
 import infer
-from models import voxcpm
-from models.parts import Invalid, checkpoint, plain, run
+import lora
+import models
+from models import csm, voxcpm
+from models.parts import Invalid, adapters, checkpoint, plain, run
 from models.parts import cache as cache_part
 from models.parts.cache import ClipCache
 from models.parts.manifests import read_manifest
-from tests import tiny_voxcpm
+from models.parts.tokenizer import Tokenizer
+from tests import tiny_csm, tiny_voxcpm
 from tests.conftest import ROOT
 from tests.running import here
 from tests.test_prepare import Model, put, tone
@@ -271,3 +276,300 @@ def test_a_link_that_lies_under_a_name_of_ours_is_not_written_through(tmp_path, 
     run.cut_metrics(root / "metrics.jsonl", 5)
     assert other.read_text() == "mine" and (root / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert not (root / "config.yaml").is_symlink() and "hi" in (root / "config.yaml").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ 2 and 5: wrong values in other people's files
+
+
+@pytest.fixture(autouse=True)
+def in_time():
+    """What hangs is a failure, not a test run without end."""
+    def late(number, frame):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+VALUES = [None, True, -1, 0, 0.5, 3.0, 10**9, 10**400, float("nan"), float("inf"), -0.0, "", "x", "\0", "q" * 10**5, [], [[]], [1], {}, {"a": {}}]
+
+
+def places(tree, prefix=()):
+    """The way to every value of a nested dictionary."""
+    out = []
+    for key, value in tree.items():
+        out.append((*prefix, key))
+        if isinstance(value, dict):
+            out += places(value, (*prefix, key))
+    return out
+
+
+def replaced(tree, place, value):
+    tree = json.loads(json.dumps(tree))
+    inner = tree
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return tree
+
+
+def survives(call, tree):
+    """Call it with every value at every place: a result or one Invalid of moderate length. Returns how many were refused."""
+    refused = 0
+    for place in places(tree):
+        for value in VALUES:
+            try:
+                call(replaced(tree, place, value))
+            except Invalid as e:
+                refused += 1
+                assert len(str(e)) < 900 and all(char.isprintable() or char == "\n" for char in str(e)), (place, str(e)[:900])
+            except Exception as e:
+                raise AssertionError(f"{place} = {repr(value)[:50]}: {type(e).__name__} {str(e)[:200]}") from e
+    return refused
+
+
+PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "use_rslora": False, "init_lora_weights": True,
+        "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 8}, "target_modules": ["q_proj"], "bias": "none"}
+CONFIG_FILES = {
+    "peft": ("adapter_config.json", PEFT),
+    "voxcpm": ("lora_config.json", {"base_model": "b", "lora_config": {"r": 4, "alpha": 8, "dropout": 0.1, "enable_lm": True, "target_modules_lm": ["q_proj"]}}),
+    "mlx": ("adapter_config.json", {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": []}}),
+    "moshi": ("config.json", {"lora_rank": 4, "lora_scaling": 2.0}),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG_FILES)
+def test_every_value_of_an_adapter_config_may_be_wrong(tmp_path, kind):
+    name, config = CONFIG_FILES[kind]
+
+    def read(tree):
+        (tmp_path / name).write_text(json.dumps(tree))
+        meaning = adapters._read_settings(tmp_path / name, {}, kind, tmp_path / "w")
+        meaning.scale("layers.0.q_proj")
+        lora.LoRAConfig(**vars(plain.typed(lora.LoRAConfig, plain.as_record(meaning.settings, name)))).scale
+
+    assert survives(read, config) > 10
+
+
+def test_every_value_of_a_header_record_may_be_wrong(home, tmp_path):
+    model = models.load(home / "base")
+    lora.apply_lora_to_model(model, {"r": 2})
+    lora.save_lora_weights(model, tmp_path / "a", speakers={"anna": 0})
+    weights, config, _ = adapters.locate(tmp_path / "a")
+    config.unlink()
+    tensors, record = safetensors.torch.load_file(weights), adapters.read_record(weights)
+
+    def read(tree):
+        safetensors.torch.save_file(tensors, weights, {"adapter_record": json.dumps(tree)})
+        lora.load_lora_weights(model, weights)
+        infer.trained_speakers([(weights, 1.0)])
+
+    assert survives(read, record) > 20
+    for text in ("[" * 100_000, "1", "null", '{"backbone": ' + "9" * 5000 + "}", "\0"):
+        safetensors.torch.save_file(tensors, weights, {"adapter_record": text})
+        with pytest.raises(Invalid):
+            lora.load_lora_weights(model, weights)
+
+
+def test_every_value_of_a_voxcpm_config_may_be_wrong(home):
+    config = json.loads((home / "base/config.json").read_text())
+
+    def build(tree):
+        with torch.device("meta"):
+            voxcpm.VoxCPM(voxcpm.read_config(plain.as_record(tree, "config.json")))
+
+    del config["audio_vae_config"]
+    assert survives(build, config) > 100
+
+
+def test_every_value_of_a_csm_config_may_be_wrong():
+    def build(tree):
+        with torch.device("meta"):
+            csm.CSM(csm.read_config(tree, {}, "config.json"))
+
+    assert survives(build, {**tiny_csm.config(), "codec_config": {}}) > 100
+    assert survives(build, {"backbone_flavor": "llama-100M", "decoder_flavor": "llama-100M", "text_vocab_size": 9, "audio_vocab_size": 9, "audio_num_codebooks": 2}) > 20
+
+
+def test_every_value_of_a_tokenizer_may_be_wrong():
+    steps = {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+             "pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+             "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+             "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}], "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}}}}
+    byte_level = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
+                  "normalizer": {"type": "Prepend", "prepend": "_"}, "decoder": {"type": "ByteLevel"}}
+    bpe = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "unk_token": "a", "byte_fallback": False, "fuse_unk": False, "ignore_merges": False, "dropout": None}
+    added = {"id": 3, "content": "<s>", "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+
+    def use(tree):
+        tokenizer = Tokenizer(tree)
+        tokenizer.decode(tokenizer.encode("ab <s> ba", template=True))
+
+    assert survives(use, {"model": bpe, "added_tokens": [added], **steps}) > 100
+    assert survives(use, {"model": bpe, "added_tokens": [], **byte_level}) > 50
+    assert survives(lambda token: use({"model": bpe, "added_tokens": [token]}), added) > 50
+    assert survives(lambda tree: use({"model": bpe, "pre_tokenizer": tree["p"]}), {"p": byte_level["pre_tokenizer"]["pretokenizers"][0]}) > 10
+
+
+@pytest.mark.parametrize("ids", [[-1], [0.5], ["a"], [None], [10**30]])
+def test_ids_are_whole_numbers_of_the_table(ids):
+    with pytest.raises(Invalid):
+        Tokenizer({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).decode(ids)
+
+
+@pytest.mark.parametrize("steps", [
+    [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60,
+    [{"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}] * 3,
+    [{"type": "Prepend", "prepend": "a" * 10**5}, {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10**5}]])
+def test_a_normalizer_that_multiplies_text_is_refused(steps):
+    spec = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": {"type": "Sequence", "normalizers": steps}}
+    with pytest.raises(Invalid, match="normalizer makes"):
+        Tokenizer(spec).encode("a" * 1000)
+
+
+def test_a_text_of_a_whole_library_is_refused():
+    with pytest.raises(Invalid, match="52428800 characters"):
+        Tokenizer({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode("a" * (50 << 20))
+
+
+BAD_JSON = {"deep": "[" * 100_000, "deep object": '{"a":' * 100_000, "digits": '{"a": ' + "1" * 5000 + "}", "cut": '{"a": ', "latin": b'{"a": "\xe9"}', "nothing": "",
+            "list": "[]", "text": '"a"', "null": "null", "half a character": b"\xff\xfe{\0}\0{"}
+
+
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
+@pytest.mark.parametrize("name", ["base/config.json", "base/tokenizer.json", "adapter/lora_config.json"])
+def test_bad_json_of_a_checkpoint_is_one_paragraph(home, tmp_path, name, content):
+    shutil.copytree(home, tmp_path / "h")
+    (tmp_path / "h" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, said = here("infer", ("--ckpt_dir", tmp_path / "h/base", "--lora", tmp_path / "h/adapter", "--text", "a", "--output", tmp_path / "o.wav"))
+    assert code == 1 and Path(name).name in said and "Traceback" not in said and len(said) < 1500, said
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "huge", "loop"])
+@pytest.mark.parametrize("name", ["base/config.json", "base/tokenizer.json", "base/model.safetensors", "adapter/lora_config.json"])
+def test_what_is_no_file_is_not_opened(home, tmp_path, name, kind):
+    shutil.copytree(home, tmp_path / "h")
+    path = tmp_path / "h" / name
+    path.unlink()
+    {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "loop": lambda: path.symlink_to(path), "huge": lambda: (path.touch(), os.truncate(path, 1 << 40))}[kind]()
+    code, _, said = here("infer", ("--ckpt_dir", tmp_path / "h/base", "--lora", tmp_path / "h/adapter", "--text", "a", "--output", tmp_path / "o.wav"))
+    assert code in (1, 2) and "Traceback" not in said and len(said) < 1500, said
+
+
+YAMLS = ["a: [", "!!python/object/apply:os.system ['true']", "[1, 2]", "a: &a [*a]", "{" * 5000, "? [1]\n: 2", "\0", "a: " + "9" * 5000, "x: 2001-99-99", "a: *b", "- " * 3000]
+
+
+@pytest.mark.parametrize("text", YAMLS, ids=range(len(YAMLS)))
+def test_a_bad_config_yaml_of_a_checkpoint_is_one_paragraph(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(Invalid) as e:
+        models.find(tmp_path)
+    assert len(str(e.value)) < 900
+
+
+INDEXES = [{"weight_map": None}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "m.index.json"}}, {"weight_map": {"a": "\0"}}, {}, [],
+           {"weight_map": {"a": "none.safetensors"}}, {"weight_map": {"a": "../../../etc"}}, {"weight_map": {"a": ""}}]
+
+
+@pytest.mark.parametrize("content", INDEXES, ids=str)
+def test_a_bad_weight_map_is_one_paragraph(tmp_path, content):
+    (tmp_path / "m.index.json").write_text(json.dumps(content))
+    with pytest.raises(Invalid):
+        checkpoint.read(tmp_path / "m.index.json")
+
+
+def knot():
+    state = {}
+    state["model"] = state
+    return state
+
+
+def long_knot():
+    state = {"a": {}}
+    state["a"]["b"] = state["a"]
+    return {"net": {"state_dict": state}}
+
+
+@pytest.mark.parametrize("state", [knot(), long_knot(), {0: torch.ones(1)}, {"a": None}, {}, [], torch.ones(2), {"model": {"model": {}}}, {("a",): torch.ones(1)}], ids=range(9))
+def test_a_pickle_of_another_form_is_one_paragraph(tmp_path, state):
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(Invalid) as e:
+        checkpoint.read(tmp_path / "m.pth")
+    assert len(str(e.value)) < 600
+
+
+def test_the_advice_of_torch_to_open_it_all_the_same_is_not_passed_on(tmp_path):
+    torch.save({"a": Path("x")}, tmp_path / "m.pth")
+    with pytest.raises(Invalid, match="more than tensors") as e:
+        checkpoint.read(tmp_path / "m.pth")
+    assert "weights_only" not in str(e.value).lower() and "Weights only" not in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.uint8])
+def test_weights_of_another_kind_are_refused(tmp_path, dtype):
+    safetensors.torch.save_file({"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2)}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+    with pytest.raises(Invalid, match="weight is torch"):
+        checkpoint.fill(model, checkpoint.read(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**31, 2**62, 2**64 - 1])
+def test_the_length_of_a_header_is_not_believed(tmp_path, length):
+    (tmp_path / "m.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a": 1}')
+    with pytest.raises(Invalid):
+        checkpoint.read(tmp_path / "m.safetensors")
+
+
+def sealed(index):
+    """The text of a step index with a right checksum."""
+    text = json.dumps({**index, "checksum": checkpoint.NO_SUM})
+    return text.replace(checkpoint.NO_SUM, f"{zlib.crc32(text.encode()):08x}")
+
+
+def test_every_value_of_a_sealed_step_index_may_be_wrong(tmp_path):
+    folder = tmp_path / "step_0000001"
+    folder.mkdir()
+    (folder / "w").write_bytes(b"w")
+    index = {"files": {"w": {"bytes": 1, "crc32": zlib.crc32(b"w")}}, **{k: v for k, v in run.Progress().index().items()}}
+    index["best"] = [1.0, 2]
+
+    def read(tree):
+        (folder / checkpoint.INDEX).write_text(sealed(tree))
+        wrong = checkpoint.check_step(folder)
+        checkpoint.check_file(folder / "w")
+        if wrong is None:
+            run.find(tmp_path, "", lambda *_: None)
+        else:
+            raise Invalid(wrong)
+
+    read(index)
+    assert survives(read, index) > 50
+    for text in BAD_JSON.values():
+        (folder / checkpoint.INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert checkpoint.check_step(folder) and checkpoint.newest_step(tmp_path, lambda text: None) is None
+
+
+HOSTILE = ["(a+)+$", "(a|a)*$", "(a|ab)+c", "((a*)*)*", "(?:a?){40}a{40}", "a?" * 30 + "a" * 30, ".*" * 12 + "x", "(.*a){12}", r"(\w+\s?)+$", "([a-z]+)*!", "(a{1,9}){1,9}{1,9}b",
+           "(?P<x>a+)+b", "(a" * 500, "[", "(?<=a", "a" * 10**6, "(a+)*?b", "(?:(?:a|b)|c+)*d", r"\1(a)", "*", "a**", "(" * 5000 + ")" * 5000]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
+    try:
+        compiled = plain.pattern_of(pattern, "somewhere")
+    except Invalid as e:
+        assert "somewhere" in str(e) and len(str(e)) < 500
+    else:
+        began = time.process_time()
+        compiled.fullmatch("a" * 60)
+        assert time.process_time() - began < 30
+
+
+@pytest.mark.parametrize("pattern", [r"backbone\.layers\.\d+\.(self_attn|mlp)\..*_proj", r".*(q|k|v|o)_proj", r"layers\.([0-9]|1[0-5])\..*", r"(?:.*?(?:language|text).*?(?:attn|mlp).*?(?:q_proj|v_proj).*?)",
+                                     r"(.*\.)?(q_proj)", "decoder.3"])
+def test_patterns_that_people_write_are_taken(pattern):
+    assert plain.pattern_of(pattern, "").pattern == pattern

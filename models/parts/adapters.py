@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from models.parts import Invalid, checkpoint
-from models.parts.plain import an_object, need, parse, pattern_of, read_object, shown
+from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
          "peft": ("adapter_model.safetensors", "adapter_model.bin"),
@@ -115,7 +115,7 @@ def _read_settings(config, record, kind, weights):
 
 
 def _rank(raw, key):
-    return need(raw, key, int, at_least=1)
+    return need(raw, key, int, at_least=1, at_most=LARGEST)
 
 
 def _dropout(raw, key):
@@ -184,8 +184,8 @@ def _by_pattern(raw, key, kind, default):
         raise Invalid(f"{raw.where}: {key} has {len(entries)} entries, at most {MOST_PATTERNS} are read")
     known = []
     for text in entries:
-        least = {"at_least": 1} if kind is int else {}
-        known.append((text, pattern_of(text, f"{raw.where}: {key}"), need(entries, text, kind, **least)))
+        number = _rank(entries, text) if kind is int else need(entries, text, kind)
+        known.append((text, pattern_of(text, f"{raw.where}: {key}"), number))
 
     def value(module):
         ends = [module[dot + 1:] for dot, char in enumerate(module) if char == "."]

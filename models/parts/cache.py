@@ -27,7 +27,7 @@ import torch
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
 from models.parts.manifests import CUT, Fault, Place, for_encode, holders, listing, voices
-from models.parts.plain import TEMPORARY, is_alive, parse, write_file
+from models.parts.plain import TEMPORARY, is_alive, parse, shown, write_file
 
 # A shard is written when it has one of these: little is lost by a kill, and the files stay few.
 SHARD_BYTES = 64 << 20
@@ -532,7 +532,7 @@ def progress_line(what, progress, total):
 
 
 def name_of(row):
-    return str(row.get("id", row.get("audio")))
+    return shown(row.get("id", row.get("audio")), 300)
 
 
 def as_record(output):

@@ -9,6 +9,7 @@
 shapes equal. Tensors are read one at a time, so loading peaks at one copy of the model in the wanted dtype.
 """
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -65,6 +66,9 @@ def read(path) -> dict[str, Stored]:
         return _read_shards(path)
     if not path.is_file():
         raise Invalid(f"no file at {path}")
+    damage = check_file(path)  # of a step folder, which says what was written
+    if damage:
+        raise Invalid(f"{damage}. Take an earlier step.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     state = _unwrap(_read_pickle(path), path)
@@ -459,6 +463,18 @@ def checksum(path):
     return crc
 
 
+def stamp(path):
+    """Size and time of change: while both stay, a file is taken to be the same."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(64)
+def _checksum(path, stamp):
+    """The checksum of a file that has this stamp: read once, however often it is loaded."""
+    return checksum(path)
+
+
 def _flush(path):
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -512,7 +528,7 @@ def check_file(path) -> str | None:
         files = _read_index(path.parent / INDEX) or {}
     except (Invalid, UnicodeDecodeError):
         return None
-    if path.name not in files or checksum(path) == files[path.name][1]:
+    if path.name not in files or _checksum(path, stamp(path)) == files[path.name][1]:
         return None
     return f"{path} does not have the checksum it was written with"
 

@@ -253,6 +253,14 @@ def shown(text, most=SHOWN):
     return text if len(text) <= most else text[:most - 4] + " ..."
 
 
+LONGEST_LINE = 4000  # characters of a message: a path has at most as many
+
+
+def lines_of(text):
+    """A message of several lines for a terminal or a log: what a terminal would obey is written out."""
+    return "\n".join(shown(line, LONGEST_LINE) for line in str(text).split("\n"))
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 

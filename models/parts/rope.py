@@ -4,7 +4,7 @@ import math
 import torch
 
 from models.parts import Invalid
-from models.parts.plain import as_record, need
+from models.parts.plain import as_record, need, shown, written
 
 # What the published checkpoints have; transformers writes equivalent numbers, of which only the ratios count.
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -23,7 +23,7 @@ def rope_settings(section, theta, scaling, where):
         return theta, None if "hidden_size" in section else scaling
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
+        raise Invalid(f"{where}: rope_type is {shown(written(kind))}; known are default and llama3")
     theta = need(given, "rope_theta", float, theta, at_least=1)
     if kind == "default":
         return theta, None

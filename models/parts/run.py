@@ -32,7 +32,7 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
-from models.parts.plain import need, read_object, typed, write_file
+from models.parts.plain import lines_of, need, read_object, shown, typed, write_file
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
@@ -283,7 +283,7 @@ def drop_long(clips, limits, say) -> list[Clip]:
     gone = sum(dropped.values(), [])
     say(f"data: {len(kept)} clips, {hours(kept):.2f} h; dropped {len(gone)} clips, {hours(gone):.2f} h")
     for reason, part in dropped.items():
-        names = ", ".join(clip.row["id"] for clip in part[:5])
+        names = ", ".join(shown(clip.row["id"]) for clip in part[:5])
         say(f"  {len(part)} {reason}: {names}{' ...' if part[5:] else ''}", "warning")
     if not kept:
         reasons = "; ".join(f"{len(part)} {reason}" for reason, part in dropped.items())
@@ -354,9 +354,12 @@ class Log:
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
+        text = lines_of(text)
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        inset = text.replace("\n", "\n    ")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
         if self.file:
             self.put(self.file, line)
         else:

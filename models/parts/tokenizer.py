@@ -36,6 +36,7 @@ VALUES = {  # what a step must hold beside its type
     "Metaspace": {"replacement": str},
     "Strip": {"content": str, "start": int, "stop": int},
 }
+EDGES = {"at_least": 0, "at_most": 1000}  # characters that are stripped
 FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
 MOST_GROWTH = 32  # times: the published ones put three bytes in place of a space; doubling in turn has no end
 LONGEST_TEXT = 1 << 20  # characters: some twenty hours of speech
@@ -211,7 +212,9 @@ class Tokenizer:
             return steps
         self._allow(f"{part} type", kind, kinds)
         for key, wanted in VALUES.get(kind, {}).items():
-            need(step, key, wanted)
+            need(step, key, wanted, **(EDGES if wanted is int else {}))
+        if kind == "Strip" and len(step["content"]) != 1:
+            raise Invalid(f"{step.where} strips {shown(repr(step['content']))}, expected one character")
         if kind == "ByteLevel" and part == "pre_tokenizer":
             need(step, "add_prefix_space", bool)
         if kind == "TemplateProcessing":
