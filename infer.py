@@ -23,7 +23,7 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio
-from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object
+from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown
 
 
 @dataclass
@@ -226,10 +226,14 @@ def read_requests(cfg):
     flags["context"] = read_context(cfg.context)
     if cfg.input:
         return read_input(cfg, flags)
-    problem = wrong_request(flags, cfg.output)
+    item = {"text": cfg.text, **flags}
+    problem = wrong_name(cfg.output) or wrong_request(item, cfg.output)
     if problem:
         raise Usage(problem)
-    return [Request(cfg.output, {"text": cfg.text, **flags})]
+    return [Request(cfg.output, item)]
+
+
+LONGEST_PROBLEM = 400  # characters: a line may hold a whole book
 
 
 def read_input(cfg, flags):
@@ -239,13 +243,13 @@ def read_input(cfg, flags):
     for number, line in numbered_lines(path):
         item, problem = read_line(line, flags, path.suffix in (".jsonl", ".json"))
         if not problem:
-            target = folder / str(item.pop("output", f"output_{len(requests) + 1:03d}.wav"))
-            requests.append(Request(str(target), item))
-            problem = wrong_request(item, target)
-            if folder.resolve() not in target.resolve().parents:
-                problem = f"output {str(target)!r} lies outside {folder}"
+            name = str(item.pop("output", f"output_{len(requests) + 1:03d}.wav"))
+            target = folder / name
+            problem = wrong_name(name) or outside(target, folder) or wrong_request(item, target)
         if problem:
-            wrong.append(f"{path} line {number}: {problem}")
+            wrong.append(f"{path} line {number}: {shown(problem, LONGEST_PROBLEM)}")
+        else:
+            requests.append(Request(str(target), item))
     names = [Path(request.output).resolve() for request in requests]
     twice = sorted({name for name in names if names.count(name) > 1})
     wrong += [f"{path}: output {name} is named twice" for name in twice]
@@ -261,10 +265,11 @@ def numbered_lines(path):
     if not path.is_file():
         raise Usage(f"--input: no file at {path}")
     try:
-        lines = read_bytes(path, LARGEST_JSON).decode("utf-8-sig").split("\n")  # a text may hold other line separators
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         place = f"{e.reason} at byte {e.start}"
         raise Usage(f"--input: {path} is not UTF-8 ({place}); save it as UTF-8") from None
+    lines = text.split("\n")  # a text may hold other line separators
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -310,6 +315,18 @@ def read_context(path):
 LARGEST_SEED = 2**62  # tries add to it, and torch's generators take 64 bits
 
 
+def wrong_name(output):
+    """What is wrong with the name of a file to write, or None."""
+    if output.isprintable() and not output.endswith("/"):
+        return None
+    return f"output {output!r}: expected the name of a file, without control characters"
+
+
+def outside(target, folder):
+    """What is wrong with a file that is to lie in a folder, or None."""
+    return None if folder.resolve() in target.resolve().parents else f"output {str(target)!r} lies outside {folder}"
+
+
 def wrong_request(item, output):
     """What is wrong with a line or with the flags, or None."""
     for key, value in item.items():
@@ -327,9 +344,7 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
-    if not str(output).isprintable() or str(output).endswith("/"):
-        return f"output {str(output)!r}: expected the name of a file, without control characters"
-    if not item.get("text", "said").strip():
+    if not item["text"].strip():
         return "text is blank; expected what to say"
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"

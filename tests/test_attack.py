@@ -573,3 +573,103 @@ def test_a_pattern_that_could_take_for_ever_is_refused(pattern):
                                      r"(.*\.)?(q_proj)", "decoder.3"])
 def test_patterns_that_people_write_are_taken(pattern):
     assert plain.pattern_of(pattern, "").pattern == pattern
+
+
+# ------------------------------------------------------------------------------------------------ 4, 6, 7, 9
+
+
+def test_a_full_disk_of_tensorboard_is_a_warning(tmp_path, monkeypatch, capsys):
+    class Full:
+        def __init__(self, *_, **__):
+            pass
+
+        def __getattr__(self, name):
+            def fail(*_, **__):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return fail
+
+    import torch.utils.tensorboard as board
+    monkeypatch.setattr(board, "SummaryWriter", Full)
+    log = run.Log("info", 0)
+    log.open(tmp_path, "", 0)
+    for step in range(3):
+        log.numbers("train", step, {"loss": 1.0})
+    log.show("add_image", "a", None, 1)
+    log.close()
+    assert capsys.readouterr().err.count("No space left on device); going on without") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setattr(board, "SummaryWriter", lambda *_, **__: Full().anything())
+    log = run.Log("info", 0)
+    log.open(tmp_path, "", 0)
+    log.numbers("train", 3, {"loss": 1.0})
+    log.close()
+
+
+NASTY = ["a\n2026-01-01 00:00:00 error forged", "\x1b[2J\x1b]0;title\x07", "a\rb", "\u202egnp.exe", "\udce9", "x" * 10**5, "\x9b31m"]
+
+
+@pytest.mark.parametrize("name", NASTY, ids=range(len(NASTY)))
+def test_no_name_of_others_rules_the_terminal_or_forges_a_line(tmp_path, name, capsys):
+    log = run.Log("info", 0)
+    log.file = open(tmp_path / "train.log", "w", encoding="utf-8")
+    log.say(f"dropped {name}")
+    for text in (capsys.readouterr().err, (tmp_path / "train.log").read_text(encoding="utf-8")):
+        assert all(char.isprintable() or char == "\n" for char in text) and len(text) < 5000
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert not any(line.startswith("2026-01-01 00:00:00") for line in lines)
+    with pytest.raises(SystemExit):
+        configs.run(lambda: (_ for _ in ()).throw(Invalid(f"no file at {name}")))
+    assert all(char.isprintable() or char == "\n" for char in capsys.readouterr().err)
+    shown = plain.shown(name)
+    assert shown.isprintable() and len(shown) <= 5 * plain.SHOWN and cache_part.name_of({"id": name}).isprintable()
+
+
+def test_tensor_names_are_shown_without_control_characters(tmp_path):
+    safetensors.torch.save_file({f"{name[:200]}{i}".encode("utf-8", "replace").decode(): torch.ones(1) for i, name in enumerate(NASTY)}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = torch.nn.Linear(2, 2)
+    with pytest.raises(Invalid) as e:
+        checkpoint.fill(model, checkpoint.read(tmp_path / "m.safetensors"))
+    assert str(e.value).isprintable() and len(str(e.value)) < 1600
+
+
+FLAGS = [("train", ["--learning_rate", "1e308"]), ("train", ["--learning_rate", "1e300"]), ("train", ["--batch_size", "1" + "0" * 400]), ("train", ["--save_path", "a\0b"]),
+         ("train", ["--grad_accum_steps", "9" * 5000]), ("infer", ["--text", "a", "--ckpt_dir", "x\0y"]), ("infer", ["--text", "a", "--ckpt_dir", "x", "--output", "x\0.wav"]),
+         ("infer", ["--text", "a", "--ckpt_dir", "x", "--output", "x.wav/"]), ("infer", ["--text", "a", "--ckpt_dir", "x", "--output", "x\x1b.wav"]), ("infer", ["--text", "  ", "--ckpt_dir", "x"]),
+         ("infer", ["--text", "a", "--ckpt_dir", "x", "--max_audio_length_ms", "1" + "0" * 400]), ("merge_lora", ["--lora", "a\0b", "--output_dir", "o"]), ("merge_lora", ["--lora", "a", "--output_dir", "o\0"])]
+
+
+@pytest.mark.parametrize("script, flags", FLAGS, ids=range(len(FLAGS)))
+def test_values_that_no_flag_can_mean_are_wrong_use(tmp_path, monkeypatch, script, flags):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = here(script, flags)
+    assert code == 2 and "Traceback" not in said and len(said) < 900 and "\0" not in said, (code, said[:500])
+
+
+LINES = ['{"text": "  "}', '{"text": "a", "output": "x.wav/"}', '{"text": "a", "output": "x\\u0000.wav"}', '{"text": "a", "output": "x\\n.wav"}', '{"text": 1}', '{"text": "a", "seed": 1e300}', '{"text": "a", "seed": ' + "1" * 5000 + "}",
+         "[" * 100_000, '{"text": "a", "prompt_audio": "\\u0000", "prompt_text": "b"}', '{"text": "a", "speaker": {}}', '{"text": "a", "context": 3}', '{"text": "a", "context": [[]]}', '{"text": "\\u001b"}', '{"text": ["a"]}', "nothing"]
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_a_line_that_cannot_be_spoken_is_named(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"text": "good"}\n' + line)
+    code, _, said = here("infer", ("--ckpt_dir", "none", "--input", "in.jsonl", "--output_dir", "o"))
+    assert "Traceback" not in said and len(said) < 900 and (code == 2 and "line 2" in said or line == '{"text": "\\u001b"}'  or "speaker" in line), said[:500]
+
+
+def test_weights_of_a_full_step_are_checked_once_when_they_are_loaded(tmp_path, monkeypatch):
+    def write(folder):
+        safetensors.torch.save_file({"w": torch.ones(100)}, folder / "model.safetensors")
+
+    step = checkpoint.write_step(tmp_path, 1, write, {"step": 1})
+    calls, checksum = [], checkpoint.checksum
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: calls.append(path) or checksum(path))
+    for _ in range(3):
+        checkpoint.read(step / "model.safetensors")
+    assert len(calls) == 1
+    data = bytearray((step / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (step / "model.safetensors").write_bytes(data)
+    with pytest.raises(Invalid, match="checksum.*earlier step"):
+        checkpoint.read(step / "model.safetensors")

@@ -333,23 +333,36 @@ class Log:
         # Imported here, since that takes longer than all the rest.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        try:
+            self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
         for line in self.early:
             self.file.write(line)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        self.show("close")
 
     def put(self, file, line):
-        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
         try:
             file.write(line)
             file.flush()
         except OSError as e:
-            if not self.full:
-                self.full = True
-                self.say(f"{file.name} cannot be written ({e.strerror}); going on without", "warning")
+            self.go_on_without(file.name, e)
+
+    def show(self, method, *values, **more):
+        """A call of TensorBoard's writer."""
+        try:
+            if self.writer:
+                getattr(self.writer, method)(*values, **more)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
+
+    def go_on_without(self, name, error):
+        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
+        if not self.full:
+            self.full = True
+            self.say(f"{name} cannot be written ({error.strerror or error}); going on without", "warning")
 
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
@@ -371,9 +384,8 @@ class Log:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self.put(self.metrics, json.dumps({"step": step, "split": split, **more, **finite}) + "\n")
-        with contextlib.suppress(OSError):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            self.show("add_scalar", f"{split}/{name}", value, step)
 
 
 class Clock:
@@ -437,11 +449,11 @@ def speak(model, rows, seed, step, log):
         path.parent.mkdir(exist_ok=True)
         audio.write(path, wave, rate)
         picture = audio.mel_picture(wave, rate)
-        log.writer.add_audio(f"val_sample_{i}/generated_audio", wave[None], step, rate)
-        log.writer.add_image(f"val_sample_{i}/mel_spectrogram", picture, step, dataformats="CHW")
+        log.show("add_audio", f"val_sample_{i}/generated_audio", wave[None], step, rate)
+        log.show("add_image", f"val_sample_{i}/mel_spectrogram", picture, step, dataformats="CHW")
         if step == 0 and isinstance(row["audio"], str):
             recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
-            log.writer.add_audio(f"val_sample_{i}/reference_audio", recording[None], step, rate)
+            log.show("add_audio", f"val_sample_{i}/reference_audio", recording[None], step, rate)
 
 
 def try_to_speak(model, rows, seed, step, log):
