@@ -202,7 +202,7 @@ RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a
 def read_sampling(cfg, path, extra):
     """What generate takes besides the request: the flags that only the backbone's Sampling has."""
     flags = [f.name for f in dataclasses.fields(Infer)]
-    sampling = configs.build(models.find(path).Sampling, extra, "--", flags)
+    sampling = configs.build(models.find(path).Sampling, extra, "--", flags, "sampling")
     sampling = dataclasses.asdict(sampling)
     if "retries" not in extra and cfg.output != "-":
         sampling["retries"] = RETRIES

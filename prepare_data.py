@@ -699,12 +699,12 @@ def text_of(row):
 
 def unknown_characters(model, texts):
     """Letters, digits and signs that the tokenizer has no token for."""
-    first, second = (model.encode_text(c) for c in PRIVATE)
+    first, second = (model.encode_text(2 * c) for c in PRIVATE)  # a single character may be a case of its own
     if first != second:
         return set()
     characters = set("".join(texts))
     letters = {c for c in characters if unicodedata.category(c)[0] in "LMNPS"}
-    return {c for c in letters if model.encode_text(c) == first}
+    return {c for c in letters if model.encode_text(2 * c) == first}
 
 
 def unknown_notice(row, text, unknown):

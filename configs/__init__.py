@@ -514,12 +514,13 @@ def parse(cls, argv=None, script="train", extra=False):
     return (cfg, others) if extra else cfg
 
 
-def build(cls, values, where="", nearby=()):
+def build(cls, values, where="", nearby=(), script=None):
     """The same strictness for a dict: a section of a YAML file, sampling flags, a JSON record.
 
-    where: its name in messages, -- for flags. nearby: further names that may be meant by a wrong one.
+    where: its name in messages, -- for flags. nearby: further names that may be meant by a wrong one. script:
+    whose other names count as well.
     """
-    given = Given(names(cls, None), nearby)
+    given = Given(names(cls, script), nearby)
     is_name = bool(where.strip("-"))
     dot = "." if is_name else ""
     for key, value in values.items():

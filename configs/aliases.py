@@ -64,6 +64,9 @@ ALIASES = {
         "reference_audio": ("ref_audio", "ra", "spk_audio_prompt"),
         "speaker": ("speaker_id",),
     },
+    "sampling": {  # fields of a backbone's Sampling, which are infer.py's flags, too
+        "emo_audio": ("emo_audio_prompt",),
+    },
     "validate": {
         "ckpt_dir": ("model_path", "pretrained_path", "base_model", "base_ckpt"),
         "lora": ("lora_path", "lora_ckpt", "adapter"),

@@ -91,6 +91,9 @@ The model, only where there is something to say, and what counts without it:
   encode_audio_batch(waves)   encode_audio of several (n,) clips in one pass of the codec; without: one by one
   published_copies(parameter, naming)
                               further published names of the same tensor; without: ()
+  published_axes(parameter)   "turned": a published weight is [in, out], "kernel": it is (out, in, 1); without
+                              and else: "", as a Linear holds it
+  adapter_key(name)           a key of a foreign adapter under its module's name here; without: itself
   harmless_adapter_keys       regexes over names in foreign adapters that never did anything; without: ()
   refused_adapter_keys        {regex over such names: why they cannot be used}; without: {}
   idle_in_losses              beginnings of names of parameters that no loss depends on (tests); without: ()

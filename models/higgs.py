@@ -109,7 +109,7 @@ class Sampling:
     temperature: float = opt(0.3, "randomness; 0 takes the likeliest code")
     top_k: int = opt(50, "sample among so many likeliest codes; 0: all")
     top_p: float = opt(0.95, "and among the likeliest that have this share of the probability together; 1: all")
-    ras_win_len: int | None = opt(UNSET, "frames in which a code may repeat; -1: 7, or none at temperature 0; none: do not look")
+    ras_win_len: int | None = opt(UNSET, "frames in which a code may repeat; -1: 7, or none at temperature 0; null: do not look")
     ras_max_repeat: int = opt(UNSET, "a code that is in them so often is drawn anew, from all codes; -1: 2")
     force_audio: bool = opt(True, "speak at once; false lets the model write first and choose when it speaks, and how often")
     reference_in: str = opt("assistant", "turn that the prompts' recordings stand in: assistant, user or system", choices=PLACES)
@@ -1119,7 +1119,12 @@ class Higgs(nn.Module):
             number = names.index(str(who)) if several else None
             references.append(Reference(said, self._codes(sound), number))
         reference_turns(s, references)  # what does not fit in there is said before anything is spoken
-        number = names.index(str(speaker)) if several and speaker is not None else None
+        number = None
+        if speaker is not None and not prompts:
+            self.encode_text(text, speaker)  # a number, or it says what is wrong
+            number = int(speaker)
+        elif speaker is not None and several:
+            number = names.index(str(speaker))
         return Request(references, cut(text, s.piece_words), number, seed)
 
     def _prompt(self, piece, s):

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-from models import higgs, voxcpm
+from models import higgs, indextts2, voxcpm
 
 
 def on_meta(make, equip):
@@ -188,3 +188,64 @@ def test_a_full_step_does_no_more_than_it_must(name):
     case = CASES[name]
     model, flops, _ = step(case, case.padded, full=True)
     assert flops <= 1.03 * case.floor(model, case.padded, full=True)[0]
+
+
+# ------------------------------------------------------------------------------------------------ IndexTTS2's GPT
+
+SPOKEN = [(500, 30)]  # codes, pieces of text: ten seconds
+UNEVEN = [(500, 30), (100, 200), (200, 120), (400, 80)]
+
+
+def gpt_step(clips, full):
+    """The model, FLOPs of linear layers, bytes saved for backward. Voice and emotion come from the cache, as in a LoRA run."""
+    config, _ = indextts2.shape("real")
+    with torch.device("meta"):
+        model = indextts2.IndexTTS2(config)
+    model.to(torch.bfloat16).train()
+    model.training_options.dropout = 0.0
+    if not full:
+        lora.apply_lora_to_model(model, {"r": 8, "alpha": 16.0})
+    voice = {"spk": torch.zeros(config.latents, config.model_dim), "emovec": torch.zeros(config.model_dim)}
+    examples = [{"text": torch.ones(t, dtype=torch.long), "codes": torch.ones(n, dtype=torch.long), **voice} for n, t in clips]
+    batch, _ = model.collate(examples, list(range(len(clips))))
+    batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved, heads = {}, len(clips) * config.heads
+
+    def keep(t):
+        # taken apart on the meta device, as above: one matrix per head, and its weights of every pair of positions
+        inside_attention = t.ndim == 3 and t.shape[0] == heads or t.ndim == 4 and t.shape[2] == t.shape[3]
+        if t.untyped_storage()._cdata not in weights and not inside_attention:
+            saved[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    with FlopCounterMode(display=False) as flops:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(batch)
+        (out["loss/text"] + out["loss/mel"]).backward()
+    by_kind = flops.get_flop_counts()["Global"]
+    linear = sum(v for k, v in by_kind.items() if k in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return model, linear, sum(n for n, _ in saved.values())
+
+
+def gpt_floor(model, clips, full):
+    c = model.config
+    positions = sum(c.latents + 2 + t + 2 + n + 1 for n, t in clips)
+    text, codes = sum(t + 1 for _, t in clips), sum(n + 1 for n, _ in clips)
+    blocks = c.layers * 12 * c.model_dim**2
+    heads = c.text_rows * c.model_dim * text + c.number_mel_codes * c.model_dim * codes
+    adapters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    flops = (6 if full else 4) * (blocks * positions + heads) + 6 * adapters * positions
+    # per layer and position as above, with F = 4 C; and the logits in bf16 and float32, with what the loss keeps of them
+    kept = 40 * c.model_dim * c.layers * positions + 12 * (c.text_rows * text + c.number_mel_codes * codes)
+    return flops, kept
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("clips", [SPOKEN, UNEVEN], ids=["reference", "padded"])
+def test_a_step_of_the_gpt_does_no_more_than_it_must(clips, full):
+    model, flops, saved = gpt_step(clips, full)
+    most, bytes_kept = gpt_floor(model, clips, full)
+    assert flops <= 1.03 * most, f"{flops / most:.3f} of the floor"
+    assert saved <= 1.4 * bytes_kept, f"{saved / bytes_kept:.3f} of the bytes"
+    assert flops >= 0.97 * most

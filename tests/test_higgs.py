@@ -318,7 +318,7 @@ def test_text_is_text_whatever_it_looks_like(model):
     specials = set(ID.values())
     assert not specials & set(model.encode_text(odd))
     example = model.encode({"audio": codes(2), "text": odd})
-    assert model.tokenizer.encode(odd) == model.encode_text(odd) and example["audio"].sum() == 11
+    assert str(model.encode_text(odd))[1:-1] in str(example["ids"].tolist()) and example["audio"].sum() == 11
     said = model.encode({"messages": [{"role": "system", "content": odd}, {"role": "assistant", "content": [sound(2)]}]})["ids"].tolist()
     assert said.count(ID["<|scene_desc_start|>"]) == 1 and said.count(ID["<|AUDIO|>"]) == said.count(ID["<SE>"]) == 0
     for words in (ARABIC, "שלום עולם", "नमस्ते", "你好，世界", "e\u0301 \u200fRTL\u200e", "👩‍👩‍👧"):
@@ -362,7 +362,7 @@ def test_turns_are_texts_and_answers(model):
     turns = [{"speaker": who, "text": f"turn {i}", "audio": codes(3 + i, i), "train": i != 1} for i, who in enumerate(["ann", "bob", "ann"])]
     example = model.encode({"turns": turns})
     shown = spelled(model, example)
-    assert "[SPEAKER0] turn 0" in shown and "[SPEAKER1] turn 1" in shown and "[SPEAKER0] turn 2" in shown
+    assert all(f"{USER}[SPEAKER{who}] turn {i}{EOT}{ASK}{OUT}{EOT}" in shown for i, who in enumerate((0, 1, 0)))
     assert "includes a [SPEAKER*] tag" in shown.split(EOT)[0]
     assert (example["audio_labels"][:, 0] != -100).sum() == 4 + 6
     alone = spelled(model, model.encode({"turns": [dict(t, speaker="ann") for t in turns]}))
@@ -398,7 +398,7 @@ def test_bad_conversations_are_named_with_their_line(tmp_path, messages, words):
 
 
 def test_codes_that_do_not_fit_are_refused(model):
-    for clip, words in ((codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 32, "expected 0 to 31"), (codes(3) - 32, "codes from -3"),
+    for clip, words in ((torch.full((K, 3), BEGIN), "expected 0 to 31"), (codes(3, k=9), "codes of 9 codebooks; expected 8"), (codes(3) + 32, "expected 0 to 31"), (codes(3) - 32, "codes from -3"),
                         (codes(0), "no frames")):
         with pytest.raises(Invalid, match=words):
             model.encode({"audio": clip, "text": "x"})
@@ -503,12 +503,14 @@ def test_half_precision_runs_and_stays_close(folders, model):
 
 
 def test_recomputing_activations_changes_nothing(folders):
-    grads = []
+    grads, calls = [], []
     for on in (False, True):
         m = load(folders["transformers"]).train()
         m.set_recompute(on)
+        m.layers[0].mlp.register_forward_hook(lambda *_: calls.append(on))
         sum(means(m, m.encode(GUIDE))[k] for k in higgs.LAMBDAS).backward()
         grads.append({n: p.grad for n, p in m.named_parameters()})
+    assert calls.count(True) == 2 * calls.count(False)
     assert all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
 
 
@@ -846,7 +848,9 @@ def test_prompts_are_references(model):
     s = higgs.Sampling(reference_in="system", scene="Quiet.")
     shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", two)), "text": "new", "seed": 0}, s).example)
     assert f"Quiet.\n\nSPEAKER0: {IN}\nSPEAKER1: {IN}\n<|scene_desc_end|>" in shown
-    for more, words in ((dict(prompts=alone), "without its transcript"), (dict(noise=torch.zeros(1)), "no noise"),
+    shown = spelled(model, model._prompt({"request": model._request(s, higgs.Wanted("new", (), 1)), "text": "new", "seed": 0}, s).example)
+    assert f"{USER}[SPEAKER1] new{EOT}" in shown
+    for more, words in ((dict(prompts=alone), "without its transcript"), (dict(speaker="ann"), "speaker 'ann'.*numbers of their references"), (dict(noise=torch.zeros(1)), "no noise"),
                         (dict(prompts=two, speaker="carl"), "the prompts have ann, bob"), (dict(prompts=[("t", codes(3, k=5), None)]), "of 5 codebooks"),
                         (dict(prompts=[("t", codes(2100), None)]), "shorter reference"), (dict(reference_in="desk"), "reference_in is 'desk'")):
         with pytest.raises(Invalid, match=words):

@@ -108,6 +108,8 @@ def journey(folder, run, name, variant, seconds, methods, rows="talk"):
     common = ("--pretrained_path", "base", "--train_manifest", "data/train.jsonl", "--val_manifest", "data/val.jsonl", "--batch_size", 2,
               "--warmup_steps", 0, "--max_steps", 4, "--learning_rate", 3e-3, "--num_workers", 0, "--max_batch_tokens", 0)
     text = ("--text", "hello there.", "--seed", 3, "--max_len", 6, "--min_len", 5)
+    if hasattr(importlib.import_module(f"tests.tiny_{name}"), "prompts"):  # its voice is always taken from a recording
+        text += ("--reference_audio", sorted((folder / "talk/wavs").iterdir())[-1])
     for method in methods:
         adapter = method != "full"
         how = (settings(folder, name, variant, "lora" if adapter else "full"), *common, "--save_path", method, *METHODS[method],

@@ -63,7 +63,8 @@ class Quantizer(nn.Module):
     def __init__(self, channels, bins, size):
         super().__init__()
         self.in_project = nn.Conv1d(channels, size, 1)
-        self.codebook = nn.Embedding(bins, size)
+        # from_pretrained of nothing: an nn.Embedding's own draw imports a compiler on the meta device.
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(bins, size), freeze=False)
         self.out_project = nn.Conv1d(size, channels, 1)
 
     def encode(self, x):

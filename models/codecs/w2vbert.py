@@ -32,7 +32,9 @@ class Attention(nn.Module):
         self.linear_k = nn.Linear(width, width)
         self.linear_v = nn.Linear(width, width)
         self.linear_out = nn.Linear(width, width)
-        self.distance_embedding = nn.Embedding(left + right + 1, width // heads)
+        # from_pretrained of nothing: an nn.Embedding's own draw imports a compiler on the meta device.
+        distances = torch.empty(left + right + 1, width // heads)
+        self.distance_embedding = nn.Embedding.from_pretrained(distances, freeze=False)
 
     def forward(self, x, rows, mask):
         """rows: (T, T), the row of the embedding for each query and key. mask: (B, T) bool over keys, or None."""

@@ -289,6 +289,15 @@ class Home(NamedTuple):
 
     name: str
     rows: torch.Tensor | None  # published = ours[rows]; None: the same order
+    axes: str = ""  # see published_axes in models/__init__.py
+
+    def held(self, tensor):
+        """A published weight as the model holds it."""
+        if self.axes == "turned":
+            tensor = tensor.T
+        elif self.axes == "kernel":
+            tensor = tensor[..., 0]
+        return _own_rows(tensor, self.rows)
 
 
 def _homes(model):
@@ -296,7 +305,7 @@ def _homes(model):
     homes = {}
     for naming in reversed(model.namings):  # the first naming has the last word where two use one name
         for parameter, _, _, _ in checkpoint.published(model):
-            home = Home(parameter, model.published_rows(parameter, naming))
+            home = Home(parameter, model.published_rows(parameter, naming), _axes(model, parameter))
             homes |= dict.fromkeys(_spellings(model, parameter, naming), home)
     return homes
 
@@ -305,6 +314,10 @@ def _spellings(model, parameter, naming):
     """The published names of a parameter in one naming: several where tables are tied and stored twice."""
     copies = model.published_copies(parameter, naming) if hasattr(model, "published_copies") else ()
     return (model.published_name(parameter, naming), *copies)
+
+
+def _axes(model, parameter):
+    return model.published_axes(parameter) if hasattr(model, "published_axes") else ""
 
 
 def _own_rows(tensor, rows):
@@ -350,6 +363,8 @@ class _Fitting:
 
     def sort(self, name):
         plain = _plain(name)
+        if hasattr(self.model, "adapter_key"):
+            plain = self.model.adapter_key(plain)
         half = re.fullmatch(HALF, plain)
         frozen = plain.replace(".base_layer.weight", ".weight")
         harmless = getattr(self.model, "harmless_adapter_keys", ())
@@ -366,17 +381,18 @@ class _Fitting:
 
     def check_frozen(self, name, published):
         """PEFT stores an output head once more when it is a target; it must be the head of this base."""
-        parameter, rows = self.homes[published]
-        base = self.model.get_parameter(parameter).detach().float().cpu()
-        copy = _own_rows(self.load(name), rows)
+        home = self.homes[published]
+        base = self.model.get_parameter(home.name).detach().float().cpu()
+        copy = home.held(self.load(name))
         # The copy may have been stored in bf16, which keeps two digits and a half.
         if base.shape != copy.shape or not torch.allclose(base, copy, rtol=1e-2, atol=1e-6):
             self.wrong.append(f"{name} is not this base's {published}")
         self.adapter.skipped.append(name)
 
     def take_in_full(self, name, published):
-        parameter, rows = self.homes[published]
-        value, shape = _own_rows(self.load(name), rows), self.model.get_parameter(parameter).shape
+        home = self.homes[published]
+        parameter = home.name
+        value, shape = home.held(self.load(name)), self.model.get_parameter(parameter).shape
         twin = self.adapter.full.get(parameter)
         if twin is not None and not torch.equal(twin, value):
             self.wrong.append(f"{name} differs from its other copy, but the model has one tensor for both")
@@ -406,8 +422,10 @@ class _Fitting:
         A, B = (self.load(names[key]) for key in keys)
         if transposed:
             A, B = A.T.contiguous(), B.T.contiguous()
-        weight, rows = self.homes[module + ".weight"]
+        weight, rows, axes = self.homes[module + ".weight"]
         ours = weight.removesuffix(".weight")
+        if axes == "kernel" and A.ndim == B.ndim == 3:  # PEFT adapts a convolution of kernel 1 by two more
+            A, B = A[..., 0], B[..., 0]
         wrong = self.misfit(self.model.get_submodule(ours), A, B)
         if wrong:
             self.wrong.append(f"{module} {wrong}")
@@ -548,7 +566,11 @@ def _published(model, draft, name, value):
     rows = model.published_rows(weight, draft.naming)
     if rows is not None and not name.endswith(".lora_A"):  # A meets the input, whose order is the same in all
         value = value[rows]
+    axes = _axes(model, weight)
+    if axes == "kernel" and not name.endswith(".lora_bias"):
+        value = value[..., None]
     if not half:
+        value = value.T if axes == "turned" else value
         return {prefix + spelling: value for spelling in _spellings(model, name, draft.naming)}
     module, part = half.groups()
     if draft.kind == "peft" and part == "lora_bias":
@@ -575,7 +597,8 @@ def _peft_config(model, draft):
         "lora_dropout": draft.dropout,
         "bias": "none",
         "task_type": None,
-        "fan_in_fan_out": False,
+        # PEFT asks the layer, too; a reader that asks only here wants to know how the weights are stored.
+        "fan_in_fan_out": all(_axes(model, module + ".weight") == "turned" for module in draft.modules),
         "inference_mode": True,
         "modules_to_save": modules_to_save or None,
     }

@@ -26,7 +26,7 @@ import torch
 
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
-from models.parts.manifests import CUT, Fault, Place, for_encode, holders, listing, voices
+from models.parts.manifests import CUT, FEATURES, Fault, Place, for_encode, holders, listing, voices
 from models.parts.plain import TEMPORARY, is_alive, parse, shown, write_file
 
 # A shard is written when it has one of these: little is lost by a kill, and the files stay few.
@@ -288,6 +288,9 @@ class ClipCache:
         for voice in voices(row):
             if "speaker_id" in voice:  # the number that stands for the name
                 voice["speaker"] = voice.pop("speaker_id")
+        features = [key for key in FEATURES if key in row]
+        if features:  # the clip was encoded elsewhere, so nobody listens to it
+            row.pop("audio", None)
         recording, recording_cut = row.get("audio"), [row.get(key) for key in CUT]
         sounds = {}
         for holder in holders(row):
@@ -300,8 +303,9 @@ class ClipCache:
                     holder[name] = self._sound_key(sound)
                     sounds[holder[name]] = sound
         content = dict(row)
-        if isinstance(row.get("emotion"), str):  # a file counts by its bytes
-            content["emotion"] = self._hash(row["emotion"])
+        for name in ("emotion", *features):
+            if isinstance(row.get(name), str):  # a file counts by its bytes
+                content[name] = self._hash(row[name])
         key = sha("example", self.model.encode_key, json.dumps(content, sort_keys=True))
         return Plan(key, sounds, row)
 

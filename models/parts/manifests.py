@@ -34,6 +34,9 @@ EMOTIONS = 8  # intensities of an emotion that is given by hand, in the publishe
 VALUE_LENGTH = 80  # of a value within a message, which then fits into a line or two of a terminal
 LISTING_LINES = 50  # of bad rows: a screen. The report has them all
 
+# What a trainer of another project made of a clip beforehand, each in a .npy file: the row is used as it is.
+FEATURES = ("text_ids", "codes", "condition", "emo_vec")
+
 # The keys of a row, each with the names that it is read under; the first one that has a value wins. This is
 # the one list: a key that is added here is read from every shape, written to train.jsonl and given to
 # `encode`, also within turns, unless LABELS or OF_A_ROW says otherwise.
@@ -55,12 +58,13 @@ KEYS = {
     "alignment": ("alignment",),
     "turns": ("turns",),
     "messages": ("messages",),
+    **{key: (f"{key}_path",) for key in FEATURES},
 }
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
 LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
 # What belongs to a whole row: a turn has none of these.
-OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages")
+OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
 # The keys of a turn are written in this order, so that a manifest made again is the same; those added later
 # follow.
 TURN_ORDER = ("role", "train", *CUT, "speaker", "text", "audio")
@@ -434,9 +438,14 @@ def canonical(raw, roots):
         row["turns"] = [turn(t) for t in row["turns"]]
         if not any("audio" in t for t in row["turns"]):
             raise Invalid("no turn has audio")
-    elif "audio" not in row:
+    elif "audio" not in row and "codes" not in row:
         found = ", ".join(map(str, list(raw)[:8])) or "none"
         raise Invalid(f"no audio: expected one of {', '.join(KEYS['audio'][:6])}; the keys here are {found}")
+    for key in FEATURES:
+        if key in row:
+            row[key] = resolve(row[key], roots, key)
+    if "codes" in row and "audio" in row and not is_somewhere(row["audio"], roots):
+        del row["audio"]  # the recording may have stayed on another machine: it is only needed to listen to
     for holder in holders(row):
         check_holder(holder, roots)
     if "emotion" in row:
@@ -633,6 +642,10 @@ def resolve(name, roots, key):
     if any(not os.path.samefile(found[0], other) for other in found[1:]):
         raise Invalid(f"{name} could be {' or '.join(found)}; write an absolute path")
     return found[0]
+
+
+def is_somewhere(name, roots):
+    return isinstance(name, str) and any(is_file(os.path.join(root, name)) for root in roots)
 
 
 def check_path(name, key):

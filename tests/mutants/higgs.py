@@ -67,7 +67,7 @@ MUTANTS = [
     ("22 the count over eight", FILE, '"loss/audio": sum(codes), **books}', '"loss/audio": sum(codes) // len(codes), **books}', LOSS),
     ("24 padding is read", FILE, "wanted = asked.flip(1).cumsum(1).flip(1) > 0", "wanted = torch.ones_like(asked)", some("behind_the_last")),
     # Files
-    ("a heads prefix is kept", FILE, '("audio_decoder_proj.", "")', '("audio_decoder_proj.", "model.")', FILES),
+    ("a heads prefix is kept", FILE, '("audio_decoder_proj.", "")', '("audio_decoder_proj.", "model.")', some("published_state")),
     ("halves in the wrong order", FILE, 'for half in ("frozen", "trainable")]', 'for half in ("trainable", "frozen")]', some("split_tables")),
     ("a folder of the codec passes for the model", FILE, "    if path.is_dir() and is_codec(raw):\n", "    if False:\n", some("told_apart")),
     ("a folder of the model passes for the codec", FILE, "    if naming_of(names):\n        raise Invalid(f\"{place} is the language", "    if False:\n        raise Invalid(f\"{place} is the language", some("told_apart")),
