@@ -45,6 +45,7 @@ from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
+from models.parts.plain import LAYERS, count, need, read_object, shown, typed
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
@@ -67,17 +68,17 @@ WARM_PATCHES, WARM_PATCHES_FUSED = 2, 3
 class LMConfig:
     """Numbers of the base LM, whose kind all four transformers are."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
+    hidden_size: int = count()
+    intermediate_size: int = count()
+    num_hidden_layers: int = count(LAYERS)
+    num_attention_heads: int = count()
+    num_key_value_heads: int = count()
+    vocab_size: int = count()
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
-    max_position_embeddings: int = 32768
-    kv_channels: int | None = None  # head size; hidden / heads where absent
+    max_position_embeddings: int = count(default=32768)
+    kv_channels: int | None = count(default=None)  # head size; hidden / heads where absent
     use_mup: bool = True  # the class default of the original; every published config says false
     scale_emb: float = 1.0
     scale_depth: float = 1.0
@@ -91,11 +92,11 @@ class LMConfig:
 class LocalConfig:
     """Numbers of the local encoder or of the DiT; the others are the base LM's."""
 
-    hidden_dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    kv_channels: int | None = None
+    hidden_dim: int = count()
+    ffn_dim: int = count()
+    num_heads: int = count()
+    num_layers: int = count(LAYERS)
+    kv_channels: int | None = count(default=None)
 
     @property
     def head_size(self):
@@ -110,13 +111,13 @@ class Config:
     encoder_config: LocalConfig
     dit_config: LocalConfig
     architecture: str = "voxcpm"
-    patch_size: int = 2
-    feat_dim: int = 64
-    residual_lm_num_layers: int = 6
+    patch_size: int = count(default=2)
+    feat_dim: int = count(default=64)
+    residual_lm_num_layers: int = count(LAYERS, default=6)
     residual_lm_no_rope: bool = False
-    scalar_quantization_latent_dim: int = 256
-    scalar_quantization_scale: int = 9
-    max_length: int = 4096
+    scalar_quantization_latent_dim: int = count(default=256)
+    scalar_quantization_scale: int = count(default=9)
+    max_length: int = count(default=4096)
     t_scheduler: str = "log-norm"  # of dit_config.cfm_config
     audio_vae_config: dict | None = None
 
@@ -126,35 +127,25 @@ class Config:
         return self.architecture == "voxcpm2"
 
 
-def read_section(cls, values, where):
-    """An instance of one of the dataclasses above; where: what errors call the section."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise Invalid(f"{where} lacks {', '.join(missing)}")
-    return cls(**{key: value for key, value in values.items() if key in fields})
-
-
-def read_config(raw, where):
-    """Config from the dictionary in config.json; a value that the published models never had is refused."""
-    dit = raw.get("dit_config", {})
-    flow = dit.get("cfm_config", {})
+def read_config(raw):
+    """Config from the record in config.json; a value that the published models never had is refused."""
+    where = raw.where
+    dit = need(raw, "dit_config", dict)
+    flow = need(dit, "cfm_config", dict, {})
     if dit.get("dit_mean_mode") or dit.get("mean_mode"):
         raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses "
                       "and which is not built")
     for key, choices in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
-        if flow.get(key, choices[0]) not in choices:
-            raise Invalid(f"{where}: cfm_config.{key} is {flow[key]!r}; known are {', '.join(choices)}")
-    if raw.get("architecture", "voxcpm") not in ("voxcpm", "voxcpm2"):
-        raise Invalid(f"{where}: architecture is {raw['architecture']!r}; known are voxcpm and voxcpm2")
-    values = dict(
-        raw,
-        lm_config=read_section(LMConfig, raw.get("lm_config", {}), f"{where}: lm_config"),
-        encoder_config=read_section(LocalConfig, raw.get("encoder_config", {}), f"{where}: encoder_config"),
-        dit_config=read_section(LocalConfig, dit, f"{where}: dit_config"),
-        t_scheduler=flow.get("t_scheduler", "log-norm"))
-    return read_section(Config, values, f"{where}: config.json")
+        if need(flow, key, str, choices[0]) not in choices:
+            raise Invalid(f"{where}: cfm_config.{key} is {shown(flow[key])}; known are {', '.join(choices)}")
+    if need(raw, "architecture", str, "voxcpm") not in ("voxcpm", "voxcpm2"):
+        raise Invalid(f"{where}: architecture is {shown(raw['architecture'])}; known are voxcpm and voxcpm2")
+    return typed(
+        Config, raw,
+        lm_config=typed(LMConfig, need(raw, "lm_config", dict)),
+        encoder_config=typed(LocalConfig, need(raw, "encoder_config", dict)),
+        dit_config=typed(LocalConfig, dit),
+        t_scheduler=need(flow, "t_scheduler", str, "log-norm"))
 
 
 TINY = Config(
@@ -1017,7 +1008,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     draws them.
     """
     folder, extra = Path(folder), extra or {}
-    config = read_config(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    config = read_config(read_object(folder / "config.json"))
     codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
     tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
     scratch = weights == "scratch"

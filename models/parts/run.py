@@ -12,10 +12,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
+from models.parts.plain import lines_of, need, read_object, shown, typed, write_file
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
@@ -60,16 +63,36 @@ def claim(root) -> str | None:
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".write"
-        probe.write_text("")
-        probe.unlink()
-        taken = lock(root)
-        # A save that was killed leaves its temporary folder. Before the lock it may be one of another run.
-        for torn in [] if taken else root.glob("step_*.tmp"):
-            checkpoint.remove(torn)
-        return taken
+        with tempfile.TemporaryFile(dir=root):  # whether one can write here
+            pass
+        wrong = leads_outside(root) or lock(root)
+        if not wrong:  # before the lock these may be of another run
+            sweep(root)
+        return wrong
     except OSError as e:
         return f"save_path {root} cannot be written: {e.strerror}"
+
+
+WRITTEN = (".lock", "train.log", "metrics.jsonl", "logs", "samples")
+
+
+def leads_outside(root) -> str | None:
+    """A run folder that came from elsewhere may hold links; what is written into them would change other files."""
+    for name in WRITTEN:
+        path = Path(root) / name
+        if path.is_symlink() and Path(root).resolve() not in path.resolve().parents:
+            return (f"{path} is a link to {os.readlink(path)}, outside of the run folder; nothing is written "
+                    "through it. Remove the link, or choose another save_path.")
+    return None
+
+
+def sweep(root):
+    """Delete what a killed run was writing, named as we name that."""
+    for path in root.glob("step_*.tmp"):
+        if re.fullmatch(r"step_\d{7,}\.tmp", path.name):
+            checkpoint.remove(path)
+    for name in ("latest", "config.yaml", "metrics.jsonl"):
+        checkpoint.sweep(root / name)
 
 
 def set_aside(root, say) -> None:
@@ -136,10 +159,12 @@ class Progress:
 
     @classmethod
     def read(cls, folder):
-        index = checkpoint.read_json(folder / checkpoint.INDEX)
-        known = {f.name: index[f.name] for f in fields(cls) if f.name in index}
-        known.setdefault("steps", STEPS_BEFORE)
-        return cls(**{**known, "best": Best(*index["best"]), "folder": folder})
+        index = read_object(folder / checkpoint.INDEX)
+        best = need(index, "best", list)
+        if len(best) != len(Best._fields):
+            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        steps = need(index, "steps", int, STEPS_BEFORE)
+        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -302,7 +327,7 @@ def drop_long(clips, limits, say) -> list[Clip]:
     gone = sum(dropped.values(), [])
     say(f"data: {len(kept)} clips, {hours(kept):.2f} h; dropped {len(gone)} clips, {hours(gone):.2f} h")
     for limit, part in dropped.items():
-        names = ", ".join(clip.row["id"] for clip in part[:5])
+        names = ", ".join(shown(clip.row["id"]) for clip in part[:5])
         say(f"  {len(part)} {reason_of(limit)}: {names}{' ...' if part[5:] else ''}", "warning")
     if not kept:
         reasons = "; ".join(f"{len(part)} {reason_of(limit)}" for limit, part in dropped.items())
@@ -331,9 +356,7 @@ def cut_metrics(path, step) -> None:
     """Take out of metrics.jsonl what will be made again; with no step done that is all, step 0 included."""
     lines = path.read_text(errors="replace").splitlines()
     kept = [line for line in lines if step and 0 <= step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_file(path, "".join(line + "\n" for line in kept).encode())
 
 
 class Log:
@@ -359,30 +382,46 @@ class Log:
         # Imported here, since that takes longer than all the rest.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        try:
+            self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
         for line in self.early:
             self.file.write(line)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        self.show("close")
 
     def put(self, file, line):
-        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
         try:
             file.write(line)
             file.flush()
         except OSError as e:
-            if not self.full:
-                self.full = True
-                self.say(f"{file.name} cannot be written ({e.strerror}); going on without", "warning")
+            self.go_on_without(file.name, e)
+
+    def show(self, method, *values, **more):
+        """A call of TensorBoard's writer."""
+        try:
+            if self.writer:
+                getattr(self.writer, method)(*values, **more)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
+
+    def go_on_without(self, name, error):
+        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
+        if not self.full:
+            self.full = True
+            self.say(f"{name} cannot be written ({error.strerror or error}); going on without", "warning")
 
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
+        text = lines_of(text)
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        inset = text.replace("\n", "\n    ")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
         if self.file:
             self.put(self.file, line)
         else:
@@ -394,9 +433,8 @@ class Log:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self.put(self.metrics, json.dumps({"step": step, "split": split, **more, **finite}) + "\n")
-        with contextlib.suppress(OSError):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            self.show("add_scalar", f"{split}/{name}", value, step)
 
 
 class Clock:
