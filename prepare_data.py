@@ -1059,6 +1059,9 @@ def gather(work):
     """The rows of all inputs, with unique ids, data set numbers and speakers."""
     cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
+    for flag, place in (("transcripts", texts), ("alignment_dir", cfg.alignment_dir)):
+        if place and not os.path.exists(place):
+            raise configs.Usage(f"--{flag} {place}: no such file or folder")
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
     for k, path in enumerate(inputs):

@@ -75,7 +75,7 @@ MUTANTS = [
     ("cases: times become words", O, "spans = timed.spans if timed else None\n        row[", "spans = None\n        row[", CASES),
     ("cases: the number of a subtitle is a word", T, "if not row.strip() or number_of_next:", "if not row.strip():", CASES),
     ("cases: links are not followed", O, "followlinks=True", "followlinks=False", CASES),
-    ("cases: loops of links do not end", O, "visited.add(real)", "visited.add(home)", CASES),
+    ("cases: loops of links do not end", O, "if real in visited or", "if home in visited or", CASES),
     ("cases: a link to nothing is silent", O, "if not sound.exists() and sound.is_symlink():", "if False:", CASES),
     ("cases: pieces are cut again", P, "!= folder)", "== 0)", CASES),
     ("cases: the first folder is the speaker", P, "if len(at_level) > 1:", "if at_level:", CASES),
