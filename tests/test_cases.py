@@ -222,6 +222,15 @@ def test_every_ending_that_can_be_read_is_looked_for(tmp_path, ending, kind):
     assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 3
 
 
+def test_the_current_folder(tmp_path, monkeypatch):
+    folder_of_three(tmp_path / "in/anna")
+    monkeypatch.chdir(tmp_path / "in")
+    rows, report = prepared(tmp_path, "--input", ".", "--speaker_from_folder")
+    assert said(rows, "speaker") == [("anna",)] * 3 and report["recordings without a row"] == []
+    monkeypatch.chdir(tmp_path / "out")
+    assert len(prepared(tmp_path, "--input", "train.jsonl", "--encode_only")[0]) == 3
+
+
 def test_what_a_mac_leaves_is_no_recording(tmp_path):
     folder_of_three(tmp_path / "in")
     for name in ("in/._0.wav", "in/__MACOSX/in/._0.wav", "in/__MACOSX/0.wav"):

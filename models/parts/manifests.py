@@ -801,7 +801,7 @@ def roots_of(path, how):
 
 def is_own(path):
     """Whether a manifest is one that prepare_data.py writes: it lies beside its report."""
-    report = Path(path).with_name("report.json")
+    report = Path(path).parent / "report.json"
     return Path(path).name in OWN and is_file(report) and '"written"' in read_text(report)
 
 

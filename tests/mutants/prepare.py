@@ -77,7 +77,7 @@ MUTANTS = [
     ("cases: links are not followed", O, "followlinks=True", "followlinks=False", CASES),
     ("cases: loops of links do not end", O, "if real in visited or", "if home in visited or", CASES),
     ("cases: a link to nothing is silent", O, "if not sound.exists() and sound.is_symlink():", "if False:", CASES),
-    ("cases: pieces are cut again", P, "!= folder)", "== 0)", CASES),
+    ("cases: pieces are cut again", P, "if not inside.is_relative_to(folder))", "if inside == 0)", CASES),
     ("cases: the first folder is the speaker", P, "if len(at_level) > 1:", "if at_level:", CASES),
     ("cases: nobody is somebody else", M, 'voice["speaker"] = UNNAMED', 'voice.pop("speaker", None)', CASES),
     ("cases: texts are not cleaned for training", M, "voice[key] = plain(voice[key])", "voice[key] = voice[key]", CASES),
