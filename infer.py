@@ -7,7 +7,6 @@ With --lora alone the base is the one that the adapter records. Fields of the ba
 too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
 """
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -23,7 +22,8 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import Invalid, adapters, audio
+from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown
 
 
 @dataclass
@@ -127,17 +127,15 @@ def parts_of(cfg, chosen):
     """{part: place} of what lies elsewhere: as given, else as adapters record it, if it is still there."""
     recorded = {}
     for path, _ in chosen:
-        recorded |= adapters.read_record(path).get("extra", {})
+        recorded |= need(adapters.read_record(path), "extra", dict[str, str], {})
     return {**models.present(recorded), **cfg.extra}
 
 
 def stated_base(adapter):
     """The base that the config file of another tool names."""
     _, config, _ = adapters.locate(adapter)
-    raw = checkpoint.read_json(config) if config else {}
-    if not isinstance(raw, dict):
-        return None
-    return raw.get("base_model") or raw.get("base_model_name_or_path")
+    raw = read_object(config) if config else {}
+    return need(raw, "base_model", str, "") or need(raw, "base_model_name_or_path", str, "")
 
 
 def load_model(cfg, path, chosen):
@@ -175,7 +173,7 @@ def trained_speakers(chosen):
     """{name: number} of the speakers that the adapters record."""
     speakers = {}
     for path, _ in chosen:
-        speakers |= adapters.read_record(path).get("speakers", {})
+        speakers |= need(adapters.read_record(path), "speakers", dict[str, int], {})
     return speakers
 
 
@@ -228,10 +226,14 @@ def read_requests(cfg):
     flags["context"] = read_context(cfg.context)
     if cfg.input:
         return read_input(cfg, flags)
-    problem = wrong_request(flags, cfg.output)
+    item = {"text": cfg.text, **flags}
+    problem = wrong_name(cfg.output) or wrong_request(item, cfg.output)
     if problem:
         raise Usage(problem)
-    return [Request(cfg.output, {"text": cfg.text, **flags})]
+    return [Request(cfg.output, item)]
+
+
+LONGEST_PROBLEM = 400  # characters: a line may hold a whole book
 
 
 def read_input(cfg, flags):
@@ -241,13 +243,13 @@ def read_input(cfg, flags):
     for number, line in numbered_lines(path):
         item, problem = read_line(line, flags, path.suffix in (".jsonl", ".json"))
         if not problem:
-            target = folder / str(item.pop("output", f"output_{len(requests) + 1:03d}.wav"))
-            requests.append(Request(str(target), item))
-            problem = wrong_request(item, target)
-            if folder.resolve() not in target.resolve().parents:
-                problem = f"output {str(target)!r} lies outside {folder}"
+            name = str(item.pop("output", f"output_{len(requests) + 1:03d}.wav"))
+            target = folder / name
+            problem = wrong_name(name) or outside(target, folder) or wrong_request(item, target)
         if problem:
-            wrong.append(f"{path} line {number}: {problem}")
+            wrong.append(f"{path} line {number}: {shown(problem, LONGEST_PROBLEM)}")
+        else:
+            requests.append(Request(str(target), item))
     names = [Path(request.output).resolve() for request in requests]
     twice = sorted({name for name in names if names.count(name) > 1})
     wrong += [f"{path}: output {name} is named twice" for name in twice]
@@ -263,10 +265,11 @@ def numbered_lines(path):
     if not path.is_file():
         raise Usage(f"--input: no file at {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         place = f"{e.reason} at byte {e.start}"
         raise Usage(f"--input: {path} is not UTF-8 ({place}); save it as UTF-8") from None
+    lines = text.split("\n")  # a text may hold other line separators
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -275,9 +278,9 @@ def read_line(line, flags, is_json):
     if not is_json:
         return {**flags, "text": line.strip()}, None
     try:
-        item = json.loads(line)
-    except json.JSONDecodeError as e:
-        return None, f"not valid JSON: {e.msg}"
+        item = parse(line, "it")
+    except Invalid as e:
+        return None, str(e)
     keys = {"output", *flags}
     if not isinstance(item, dict) or not item.get("text") or set(item) - keys - {"text"}:
         return None, f"expected an object with text and any of {', '.join(sorted(keys))}"
@@ -294,12 +297,12 @@ def read_context(path):
     if not path:
         return []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")
         if text.lstrip().startswith("["):
-            turns = json.loads(text)
+            turns = parse(text, path)
         else:
-            turns = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
+            turns = [parse(line, path) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, Invalid) as e:
         raise Usage(f"--context {path}: {e}; expected a JSON list of turns, or one per line") from None
     for turn in turns:
         if isinstance(turn, dict) and isinstance(turn.get("audio"), str):
@@ -312,10 +315,22 @@ def read_context(path):
 LARGEST_SEED = 2**62  # tries add to it, and torch's generators take 64 bits
 
 
+def wrong_name(output):
+    """What is wrong with the name of a file to write, or None."""
+    if output.isprintable() and not output.endswith("/"):
+        return None
+    return f"output {output!r}: expected the name of a file, without control characters"
+
+
+def outside(target, folder):
+    """What is wrong with a file that is to lie in a folder, or None."""
+    return None if folder.resolve() in target.resolve().parents else f"output {str(target)!r} lies outside {folder}"
+
+
 def wrong_request(item, output):
     """What is wrong with a line or with the flags, or None."""
     for key, value in item.items():
-        if key not in ("seed", "context") and not isinstance(value, str):
+        if key not in ("seed", "context") and (not isinstance(value, str) or "\0" in value):
             return f"{key} is {value!r}, expected a text"
     if type(item["seed"]) is not int or abs(item["seed"]) >= LARGEST_SEED:
         return f"seed is {item['seed']!r}, expected a whole number below 2**62"
@@ -329,6 +344,8 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
+    if not item["text"].strip():
+        return "text is blank; expected what to say"
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"
     return None
@@ -396,7 +413,7 @@ def write(take, rate):
             raise take.error
         audio.write(take.output, take.wave, rate)
     except Invalid as e:
-        print(f"{take.output}: {e}", file=sys.stderr)
+        print(lines_of(f"{take.output}: {e}"), file=sys.stderr)
         return False
     say_cap(take.output, take.finish)
     print(take.output)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, adapters, checkpoint, opt, quant, targets
+from models.parts.plain import as_record, typed
 
 
 @dataclass
@@ -308,7 +309,7 @@ def load_lora_weights(model, adapter, ignore_base=False):
     if len(files) > 1:  # their strengths are in the stacked B
         a, strength = adapters.stack(files), 1.0
     settings = {**a.settings, "target_layers": [], "bias": bool(a.bias)}
-    s = LoRAConfig(**settings)
+    s = typed(LoRAConfig, as_record(settings, a.path))
     if has_shape(model, a):
         model.lora_state = State(s)
     else:  # the layers are built anew, which a compiled model notices once

@@ -6,7 +6,8 @@
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
 dtype.
 """
-import os
+import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import models
 from configs import Usage, opt
 from infer import base_of, parts_of, split_strength, trained_speakers
 from models.parts import Invalid, checkpoint
+from models.parts.plain import TEMPORARY, is_alive, temporary_name
 
 
 @dataclass
@@ -71,6 +73,34 @@ def keep_strength(model):
         module.lora_full_scale *= strength
 
 
+# In the folder of a merge that goes on. The next one deletes what a killed one left, and nothing without it.
+MARK = ".merge_lora"
+
+
+def sweep(out):
+    """Delete the folders of merges into `out` that were killed."""
+    for folder in out.parent.glob(".*.tmp"):
+        name = re.fullmatch(TEMPORARY.format(name=re.escape(out.name)), folder.name)
+        if name and (folder / MARK).is_file() and not is_alive(int(name[1])):
+            checkpoint.remove(folder)
+
+
+def end(number, frame):
+    """SIGTERM ends the script as an exception does, so that what was begun is taken away."""
+    sys.exit(128 + number)
+
+
+def write(cfg, model, folder, record):
+    """The merged checkpoint, or the adapter in another format."""
+    naming = cfg.naming or None
+    if cfg.to:
+        keep_strength(model)
+        lora.save_lora_weights(model, folder, cfg.to, naming, **record)
+    else:
+        lora.merge_lora_weights(model)
+        model.save(folder, naming)
+
+
 def main():
     cfg = configs.parse(Merge, script="merge")
     check(cfg)
@@ -85,23 +115,28 @@ def main():
     model.speakers = {**getattr(model, "speakers", {}), **speakers}
 
     # Under another name until it is whole: what stands at output_dir can be used.
-    out = Path(cfg.output_dir)
-    tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    naming = cfg.naming or None
+    out = Path(cfg.output_dir).absolute()
+    tmp = out.with_name(temporary_name(out.name))
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        if cfg.to:
-            keep_strength(model)
-            record = dict(base=str(base), speakers=speakers, extra=models.parts_elsewhere(base, extra))
-            lora.save_lora_weights(model, tmp, cfg.to, naming, **record)
-        else:
-            lora.merge_lora_weights(model)
-            model.save(tmp, naming)
-        checkpoint.remove(out)  # an empty folder
+        sweep(out)
+        tmp.mkdir(parents=True)
+    except OSError as e:
+        raise Invalid(f"{out}: cannot be written ({e}); nothing was changed") from None
+    try:
+        (tmp / MARK).touch()
+        record = dict(base=str(base), speakers=speakers, extra=models.parts_elsewhere(base, extra))
+        write(cfg, model, tmp, record)
+        (tmp / MARK).unlink()
+        if out.exists():
+            out.rmdir()  # fails if somebody has put something there since
         tmp.rename(out)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch says a full disk by a RuntimeError
         raise Invalid(f"{out}: cannot be written ({e}); nothing is left of it") from None
     finally:
         checkpoint.remove(tmp)
+        signal.signal(signal.SIGTERM, before)
+    out = cfg.output_dir
     print(f"{out}: {checkpoint.megabytes(out):.1f} MB", file=sys.stderr)
     print(out)
 

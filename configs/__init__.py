@@ -24,6 +24,7 @@ import yaml
 
 from configs.aliases import ALIASES, COMPUTED, Scaling
 from models.parts import Invalid, opt  # noqa: F401  (opt marks a field of settings: default and sentence)
+from models.parts.plain import lines_of, shown, write_file, written
 
 NULLS = ("null", "Null", "NULL", "~", "none", "None")
 YAML_NULLS = NULLS[:4]  # none and None are texts to YAML, but on a command line nobody means them so
@@ -33,6 +34,7 @@ EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str
             dict: "a map of key: value", type(None): "null"}
 LARGEST_FILE = 2**20  # bytes, and keys at the top: more is a manifest or a tokenizer given by mistake
 MOST_KEYS = 500
+LARGEST_NUMBER = 1e30  # no setting means more, and its square is still a number
 
 
 class Setting(NamedTuple):
@@ -88,7 +90,7 @@ def convert(value, kind):
         return convert_map(value, inner[1] if inner else object)
     try:
         return convert_scalar(value, base)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(EXPECTED[base]) from None
 
 
@@ -117,15 +119,19 @@ def convert_undeclared(value):
 def convert_scalar(value, base):
     number = isinstance(value, (str, int)) and not isinstance(value, bool)
     if base is str and (value is None or isinstance(value, str)):
+        if "\0" in (value or ""):  # no path may hold it, and no text means it
+            raise ValueError
         return str(value or "")
     if base is bool and isinstance(value, bool):
         return value
     if base is bool and isinstance(value, str):
         return BOOLS[value.lower()]
     if base is int and number:
+        if abs(int(value)) > LARGEST_NUMBER:
+            raise ValueError
         return int(value)
     if base is float and (number or isinstance(value, float)):
-        if math.isfinite(float(value)):
+        if math.isfinite(float(value)) and abs(float(value)) <= LARGEST_NUMBER:
             return float(value)
     if base is type(None) and value is None:
         return None
@@ -240,8 +246,7 @@ class Given:
             check_choices(value, setting.meta.get("choices"))
             self.values.append((name, value))
         except ValueError as error:
-            text = repr(str(value)) if isinstance(value, str) else repr(value)
-            text = text if len(text) < 80 else text[:76] + " ..."
+            text = shown(written(str(value) if isinstance(value, str) else value))
             self.errors.append(f"{where}: {text} is not {error}")
 
 
@@ -349,10 +354,8 @@ def dump(cfg, path):
     for f in dataclasses.fields(cfg):
         if f.metadata.get("config"):
             del values[f.name]
-    temporary = Path(f"{path}.tmp")
     text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(Path(path), text.encode())
 
 
 class Dumper(yaml.SafeDumper):
@@ -562,10 +565,10 @@ def run(main):
         code = main()
     except Usage as error:
         code = 2
-        print(error, file=sys.stderr)
+        print(lines_of(error), file=sys.stderr)
     except Invalid as error:
         code = 1
-        print(error, file=sys.stderr)
+        print(lines_of(error), file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
         print("interrupted", file=sys.stderr)

@@ -105,9 +105,9 @@ import pkgutil
 from pathlib import Path
 
 import torch
-import yaml
 
 from models.parts import Invalid, checkpoint, quant
+from models.parts.plain import read_object, read_yaml, shown
 
 FILES = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]
 BACKBONES = {name: importlib.import_module(f"models.{name}") for name in FILES}
@@ -219,13 +219,7 @@ def read_config(path):
     for file in (folder / name for name in CONFIGS):
         if not file.is_file():
             continue
-        if file.suffix == ".json":
-            config = checkpoint.read_json(file)
-        else:
-            config = yaml.safe_load(file.read_text())
-        if not isinstance(config, dict):
-            raise Invalid(f"{file} holds a {type(config).__name__}, expected a mapping")
-        return config
+        return read_object(file) if file.suffix == ".json" else read_yaml(file)
     files = [path]
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS]
@@ -253,7 +247,7 @@ def find(path):
     if "tensors" in config:
         fault += " (without config.json or config.yaml, only names of tensors can tell)"
     keys = ", ".join(map(str, config.get("tensors", config)))
-    raise Invalid(f"{path}: {fault}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {keys[:300]}")
+    raise Invalid(f"{path}: {fault}. Known backbones: {', '.join(BACKBONES)}. Keys seen: {shown(keys, 300)}")
 
 
 def pick_device(name="auto", local_rank=0):

@@ -46,6 +46,8 @@ from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
+from models.parts.plain import (LARGEST, LAYERS, as_record, checked, count, need, read_object, shown,
+                                written)
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
@@ -62,16 +64,16 @@ LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 class TowerConfig:
     """Numbers of one of the two Llamas, under transformers' names."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    hidden_size: int = count()
+    intermediate_size: int = count()
+    num_hidden_layers: int = count(LAYERS)
+    num_attention_heads: int = count()
+    num_key_value_heads: int = count()
+    head_dim: int = count()
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: dict | None = None  # the four numbers of LLAMA3
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = count(default=2048)
 
 
 @dataclass
@@ -80,9 +82,9 @@ class Config:
 
     backbone: TowerConfig
     depth_decoder_config: TowerConfig
-    text_vocab_size: int
-    vocab_size: int  # of one codebook, three special ids included
-    num_codebooks: int
+    text_vocab_size: int = count()
+    vocab_size: int = count()  # of one codebook, three special ids included
+    num_codebooks: int = count()
     codec_config: dict
 
 
@@ -102,39 +104,44 @@ def read_config(raw, shapes, where):
 
     shapes: {name in the mlx naming: shape}, {} where nothing is known. where: what errors call the file.
     """
+    raw = checked(Config, as_record(raw, where))
     if raw.get("tie_codebooks_embeddings") is False:
         raise Invalid(f"{where}: tie_codebooks_embeddings is false; "
                       "backbone and depth decoder of CSM share one audio table")
     large = flavor(raw.get("backbone_flavor", "llama-1B"), where)
     small = flavor(raw.get("decoder_flavor", "llama-100M"), where)
     backbone = read_tower(raw, large, shapes, "backbone", where)
-    decoder = read_tower(raw.get("depth_decoder_config") or {}, small, shapes, "decoder", where)
+    decoder = read_tower(need(raw, "depth_decoder_config", dict, {}), small, shapes, "decoder", where)
 
     def rows(name, default):
         return shapes.get(name, (default,))[0]
 
-    vocab = raw.get("vocab_size") or raw.get("audio_vocab_size") or rows("codebook0_head.weight", 2051)
+    def number(name, default):
+        return need(raw, name, int, default, at_least=1, at_most=LARGEST)
+
+    vocab = raw.get("vocab_size") or number("audio_vocab_size", rows("codebook0_head.weight", 2051))
     codebooks = rows("audio_embeddings.weight", 32 * vocab) // vocab
     return Config(
         backbone, decoder,
         text_vocab_size=raw.get("text_vocab_size") or rows("text_embeddings.weight", 128256),
         vocab_size=vocab,
-        num_codebooks=raw.get("num_codebooks") or raw.get("audio_num_codebooks") or codebooks,
+        num_codebooks=raw.get("num_codebooks") or number("audio_num_codebooks", codebooks),
         codec_config=raw.get("codec_config") or {})
 
 
 def flavor(name, where):
     """The published tower of a name in the original config.json."""
-    if name not in FLAVORS:
-        raise Invalid(f"{where}: flavour {name!r} is not known; known are {', '.join(FLAVORS)}")
+    if not isinstance(name, str) or name not in FLAVORS:
+        raise Invalid(f"{where}: flavour {shown(repr(name))} is not known; known are {', '.join(FLAVORS)}")
     return FLAVORS[name]
 
 
 def read_tower(section, base, shapes, prefix, where):
     """TowerConfig of a section of config.json: as stated, else as the shapes say, else as `base` has it."""
+    checked(TowerConfig, section)
     for key, value in FIXED.items():
         if section.get(key, value) != value:
-            raise Invalid(f"{where}: {key} is {section[key]!r}; every published CSM has {value!r}, "
+            raise Invalid(f"{where}: {key} is {shown(written(section[key]))}; every published CSM has {value!r}, "
                           "and nothing else is read")
     layer = f"{prefix}.layers.0."
     query_shape = shapes.get(layer + "self_attn.q_proj.weight")
@@ -1040,7 +1047,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     path, extra = Path(folder), extra or {}
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
-    raw = checkpoint.read_json(file) if file.is_file() else {}
+    raw = read_object(file) if file.is_file() else {}
     if weights == "scratch":
         original = "backbone_flavor" in raw and "hidden_size" not in raw
         source = Weights(path, {}, "original" if original else "transformers")
@@ -1146,7 +1153,7 @@ def load_codec(folder, given, stored, config):
             continue
         beside = file.parent / "config.json"
         if given is not None and beside.is_file() and not inside:
-            settings = checkpoint.read_json(beside)
+            settings = read_object(beside)
             only_mimi = settings if settings.get("model_type") == "mimi" else {}
             settings = settings.get("codec_config", only_mimi)
         return mimi.load(stored, settings, K, what=str(file))

@@ -45,6 +45,7 @@ from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
+from models.parts.plain import LAYERS, count, need, read_object, shown, typed
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
@@ -67,17 +68,17 @@ WARM_PATCHES, WARM_PATCHES_FUSED = 2, 3
 class LMConfig:
     """Numbers of the base LM, whose kind all four transformers are."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
+    hidden_size: int = count()
+    intermediate_size: int = count()
+    num_hidden_layers: int = count(LAYERS)
+    num_attention_heads: int = count()
+    num_key_value_heads: int = count()
+    vocab_size: int = count()
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
-    max_position_embeddings: int = 32768
-    kv_channels: int | None = None  # head size; hidden / heads where absent
+    max_position_embeddings: int = count(default=32768)
+    kv_channels: int | None = count(default=None)  # head size; hidden / heads where absent
     use_mup: bool = True  # the class default of the original; every published config says false
     scale_emb: float = 1.0
     scale_depth: float = 1.0
@@ -91,11 +92,11 @@ class LMConfig:
 class LocalConfig:
     """Numbers of the local encoder or of the DiT; the others are the base LM's."""
 
-    hidden_dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    kv_channels: int | None = None
+    hidden_dim: int = count()
+    ffn_dim: int = count()
+    num_heads: int = count()
+    num_layers: int = count(LAYERS)
+    kv_channels: int | None = count(default=None)
 
     @property
     def head_size(self):
@@ -110,13 +111,13 @@ class Config:
     encoder_config: LocalConfig
     dit_config: LocalConfig
     architecture: str = "voxcpm"
-    patch_size: int = 2
-    feat_dim: int = 64
-    residual_lm_num_layers: int = 6
+    patch_size: int = count(default=2)
+    feat_dim: int = count(default=64)
+    residual_lm_num_layers: int = count(LAYERS, default=6)
     residual_lm_no_rope: bool = False
-    scalar_quantization_latent_dim: int = 256
-    scalar_quantization_scale: int = 9
-    max_length: int = 4096
+    scalar_quantization_latent_dim: int = count(default=256)
+    scalar_quantization_scale: int = count(default=9)
+    max_length: int = count(default=4096)
     t_scheduler: str = "log-norm"  # of dit_config.cfm_config
     audio_vae_config: dict | None = None
 
@@ -126,35 +127,25 @@ class Config:
         return self.architecture == "voxcpm2"
 
 
-def read_section(cls, values, where):
-    """An instance of one of the dataclasses above; where: what errors call the section."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise Invalid(f"{where} lacks {', '.join(missing)}")
-    return cls(**{key: value for key, value in values.items() if key in fields})
-
-
-def read_config(raw, where):
-    """Config from the dictionary in config.json; a value that the published models never had is refused."""
-    dit = raw.get("dit_config", {})
-    flow = dit.get("cfm_config", {})
+def read_config(raw):
+    """Config from the record in config.json; a value that the published models never had is refused."""
+    where = raw.where
+    dit = need(raw, "dit_config", dict)
+    flow = need(dit, "cfm_config", dict, {})
     if dit.get("dit_mean_mode") or dit.get("mean_mode"):
         raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses "
                       "and which is not built")
     for key, choices in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
-        if flow.get(key, choices[0]) not in choices:
-            raise Invalid(f"{where}: cfm_config.{key} is {flow[key]!r}; known are {', '.join(choices)}")
-    if raw.get("architecture", "voxcpm") not in ("voxcpm", "voxcpm2"):
-        raise Invalid(f"{where}: architecture is {raw['architecture']!r}; known are voxcpm and voxcpm2")
-    values = dict(
-        raw,
-        lm_config=read_section(LMConfig, raw.get("lm_config", {}), f"{where}: lm_config"),
-        encoder_config=read_section(LocalConfig, raw.get("encoder_config", {}), f"{where}: encoder_config"),
-        dit_config=read_section(LocalConfig, dit, f"{where}: dit_config"),
-        t_scheduler=flow.get("t_scheduler", "log-norm"))
-    return read_section(Config, values, f"{where}: config.json")
+        if need(flow, key, str, choices[0]) not in choices:
+            raise Invalid(f"{where}: cfm_config.{key} is {shown(flow[key])}; known are {', '.join(choices)}")
+    if need(raw, "architecture", str, "voxcpm") not in ("voxcpm", "voxcpm2"):
+        raise Invalid(f"{where}: architecture is {shown(raw['architecture'])}; known are voxcpm and voxcpm2")
+    return typed(
+        Config, raw,
+        lm_config=typed(LMConfig, need(raw, "lm_config", dict)),
+        encoder_config=typed(LocalConfig, need(raw, "encoder_config", dict)),
+        dit_config=typed(LocalConfig, dit),
+        t_scheduler=need(flow, "t_scheduler", str, "log-norm"))
 
 
 TINY = Config(
@@ -168,9 +159,11 @@ class Training:
 
     training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
     float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
+    guess_weight: float = opt(0.0, "weight of a linear guess of each patch beside the flow, to learn from scratch; 0 is off")
+    history_noise: float = opt(0.0, "most noise on the past that a clip hears of itself, in its deviations; 0 is off")
 
     def __post_init__(self):
-        check(self, training_cfg_rate=0)
+        check(self, training_cfg_rate=0, guess_weight=0, history_noise=0)
 
 
 @dataclass
@@ -179,13 +172,14 @@ class Sampling:
 
     cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
     inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range")
+    noise_scale: float = opt(1.0, "factor of the noise that the solver starts from; less is steadier and less varied")
     min_len: int = opt(2, "patches after which the stop head is first asked")
     max_len: int = opt(4096, "patches at most")
     length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")
     retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
 
     def __post_init__(self):
-        check(self, inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
+        check(self, inference_timesteps=1, noise_scale=0, min_len=0, max_len=1, length_ratio=0, retries=0)
 
 
 # -------------------------------------------------------------------------------------------- modules
@@ -386,6 +380,18 @@ class Quantizer(nn.Module):
         return self.out_proj(y + (q - y).detach() if self.training else q)
 
 
+def blur(latents, most, generator):
+    """Latents (A, P, D) with noise of a strength drawn for the clip, up to `most` deviations of each channel.
+
+    Speaking freely, a model hears its own patches, never true ones; after a training on true ones it is soon
+    lost.
+    """
+    strength = most * torch.rand(1, generator=generator)
+    deviation = latents.std((0, 1), correction=0)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents + strength * deviation * noise
+
+
 class Part(NamedTuple):
     """A piece of a training sequence: tokens, or a clip."""
 
@@ -543,21 +549,23 @@ class VoxCPM(nn.Module):
         return len(example["text"]) + len(example["latents"]) + 1 + reference
 
     def collate(self, examples, seeds=None):
-        """Batch and counts. Draws of a row, from its seed: noise, time, keep. seeds=None: fixed, all kept."""
+        """Batch and counts. Draws of a row, from its seed: see _draw. seeds=None: fixed, all kept."""
         B = len(examples)
-        tokens, patches, is_patch, is_target, cond = [], [], [], [], []
+        tokens, patches, is_patch, is_target = [], [], [], []
         for e in examples:
             for part in self._sequence(e):
                 tokens.append(part.tokens)
                 patches.append(part.patches)
                 is_patch.append(torch.full((len(part.tokens),), len(part.patches) > 0))
                 is_target.append(torch.full((len(part.patches),), part.target))
-            latents = e["latents"].float()
-            cond.append(torch.cat([torch.zeros_like(latents[:1]), latents[:-1]]))  # the patch before each
         draws = [self._draw(e, None if seeds is None else seeds[b]) for b, e in enumerate(examples)]
-        noise, time, keep = (torch.cat(some) for some in zip(*draws))
+        # The patch before each.
+        cond = [torch.cat([torch.zeros_like(past[:1]), past[:-1]]) for *_, past in draws]
+        noise, time, keep, past = (torch.cat(some) for some in zip(*draws))
         place = torch.cat(is_patch).nonzero().flatten()
         target = torch.cat(is_target).nonzero().flatten()
+        patches = torch.cat(patches)
+        history = patches.index_copy(0, target, past)
         ends = torch.tensor([len(e["latents"]) for e in examples])
         stop = torch.zeros(len(target), dtype=torch.long)
         stop[ends.cumsum(0) - 1] = 1  # the last patch of a clip, not the position after it
@@ -571,7 +579,9 @@ class VoxCPM(nn.Module):
             "real": rows.repeat_interleave(sizes) * L + positions,
             # all patches, their positions among the tokens, which of them are targets, and what predicts
             # those
-            "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
+            "patches": patches, "place": place, "target": target, "before": place[target] - 1,
+            # what the model hears of the patches: themselves, or blurred
+            "history": history,
             # of each target: the patch before it, its label, its row, its number in the row
             "cond": torch.cat(cond), "stop": stop, "row": rows.repeat_interleave(ends),
             "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
@@ -595,8 +605,12 @@ class VoxCPM(nn.Module):
         yield clip(latents, True)
 
     def _draw(self, example, seed):
-        """(noise, time, keep) of the target patches of a row; seed None: fixed by its text, and all kept."""
-        A = len(example["latents"])
+        """(noise, time, keep, past) of the target patches of a row; seed None: fixed by its text, all kept.
+
+        The past is what the row hears of its own patches.
+        """
+        past = example["latents"].float()
+        A = len(past)
         fixed = zlib.crc32(example["text"].numpy().tobytes()) if seed is None else seed
         g = torch.Generator().manual_seed(fixed)
         noise = torch.randn(A, self.config.patch_size, self.config.feat_dim, generator=g)
@@ -606,12 +620,17 @@ class VoxCPM(nn.Module):
             time = torch.rand(A, generator=g)
         dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
         keep = torch.ones_like(dropped) if seed is None else ~dropped
-        return noise, time, keep
+        if self.training_options.history_noise and seed is not None:
+            past = blur(past, self.training_options.history_noise, g)
+        return noise, time, keep, past
 
     def counts(self, batch):
         N, P = len(batch["target"]), self.config.patch_size
-        return {"loss/diff": N * P, "loss/stop": N,
-                "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        out = {"loss/diff": N * P, "loss/stop": N,
+               "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        if self.training_options.guess_weight:
+            out["metric/guess"] = N * P
+        return out
 
     # -------------------------------------------------------------------------- training
 
@@ -620,7 +639,7 @@ class VoxCPM(nn.Module):
         dtype = self.dtype
         # of the packed positions: a row after the other, no padding
         place, before = batch["place"], batch["before"]
-        embed = self.enc_to_lm_proj(self.feat_encoder(batch["patches"].to(dtype)))  # (M, H)
+        embed = self.enc_to_lm_proj(self.feat_encoder(batch["history"].to(dtype)))  # (M, H)
         x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
         packing = Packing(batch["real"], batch["B"], batch["L"])
         contexts = self._contexts(batch["positions"], Context(mask=packing))
@@ -636,7 +655,15 @@ class VoxCPM(nn.Module):
 
         logits = self._stop_logits(lm_h).float()
         stop = F.cross_entropy(logits, batch["stop"], reduction="sum")
-        return {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
+        out = {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
+        weight = self.training_options.guess_weight
+        if weight:
+            guess = self._guess(lm_h, res_h).view_as(clean)
+            wrong = (guess - clean).square().mean(-1).sum()
+            out["metric/guess"] = wrong.detach()
+            if self.training:  # validation stays comparable with runs that guess nothing
+                out["loss/diff"] = diff + weight * wrong
+        return out
 
     def _stop_metrics(self, logits, batch):
         """How often the stop head (N, 2) is right, and how many patches off each clip would end."""
@@ -676,6 +703,18 @@ class VoxCPM(nn.Module):
     def _condition(self, lm_h, res_h):
         a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
         return torch.cat([a, b], -1) if self.config.fused else a + b
+
+    def _guess(self, lm_h, res_h):
+        """What a fixed matrix reads off the two states that condition the DiT, (N, P * D) float32.
+
+        The flow teaches a model drawn at random how a patch goes on long before it teaches which patch the
+        text wants: its gradient reaches the text through noise, and the quantiser rounds small differences
+        away. The guess is a short way. Its matrix is drawn, not trained, so that it is no part of the model
+        and of no file; the states turn towards it.
+        """
+        H, size = self.config.lm_config.hidden_size, self.config.patch_size * self.config.feat_dim
+        drawn = torch.randn(2 * H, size, generator=torch.Generator().manual_seed(0)) / math.sqrt(2 * H)
+        return torch.cat([lm_h, res_h], -1).float() @ drawn.to(lm_h.device)
 
     def _stop_logits(self, lm_h):
         return self.stop_head(F.silu(self.stop_proj(lm_h)))
@@ -790,7 +829,8 @@ class VoxCPM(nn.Module):
         caches, lm_h, res_h = self._read(batch, requests)
         for n in range(max(caps)):
             numbers = speaking.requests
-            z = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers]).to(self.device)
+            noise = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers])
+            z = s.noise_scale * noise.to(self.device)
             mu = self._condition(lm_h, res_h)
             patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
             ended = [0] * len(numbers)
@@ -968,7 +1008,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     draws them.
     """
     folder, extra = Path(folder), extra or {}
-    config = read_config(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    config = read_config(read_object(folder / "config.json"))
     codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
     tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
     scratch = weights == "scratch"

@@ -273,8 +273,8 @@ def test_an_unknown_speaker_is_answered_with_the_known(home):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say alpha"),
-    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": "4", "alpha": 8}}'), "does not say r"),
+    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say lora_alpha"),
+    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": "4", "alpha": 8}}'), "r is '4', expected a whole number"),
     (lambda a: (a / "lora_config.json").write_text("[1]"), "expected a map of settings"),
     (lambda a: (a / "lora_config.json").write_text('{"lora_config"'), "not valid JSON"),
     (lambda a: (a / "lora_config.json").unlink(), "alpha is unknown"),

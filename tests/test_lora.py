@@ -219,7 +219,7 @@ def test_where_dropout_acts_comes_with_an_adapter_of_the_same_shape(model, tmp_p
 
 
 @pytest.mark.parametrize("words, why", [({"init_lora_weights": "pissa"}, "moves the base weights"), ({"alora_invocation_tokens": [1]}, "aLoRA"),
-                                        ({"lora_alpha": float("nan")}, "does not say alpha")])
+                                        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number")])
 def test_peft_adapters_that_mean_something_else_are_refused(model, tmp_path, words, why):
     lora.apply_lora_to_model(model, {"r": 2, "enable_lm": True})
     lora.save_lora_weights(model, tmp_path / "p", format="peft")
@@ -287,7 +287,7 @@ def test_a_minimal_peft_folder_loads_with_its_patterns(model, tmp_path):
     ({}, {"base_model.model.base_lm.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, "no such module"),
     ({}, {"base_model.model.base_lm.layers.2.self_attn.q_proj.lora_A.weight": torch.ones(4, 48)}, "only one of lora_A and lora_B"),
     ({"r": 8}, {}, "has rank 4, adapter_config.json says 8"),
-    ({"lora_alpha": None}, {}, "does not say alpha"),
+    ({"lora_alpha": None}, {}, "does not say lora_alpha"),
     ({"peft_type": "LOHA"}, {}, "type LOHA"),
 ])
 def test_what_is_not_plain_lora_is_refused_by_name_before_anything_changes(model, tmp_path, config, extra, words):

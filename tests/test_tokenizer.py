@@ -278,7 +278,7 @@ def test_what_is_not_supported_is_named():
     split_step = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     cases = {
         "WordPiece": {"model": {"type": "WordPiece", "vocab": {}}},
-        "None": {"vocab": {}},
+        "does not say model": {"vocab": {}},
         "dropout is 0.1": small(model={"dropout": 0.1}),
         "end_of_word_suffix is '</w>'": small(model={"end_of_word_suffix": "</w>"}),
         "continuing_subword_prefix is '##'": small(model={"continuing_subword_prefix": "##"}),

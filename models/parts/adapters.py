@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from models.parts import Invalid, checkpoint
+from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
          "peft": ("adapter_model.safetensors", "adapter_model.bin"),
@@ -51,7 +52,7 @@ class Adapter:
     """One file, or several stacked, in the names and the row order of the model that it was read for."""
 
     path: Path
-    settings: dict  # keyword arguments of LoRAConfig
+    settings: dict  # values of LoRAConfig, not yet of its types
     record: dict  # what the header says of backbone, base and speakers
     pairs: dict = field(default_factory=dict)  # {module: Pair}
     bias: dict = field(default_factory=dict)  # {module: (out,)}
@@ -86,7 +87,9 @@ def read_record(path):
     weights, _, _ = locate(path)
     if weights.suffix != ".safetensors":
         return {}
-    return json.loads(checkpoint.read_metadata(weights).get("adapter_record") or "{}")
+    text = checkpoint.read_metadata(weights).get("adapter_record") or "{}"
+    where = f"the record in {weights}"
+    return an_object(parse(text, where), where)
 
 
 # ----------------------------------------------------------------------------------------- settings in a file
@@ -95,7 +98,7 @@ def read_record(path):
 class Meaning(NamedTuple):
     """What a config file says, in our words."""
 
-    settings: dict  # keyword arguments of LoRAConfig; r and alpha are None where it does not say them
+    settings: dict  # values of LoRAConfig
     scale: Callable  # of a module's published name
     mixed_ranks: bool = False  # whether modules may have another rank than r
 
@@ -103,44 +106,36 @@ class Meaning(NamedTuple):
 def _read_settings(config, record, kind, weights):
     """The Meaning of the config file, or of the record where that file is gone."""
     if config:
-        raw = checkpoint.read_json(config)
-        sections = ("lora_config", "lora_parameters")
-        if not isinstance(raw, dict) or not all(isinstance(raw.get(key, {}), dict) for key in sections):
-            raise Invalid(f"{config}: expected a map of settings")
-        meaning = SETTINGS[kind](raw, config)
-    elif "settings" in record:
-        meaning = _recorded_settings(record)
-    else:
-        raise Invalid(f"{weights} comes without {CONFIGS[kind]}, so its alpha is unknown and its strength "
-                      "would be a guess; put the file beside the weights, or write it with what it was "
-                      'trained with, such as {"r": 8, "alpha": 16}')
-    r, alpha = meaning.settings["r"], meaning.settings["alpha"]
-    missing = None
-    if type(r) is not int or r < 1:
-        missing = "r"
-    elif type(alpha) not in (int, float) or not math.isfinite(alpha):
-        missing = "alpha"
-    if missing:
-        raise Invalid(f"{config or weights} does not say {missing}, without which the adapter's strength is "
-                      "unknown")
-    return meaning
+        return SETTINGS[kind](read_object(config))
+    if "settings" in record:
+        return _recorded_settings(need(record, "settings", dict))
+    raise Invalid(f"{weights} comes without {CONFIGS[kind]}, so its alpha is unknown and its strength would be "
+                  "a guess; put the file beside the weights, or write it with what it was trained with, such "
+                  'as {"r": 8, "alpha": 16}')
 
 
-def _recorded_settings(record):
-    settings = dict(record["settings"])
-    scale = settings.pop("scale")
-    return Meaning(settings, lambda module: scale)
+def _rank(raw, key):
+    return need(raw, key, int, at_least=1, at_most=LARGEST)
+
+
+def _dropout(raw, key):
+    return need(raw, key, float, 0.0, at_least=0, at_most=1)
+
+
+def _recorded_settings(raw):
+    scale = need(raw, "scale", float)
+    return Meaning({**raw, "r": _rank(raw, "r")}, lambda module: scale)
 
 
 VOXCPM_WORDS = ("enable_lm", "enable_dit", "enable_proj",
                 "target_modules_lm", "target_modules_dit", "target_proj_modules")
 
 
-def _voxcpm_settings(raw, config):
-    raw = raw.get("lora_config", raw)
-    r = raw.get("r", raw.get("rank"))
-    alpha = raw.get("alpha", raw.get("lora_alpha"))
-    settings = dict(r=r, alpha=alpha, dropout=raw.get("dropout", 0.0))
+def _voxcpm_settings(raw):
+    raw = need(raw, "lora_config", dict, raw)
+    r = _rank(raw, "r" if "r" in raw else "rank")
+    alpha = need(raw, "alpha" if "alpha" in raw else "lora_alpha", float)
+    settings = dict(r=r, alpha=alpha, dropout=_dropout(raw, "dropout"))
     for key in VOXCPM_WORDS:
         if raw.get(key) is not None:
             settings[key] = raw[key]
@@ -151,53 +146,72 @@ def _voxcpm_settings(raw, config):
 MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _peft_settings(raw, config):
+def _peft_settings(raw):
     if raw.get("use_dora"):
-        raise Invalid(f"{config} is a DoRA adapter (use_dora), which is not supported; train it as plain "
+        raise Invalid(f"{raw.where} is a DoRA adapter (use_dora), which is not supported; train it as plain "
                       "LoRA")
-    if raw.get("peft_type", "LORA") != "LORA":
-        raise Invalid(f"{config} is of type {raw['peft_type']}; only LORA is supported")
+    kind = need(raw, "peft_type", str, "LORA")
+    if kind != "LORA":
+        raise Invalid(f"{raw.where} is of type {shown(kind)}; only LORA is supported")
     start = str(raw.get("init_lora_weights", True)).lower()
-    why = f"was started by {start}, which moves the base weights" if start.startswith(MOVED_BASES) else ""
+    why = f"was started by {shown(start)}, which moves the base weights" if start.startswith(MOVED_BASES) else ""
     if raw.get("alora_invocation_tokens"):
         why = "works from certain tokens on (aLoRA)"
     if why:
-        raise Invalid(f"{config}: this adapter {why}; that is not supported. PEFT can save it as plain LoRA "
+        raise Invalid(f"{raw.where}: this adapter {why}; that is not supported. PEFT can save it as plain LoRA "
                       "(path_initial_model_for_weight_conversion).")
-    r, alpha, rslora = raw.get("r"), raw.get("lora_alpha"), raw.get("use_rslora", False)
-    ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+    r, alpha = _rank(raw, "r"), need(raw, "lora_alpha", float)
+    rslora = need(raw, "use_rslora", bool, False)
+    rank_of = _by_pattern(raw, "rank_pattern", int, r)
+    alpha_of = _by_pattern(raw, "alpha_pattern", float, alpha)
 
     def scale(module):
-        rank = _by_pattern(ranks, module, r)
-        return _by_pattern(alphas, module, alpha) / (math.sqrt(rank) if rslora else rank)
+        rank = rank_of(module)
+        return alpha_of(module) / (math.sqrt(rank) if rslora else rank)
 
-    dropout = raw.get("lora_dropout", 0.0)
+    dropout = _dropout(raw, "lora_dropout")
     settings = dict(r=r, alpha=alpha, dropout=dropout, rslora=rslora, dropout_after=False)
-    return Meaning(settings, scale, mixed_ranks=bool(ranks))
+    return Meaning(settings, scale, mixed_ranks=bool(raw.get("rank_pattern")))
 
 
-def _by_pattern(patterns, module, default):
-    for pattern, value in patterns.items():
-        if module == pattern or re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+MOST_PATTERNS = 1000  # each is tried on each module
 
 
-def _mlx_settings(raw, config):
-    if raw.get("fine_tune_type", "lora") != "lora":
-        raise Invalid(f"{config}: fine_tune_type is {raw['fine_tune_type']!r}; only lora is supported")
-    p = raw.get("lora_parameters", {})
-    return _settings_of_scale(p.get("rank"), p.get("scale"), dropout=p.get("dropout", 0.0))
+def _by_pattern(raw, key, kind, default):
+    """module -> the value of the first pattern in raw[key] that means it."""
+    entries = need(raw, key, dict[str, kind], {})
+    if len(entries) > MOST_PATTERNS:
+        raise Invalid(f"{raw.where}: {key} has {len(entries)} entries, at most {MOST_PATTERNS} are read")
+    known = []
+    for text in entries:
+        number = _rank(entries, text) if kind is int else need(entries, text, kind)
+        known.append((text, pattern_of(text, f"{raw.where}: {key}"), number))
+
+    def value(module):
+        ends = [module[dot + 1:] for dot, char in enumerate(module) if char == "."]
+        for text, pattern, number in known:
+            if module == text or any(pattern.fullmatch(end) for end in [module, *ends]):
+                return number
+        return default
+
+    return value
 
 
-def _moshi_settings(raw, config):
-    return _settings_of_scale(raw.get("lora_rank"), raw.get("lora_scaling"))
+def _mlx_settings(raw):
+    kind = need(raw, "fine_tune_type", str, "lora")
+    if kind != "lora":
+        raise Invalid(f"{raw.where}: fine_tune_type is {shown(repr(kind))}; only lora is supported")
+    p = need(raw, "lora_parameters", dict)
+    return _settings_of_scale(_rank(p, "rank"), need(p, "scale", float), dropout=_dropout(p, "dropout"))
+
+
+def _moshi_settings(raw):
+    return _settings_of_scale(_rank(raw, "lora_rank"), need(raw, "lora_scaling", float))
 
 
 def _settings_of_scale(r, scale, **more):
     """Formats that state the scale: it is applied as it stands there, and alpha follows from it."""
-    alpha = None if r is None or scale is None else scale * r
-    return Meaning(dict(r=r, alpha=alpha, **more), lambda module: scale)
+    return Meaning(dict(r=r, alpha=scale * r, **more), lambda module: scale)
 
 
 SETTINGS = {"voxcpm": _voxcpm_settings, "peft": _peft_settings,
@@ -245,10 +259,11 @@ def _check_base(path, record, model, ignore_base):
     if not record:
         print(f"{path} does not record its base (another tool wrote it); taken on trust", file=sys.stderr)
         return
-    if record["backbone"] != model.backbone:
-        raise Invalid(f"{path} is an adapter for {record['backbone']}, the model is {model.backbone}")
-    if record["fingerprint"] != model.fingerprint and not ignore_base:
-        theirs = f"{record['base']}, fingerprint {record['fingerprint']}"
+    backbone, fingerprint = need(record, "backbone", str), need(record, "fingerprint", str)
+    if backbone != model.backbone:
+        raise Invalid(f"{path} is an adapter for {shown(backbone)}, the model is {model.backbone}")
+    if fingerprint != model.fingerprint and not ignore_base:
+        theirs = shown(f"{need(record, 'base', str, '')}, fingerprint {fingerprint}", 200)
         raise Invalid(f"{path} was trained on another base ({theirs}) than {model.path} (fingerprint "
                       f"{model.fingerprint}). If you want that, say --ignore_base.")
 

@@ -8,10 +8,13 @@ Rows are those of models.parts.manifests. The model offers encode, encode_audio,
 sample_rate; and encode_audio_batch, several waves in and as many codec outputs out, where its codec can take
 more than one at a time.
 """
+import contextlib
 import copy
 import hashlib
 import json
 import os
+import re
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +27,7 @@ import torch
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
 from models.parts.manifests import CUT, FEATURES, Fault, Place, for_encode, holders, listing, voices
+from models.parts.plain import TEMPORARY, is_alive, parse, shown, write_file
 
 # A shard is written when it has one of these: little is lost by a kill, and the files stay few.
 SHARD_BYTES = 64 << 20
@@ -34,42 +38,31 @@ SHARD_RECORDS = 4096
 BATCH_SECONDS = {"cpu": 0, "cuda": 120}
 # Audio in the passes of all threads: a second takes some 6 MB in each layer (24 kHz, 64 channels).
 MEMORY_SECONDS = 240
-STALE_SECONDS = 600  # no write takes that long: what is older was left by a process that was killed
+STALE_SECONDS = 60  # without a byte written, by a process that does not run here: it was killed
 SAY_SECONDS = 5  # between two lines of progress
 MOST_GAIN = 1e3  # dB: makes any wave infinite, which is refused, and is no power that Python cannot compute
 HASH_DIGITS = 32  # of 64: 128 bits never meet by accident
 SHARD_DIGITS = 12  # of those, in the name of a shard: enough to show damage
+# The only names that are read, written or deleted in the folder: somebody else's files may lie beside them.
+SHARD_NAME = rf"(\d{{5,}})-([0-9a-f]{{{SHARD_DIGITS}}})\.safetensors"
+MEMOS = {"files.json": 3, "shards.json": 2}  # how many values an entry has
+TEMPORARIES = TEMPORARY.format(name=rf"(?:{SHARD_NAME}|files\.json|shards\.json)")
 
 
 # ------------------------------------------------------------------------------------------- files and hashes
 
 
-def write_file(path, data):
-    """Bytes that appear whole or not at all, and are on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise Invalid(f"{path} cannot be written: {e.strerror}. Free space or choose another folder; "
-                      "what was written before is whole.") from None
-
-
 def stamp(path):
     """Size and time of change: while both stay, a file is taken to be the same."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns]
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
 def read_memo(path):
     """A JSON object, or an empty one where there is none: a memo only saves time."""
     try:
-        memo = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+        memo = parse(Path(path).read_bytes(), path) if Path(path).is_file() else {}
+    except (OSError, Invalid):
         return {}
     return memo if isinstance(memo, dict) else {}
 
@@ -118,6 +111,30 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ the cache
+
+# What reading a file that is no shard may raise.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)
+
+
+def shard_number(path):
+    return int(re.fullmatch(SHARD_NAME, path.name)[1])
+
+
+def read_header(shard):
+    """The JSON in front of the tensors. Its length is believed only if the file is that long."""
+    status = os.stat(shard)
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+        raise ValueError("no file")
+    with open(shard, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > status.st_size:
+            raise ValueError("damaged")
+        return parse(f.read(length), shard)
+
+
+def is_record(record):
+    """Whether it is {name: [tensor, shape]}."""
+    return all(isinstance(tensor, str) and isinstance(shape, list) for tensor, shape in record.values())
 
 
 class Sound(NamedTuple):
@@ -176,17 +193,43 @@ class ClipCache:
         self.folder, self.model = Path(folder), model
         self.records, self.shard_of = {}, {}  # key -> record, tensor -> file
         self.handles, self.whole_tensors = {}, set()  # open shards, and tensors whose hashes were right
-        self.bad, self.failed = [], {}  # damaged shards; names of rows that the model refuses, and why
+        self.proven = set()  # shards whose records are those that their name promises
+        self.bad = []  # shards of ours that are damaged; they go when their rows are encoded again
+        self.strange = {}  # {file: why it is neither read nor touched, although its name is one of ours}
+        self.failed = {}  # names of rows that the model refuses, and why
         # path -> [size, time, hash]: saves reading the files again
-        self.memo = read_memo(self.folder / "files.json")
-        # shard -> [size, time] at which all of its hashes were right
-        whole = read_memo(self.folder / "shards.json")
-        for shard in sorted(self.folder.glob("*.safetensors")):
+        self.memo = self._read_memo("files.json")
+        # shard -> [size, time] at which all of its hashes were right; null: to be looked at
+        whole = self._read_memo("shards.json")
+        for shard in self._shards():
             try:
                 self._open(shard, whole.get(shard.name))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
-                self.bad.append(shard)
+            except OSError as e:  # says nothing of what lies there
+                self.strange[shard] = e.strerror or str(e)
+            except BROKEN:
+                self._judge(shard, whole)
         self.records = {key: record for key, record in self.records.items() if self._is_whole(record)}
+
+    def _shards(self):
+        """Files that are named as we name shards, in the order in which they were written."""
+        return [path for path in sorted(self.folder.glob("*.safetensors")) if re.fullmatch(SHARD_NAME, path.name)]
+
+    def _judge(self, shard, whole):
+        """What is broken is ours if we wrote down that we made it, or if its records are those of its name."""
+        if shard.name in whole or shard in self.proven:
+            self.bad.append(shard)
+        else:
+            self.strange[shard] = "it is no shard of this cache"
+
+    def _read_memo(self, name):
+        """The memo of that name, if it has the form of ours: another file of that name is somebody else's."""
+        path = self.folder / name
+        memo = read_memo(path)
+        entries = [entry for entry in memo.values() if entry is not None]
+        ours = all(isinstance(entry, list) and len(entry) == MEMOS[name] for entry in entries)
+        if path.exists() and not (memo and ours):
+            self.strange[path] = "it is no memo of this cache"
+        return memo if ours else {}
 
     def _is_whole(self, record):
         """A shard that is lost or damaged takes tensors with it that records of other shards name."""
@@ -194,13 +237,14 @@ class ClipCache:
 
     def _open(self, shard, whole):
         now = stamp(shard)
-        with open(shard, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
+        header = read_header(shard)
         records = header.pop("__metadata__")["records"]
-        if sha(records)[:SHARD_DIGITS] != shard.stem.rpartition("-")[2]:
+        if sha(records)[:SHARD_DIGITS] != re.fullmatch(SHARD_NAME, shard.name)[2]:
             raise ValueError("damaged")
-        records = json.loads(records)
+        self.proven.add(shard)
+        records = parse(records, shard)
+        if not all(map(is_record, records.values())):
+            raise ValueError("damaged")
         if whole != now:  # copied, restored or touched since it was written
             tensors = safetensors.torch.load_file(shard)
             if any(hash_of(tensor) != name for name, tensor in tensors.items()):
@@ -210,10 +254,15 @@ class ClipCache:
         self.records.update(records)
 
     def _remember(self, shard):
-        whole = read_memo(self.folder / "shards.json")
-        self._note("shards.json", whole | {shard.name: stamp(shard)})
+        self._note("shards.json", self._read_memo("shards.json") | {shard.name: stamp(shard)})
+
+    def _doubt(self, shard):
+        """Let the next start look at every byte of a shard; that we made it stays written down."""
+        self._note("shards.json", self._read_memo("shards.json") | {shard.name: None})
 
     def _note(self, name, memo):
+        if self.folder / name in self.strange:
+            return
         try:
             write_file(self.folder / name, json.dumps(memo).encode("utf-8", "surrogatepass"))
         except Invalid:  # a cache that may only be read is still a cache
@@ -290,6 +339,7 @@ class ClipCache:
                     self.handles[shard] = safetensors.safe_open(shard, "pt")
                 flat = self.handles[shard].get_tensor(tensor)
             except (OSError, safetensors.SafetensorError) as e:
+                self._doubt(shard)
                 raise Invalid(f"{shard} cannot be read ({e}); run prepare_data.py again") from None
             if tensor not in self.whole_tensors:  # looked at once per process
                 self._check(flat, tensor, shard)
@@ -298,8 +348,7 @@ class ClipCache:
 
     def _check(self, flat, tensor, shard):
         if hash_of(flat) != tensor:
-            memo = self.folder / "shards.json"
-            memo.unlink(missing_ok=True)  # so that the next start looks at every byte
+            self._doubt(shard)
             raise Invalid(f"{shard} is damaged; run the same command again, "
                           "and its rows will be encoded again")
         self.whole_tensors.add(tensor)
@@ -312,6 +361,8 @@ class ClipCache:
         if self.bad:
             names = ", ".join(shard.name for shard in self.bad[:3])
             say(f"{len(self.bad)} damaged shards in {self.folder} ({names}): encoding their rows again")
+        for path, why in self.strange.items():
+            say(f"{path} is left alone: {why}")
         plans, sounds = {}, {}
         names = {}  # by the key of the example
         for row in rows:
@@ -347,9 +398,14 @@ class ClipCache:
                           "yet. Free space, or give train.py another folder as --cache_dir.") from None
 
     def _sweep(self):
+        """Delete what a killed process was writing, if it is named as we name that."""
         for temporary in self.folder.glob(".*.tmp"):
-            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
-                temporary.unlink(missing_ok=True)
+            name = re.fullmatch(TEMPORARIES, temporary.name)
+            if not name or is_alive(int(name.groups()[-1])):
+                continue
+            with contextlib.suppress(OSError):  # another process may have swept it
+                if time.time() - temporary.lstat().st_mtime > STALE_SECONDS:
+                    temporary.unlink()
 
     def _refuse_failed(self):
         """Name each reason once, with the first row that has it."""
@@ -460,7 +516,7 @@ class ClipCache:
         if not shard.records:
             return
         header = {"records": json.dumps(shard.records)}
-        number = len(list(self.folder.glob("*.safetensors"))) + 1
+        number = max([shard_number(path) for path in self._shards()], default=0) + 1
         path = self.folder / f"{number:05d}-{sha(header['records'])[:SHARD_DIGITS]}.safetensors"
         write_file(path, safetensors.torch.save(shard.tensors, header))
         self._remember(path)
@@ -493,7 +549,7 @@ def progress_line(what, progress, total):
 
 
 def name_of(row):
-    return str(row.get("id", row.get("audio")))
+    return shown(row.get("id", row.get("audio")), 300)
 
 
 def as_record(output):

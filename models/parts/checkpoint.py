@@ -9,6 +9,7 @@
 shapes equal. Tensors are read one at a time, so loading peaks at one copy of the model in the wanted dtype.
 """
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.parts import Invalid
+from models.parts.plain import (LARGEST_JSON, TEMPORARY, an_object, need, parse, read_bytes,
+                                read_json,  # noqa: F401  (of all that reads a checkpoint's JSON)
+                                read_object, shown, temporary_name)
 
 # Keys under which trainers put the state dict inside what they save.
 WRAPPERS = ("state_dict", "model", "net", "generator", "module")
@@ -59,12 +63,12 @@ def read(path) -> dict[str, Stored]:
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
-        stored = {}
-        for shard in sorted(set(read_json(path)["weight_map"].values())):
-            stored.update(read(path.parent / shard))
-        return stored
+        return _read_shards(path)
     if not path.is_file():
         raise Invalid(f"no file at {path}")
+    damage = check_file(path)  # of a step folder, which says what was written
+    if damage:
+        raise Invalid(f"{damage}. Take an earlier step.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     state = _unwrap(_read_pickle(path), path)
@@ -72,6 +76,16 @@ def read(path) -> dict[str, Stored]:
         state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
     return {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
+
+
+def _read_shards(path):
+    stored = {}
+    weight_map = need(read_object(path), "weight_map", dict[str, str])
+    for shard in sorted(set(weight_map.values())):
+        if shard.endswith(".index.json"):  # it could name this one, and so on for ever
+            raise Invalid(f"{path} names {shown(shard)} as a file of weights; an index names no other index")
+        stored.update(read(path.parent / shard))
+    return stored
 
 
 def _read_safetensors(path):
@@ -86,26 +100,26 @@ def _read_safetensors(path):
                 part = f.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype())
                 out[name] = Stored(part.get_shape(), dtype, lambda name=name: load(name))
-    except safetensors.SafetensorError as e:
-        raise Invalid(f"{path} is damaged or not a safetensors file ({e}). Copy it again.") from None
+    except (OSError, safetensors.SafetensorError) as e:
+        raise Invalid(f"{path} is damaged or not a safetensors file ({shown(e, 200)}). Copy it again.") from None
     return out
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
+          "BOOL": torch.bool, "C64": torch.complex64}
 # What torch.load raises for bytes that are no PyTorch file; which of them depends on where they stop making
 # sense.
 MALFORMED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-             AssertionError)
+             AssertionError, MemoryError, ArithmeticError)
 
 
 def _read_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as e:
+    except pickle.UnpicklingError:  # torch's own text tells how to open it all the same
         raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run "
-                      f"code ({_first_line(e)}). Ask its author for a safetensors file.") from None
+                      "code. Ask its author for a safetensors file.") from None
     except MALFORMED as e:
         raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
 
@@ -116,19 +130,26 @@ def _is_zip(path):
         return f.read(2) == b"PK"
 
 
+DEEPEST = 8  # wrappers around wrappers: one that holds itself would have no end
+
+
 def _unwrap(state, path):
     """The state dict inside what a pickle holds."""
-    while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
+    for _ in range(DEEPEST):
+        if not isinstance(state, dict) or any(torch.is_tensor(v) for v in state.values()):
+            break
         inner = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
         if inner:
             state = state[inner[0]]
             continue
         joined = _side_by_side(state)
         if not any(torch.is_tensor(v) for v in joined.values()):
-            raise Invalid(f"{path} holds no tensors; its keys are {', '.join(map(str, list(state)[:8]))}")
+            raise Invalid(f"{path} holds no tensors; its keys are {shown(list(state)[:8], 200)}")
         state = joined
-    if not isinstance(state, dict):
-        raise Invalid(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise Invalid(f"{path} holds a {type(state).__name__}, expected a dictionary of named tensors")
+    if not any(torch.is_tensor(v) for v in state.values()):
+        raise Invalid(f"{path} holds no tensors {DEEPEST} levels deep")
     return state
 
 
@@ -142,7 +163,7 @@ def _side_by_side(state):
 
 
 def _first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return shown(next(iter(str(error).splitlines()), type(error).__name__), 200)
 
 
 def read_metadata(path) -> dict[str, str]:
@@ -150,15 +171,8 @@ def read_metadata(path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, "pt") as f:
             return f.metadata() or {}
-    except safetensors.SafetensorError as e:
-        raise Invalid(f"{path} is damaged or not a safetensors file ({e}). Copy it again.") from None
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise Invalid(f"{path} is not valid JSON: {e}") from None
+    except (OSError, safetensors.SafetensorError) as e:
+        raise Invalid(f"{path} is damaged or not a safetensors file ({shown(e, 200)}). Copy it again.") from None
 
 
 # {pattern of the length g's name: name of the direction v}, as torch wrote them before and since 2.0
@@ -252,6 +266,8 @@ def _match(model, stored, rename, unused):
         elif tuple(places[place].shape) != tensor.shape:
             shapes = f"{list(tensor.shape)}, the model has {list(places[place].shape)}"
             match.misfits.append(f"{name} is {shapes}")
+        elif places[place].is_floating_point() and not _is_floating(tensor):
+            match.misfits.append(f"{name} is {tensor.dtype}, the model has {places[place].dtype}")
         elif place in match.filled:
             match.misfits.append(f"{name} and {match.filled[place]} are the same tensor of the model")
         else:
@@ -260,6 +276,11 @@ def _match(model, stored, rename, unused):
         if place not in match.filled and not any(place in text for text in match.misfits):
             match.missing.append(place)
     return match
+
+
+def _is_floating(tensor):
+    """Also of a dtype that has no name here: those are the smaller floating ones."""
+    return tensor.dtype is None or tensor.dtype.is_floating_point
 
 
 NAMED = 6  # names of each kind in a message: enough to see the pattern, few enough to read
@@ -286,7 +307,7 @@ def _does_not_fit(what, total, match):
 
 def _some(names):
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(shown(name, 160) for name in names[:NAMED]) + more
 
 
 def main_dtype(stored):
@@ -295,6 +316,8 @@ def main_dtype(stored):
     for tensor in stored.values():
         if tensor.dtype is not None and tensor.dtype.is_floating_point:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    if not sizes:
+        raise Invalid("the checkpoint has no floating weights at all; is it the right file?")
     return max(sizes, key=sizes.get)
 
 
@@ -330,7 +353,7 @@ def weights(model, merged=False) -> dict[str, torch.Tensor]:
     for name, p, module, leaf in published(model):
         if hasattr(module, "code_scale"):
             raise Invalid(f"{name} was rounded to a few bits when the model was loaded, and rounded weights "
-                          "are never saved. Load the base with base_bits 16; merge_lora.py does.")
+                          "are never saved. Load the base with base_bits 16, as merging does.")
         value = module.merged(leaf) if merged and hasattr(module, "added") else p.detach()
         out[name] = value.to(getattr(p, "published_dtype", value.dtype))
     return out
@@ -365,10 +388,9 @@ def write_step(root, step, write, state) -> Path:
     root = Path(root)
     name = f"step_{step:07d}"
     tmp = root / f"{name}.tmp"
-    if tmp.exists():
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
     try:
+        remove(tmp)  # of an earlier try
+        tmp.mkdir(parents=True)
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": checksum(p)} for p in files}
@@ -389,26 +411,36 @@ def write_step(root, step, write, state) -> Path:
 
 def _replace(tmp, folder):
     """Rename tmp to folder; an old one stays readable under another name until the new one is in place."""
-    old = folder.with_name(f"{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
+    old = put_aside(folder) if os.path.lexists(folder) else None  # a free name: what lies under others may be a user's
     os.rename(tmp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def point(root, name):
     """Let root/latest name a step folder: a link, or a text file where links are refused."""
-    tmp, latest = root / "latest.tmp", root / "latest"
-    tmp.unlink(missing_ok=True)
+    tmp, latest = root / temporary_name("latest"), root / "latest"
+    sweep(latest)
     try:
         tmp.symlink_to(name)
     except OSError:
         tmp.write_text(name)
-    if latest.is_dir() and not latest.is_symlink():  # a copy that followed the link
+    if not latest.is_symlink() and os.path.lexists(latest) and not _names_a_step(latest):
         put_aside(latest)
     os.replace(tmp, latest)
     _flush(root)
+
+
+def sweep(path):
+    """Delete what killed processes were writing in place of `path`; call it where no other can be writing."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        if re.fullmatch(TEMPORARY.format(name=re.escape(path.name)), temporary.name):
+            remove(temporary)
+
+
+def _names_a_step(latest):
+    """Whether it is the text file of `point`; a folder is a copy that followed the link, the rest a user's."""
+    return latest.is_file() and re.fullmatch(rb"step_\d+", latest.read_bytes()[:30]) is not None
 
 
 def put_aside(path) -> Path:
@@ -416,7 +448,7 @@ def put_aside(path) -> Path:
     path = Path(path)
     for n in itertools.count(1):
         aside = path.with_name(f"{path.name}.before-{n}")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             return path.rename(aside)
 
 
@@ -429,6 +461,18 @@ def checksum(path):
         while block := f.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def stamp(path):
+    """Size and time of change: while both stay, a file is taken to be the same."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(64)
+def _checksum(path, stamp):
+    """The checksum of a file that has this stamp: read once, however often it is loaded."""
+    return checksum(path)
 
 
 def _flush(path):
@@ -447,32 +491,44 @@ def check_step(folder) -> str | None:
     if not (folder / INDEX).is_file():
         return f"{folder} has no {INDEX}: it was not completed"
     try:
-        text = (folder / INDEX).read_text()
-        index = json.loads(text)
-        files, stated = index["files"], index["checksum"]
-        if f"{zlib.crc32(text.replace(stated, NO_SUM).encode()):08x}" != stated:
-            return f"{folder / INDEX} does not have the checksum it was written with"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = _read_index(folder / INDEX)
+    except (Invalid, UnicodeDecodeError):
         return f"{folder / INDEX} is damaged"
-    for name, entry in files.items():
+    if files is None:
+        return f"{folder / INDEX} does not have the checksum it was written with"
+    for name, (size, crc) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-        if checksum(path) != entry["crc32"]:
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, {size} were written"
+        if checksum(path) != crc:
             return f"{path} does not have the checksum it was written with"
     return None
+
+
+def _read_index(path):
+    """{file: (bytes, checksum)} of an index, None if its own checksum is wrong."""
+    text = read_bytes(path, LARGEST_JSON).decode()
+    index = an_object(parse(text, path), path)
+    files, stated = need(index, "files", dict), need(index, "checksum", str)
+    if len(stated) != 8 or f"{zlib.crc32(text.replace(stated, NO_SUM).encode()):08x}" != stated:
+        return None
+    out = {}
+    for name in files:
+        entry = need(files, name, dict)
+        out[name] = need(entry, "bytes", int), need(entry, "crc32", int)
+    return out
 
 
 def check_file(path) -> str | None:
     """What is wrong with a file of a step folder by the index beside it; None if nothing or without one."""
     path = Path(path)
     try:
-        entry = json.loads((path.parent / INDEX).read_text())["files"][path.name]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = _read_index(path.parent / INDEX) or {}
+    except (Invalid, UnicodeDecodeError):
         return None
-    if checksum(path) == entry["crc32"]:
+    if path.name not in files or _checksum(path, stamp(path)) == files[path.name][1]:
         return None
     return f"{path} does not have the checksum it was written with"
 
@@ -513,8 +569,8 @@ def prune(root, keep_last, keep_every=0, stay=(), say=print):
 
 
 def remove(path):
-    """Delete a file or folder if it is there."""
-    if Path(path).is_dir():
+    """Delete a file or folder if it is there; of a link the link, never what it leads to."""
+    if Path(path).is_dir() and not Path(path).is_symlink():
         shutil.rmtree(path)
     else:
         Path(path).unlink(missing_ok=True)

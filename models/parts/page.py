@@ -76,6 +76,13 @@ def facts(pairs):
     return f'<div class="facts">{"".join(boxes)}</div>'
 
 
+def write(path, text):
+    """A page that appears whole or not at all: a browser may be reading it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 class Piece(str):
     """HTML that is ready, such as a player in a table's cell."""
 

@@ -4,6 +4,7 @@ import math
 import torch
 
 from models.parts import Invalid
+from models.parts.plain import as_record, need, shown, written
 
 # What the published checkpoints have; transformers writes equivalent numbers, of which only the ratios count.
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -15,20 +16,18 @@ def rope_settings(section, theta, scaling, where):
 
     theta, scaling: where the section does not say; one that states its widths and no scaling has none.
     """
-    given = section.get("rope_parameters") or section.get("rope_scaling")
-    theta = section.get("rope_theta") or theta
+    section = as_record(section, where)
+    given = need(section, "rope_parameters", dict, need(section, "rope_scaling", dict, None))
+    theta = need(section, "rope_theta", float, theta, at_least=1)
     if given is None:
         return theta, None if "hidden_size" in section else scaling
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise Invalid(f"{where}: rope_type is {kind!r}; known are default and llama3")
-    theta = given.get("rope_theta") or theta
+        raise Invalid(f"{where}: rope_type is {shown(written(kind))}; known are default and llama3")
+    theta = need(given, "rope_theta", float, theta, at_least=1)
     if kind == "default":
         return theta, None
-    missing = [key for key in LLAMA3 if key not in given]
-    if missing:
-        raise Invalid(f"{where}: the rope settings lack {', '.join(missing)}")
-    return theta, {key: given[key] for key in LLAMA3}
+    return theta, {key: need(given, key, float, at_least=0) for key in LLAMA3}
 
 
 def llama3_frequencies(size, theta, scaling):

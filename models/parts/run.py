@@ -2,9 +2,9 @@
 
     save_path/
         step_0000500/       a complete checkpoint, see models/parts/checkpoint.py; its index holds a Progress
-        latest              names the newest
+        latest  best        name the newest, and the one with the lowest validation loss
         config.yaml         the settings, good for going on
-        train.log  metrics.jsonl  logs/  samples/
+        train.log  metrics.jsonl  logs/  samples/ (see models/parts/listen.py)
 
 Nothing here computes what is trained: train.py reads the same without it.
 """
@@ -12,10 +12,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,10 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
+from models.parts.plain import lines_of, need, read_object, shown, typed, write_file
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
 
 
@@ -59,16 +63,36 @@ def claim(root) -> str | None:
     root = Path(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".write"
-        probe.write_text("")
-        probe.unlink()
-        taken = lock(root)
-        # A save that was killed leaves its temporary folder. Before the lock it may be one of another run.
-        for torn in [] if taken else root.glob("step_*.tmp"):
-            checkpoint.remove(torn)
-        return taken
+        with tempfile.TemporaryFile(dir=root):  # whether one can write here
+            pass
+        wrong = leads_outside(root) or lock(root)
+        if not wrong:  # before the lock these may be of another run
+            sweep(root)
+        return wrong
     except OSError as e:
         return f"save_path {root} cannot be written: {e.strerror}"
+
+
+WRITTEN = (".lock", "train.log", "metrics.jsonl", "logs", "samples")
+
+
+def leads_outside(root) -> str | None:
+    """A run folder that came from elsewhere may hold links; what is written into them would change other files."""
+    for name in WRITTEN:
+        path = Path(root) / name
+        if path.is_symlink() and Path(root).resolve() not in path.resolve().parents:
+            return (f"{path} is a link to {os.readlink(path)}, outside of the run folder; nothing is written "
+                    "through it. Remove the link, or choose another save_path.")
+    return None
+
+
+def sweep(root):
+    """Delete what a killed run was writing, named as we name that."""
+    for path in root.glob("step_*.tmp"):
+        if re.fullmatch(r"step_\d{7,}\.tmp", path.name):
+            checkpoint.remove(path)
+    for name in ("latest", "config.yaml", "metrics.jsonl"):
+        checkpoint.sweep(root / name)
 
 
 def set_aside(root, say) -> None:
@@ -76,6 +100,33 @@ def set_aside(root, say) -> None:
     if any(path.name != ".lock" for path in Path(root).iterdir()):
         say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
         lock(root)
+
+
+def name_best(root, best, say) -> None:
+    """Let root/best name the step folder with the lowest validation loss: a link, or a text file where links
+    are refused. Without that folder there is no such name. Rank 0 only."""
+    link = Path(root) / "best"
+    name = f"step_{best.step:07d}"
+    if not (Path(root) / name).is_dir():
+        link.unlink(missing_ok=True)
+        return
+    if named(link) == name:
+        return
+    temporary = link.with_name("best.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError:
+        temporary.write_text(name)
+    os.replace(temporary, link)
+    say(f"{link} is now step {best.step}, validation loss {best.loss:.4f}")
+
+
+def named(link) -> str:
+    """What a link, or the text file in its place, names; empty where there is neither."""
+    if link.is_symlink():
+        return os.readlink(link)
+    return link.read_text() if link.is_file() else ""
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -97,6 +148,7 @@ class Progress:
     position: int = 0  # micro-batches of the epoch that are done
     best: Best = Best()
     skipped: int = 0
+    steps: int = 0  # the length of the run, where settings do not say it anew
     micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
     settings: dict = field(default_factory=dict)  # those that must agree for a run to go on
     speakers: dict = field(default_factory=dict)  # name -> number
@@ -107,9 +159,12 @@ class Progress:
 
     @classmethod
     def read(cls, folder):
-        index = checkpoint.read_json(folder / checkpoint.INDEX)
-        known = {f.name: index[f.name] for f in fields(cls) if f.name in index}
-        return cls(**{**known, "best": Best(*index["best"]), "folder": folder})
+        index = read_object(folder / checkpoint.INDEX)
+        best = need(index, "best", list)
+        if len(best) != len(Best._fields):
+            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        steps = need(index, "steps", int, STEPS_BEFORE)
+        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -121,7 +176,7 @@ class Progress:
 
         Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
-        names = ("step", "epoch", "position", "best", "skipped", "micro_per_step", "folder")
+        names = ("step", "epoch", "position", "best", "skipped", "steps", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
 
 
@@ -244,27 +299,46 @@ def hours(clips):
     return sum(clip.seconds for clip in clips) / 3600
 
 
+class Limit(NamedTuple):
+    """How long a clip may be, what sets that, and what helps."""
+
+    positions: int
+    cause: str
+    remedy: str
+
+    def __str__(self):
+        return f"longer than {self.positions} positions ({self.cause})"
+
+
+NOTHING = Limit(0, "nothing in them is trained", "Train more of the rows: see the backbone's own settings.")
+
+
 def drop_long(clips, limits, say) -> list[Clip]:
-    """The clips that hold something to train and fit all limits, {reason: positions}. The rest is said."""
+    """The clips that hold something to train and fit all limits. The rest is said, with its reason."""
     kept, dropped = [], {}
     for clip in clips:
-        reasons = [reason for reason, most in limits.items() if clip.length > most]
+        reasons = [limit for limit in limits if clip.length > limit.positions]
         if not clip.length:
-            reasons = ["with nothing that is trained in them"]
+            reasons = [NOTHING]
         if reasons:
             dropped.setdefault(reasons[0], []).append(clip)
         else:
             kept.append(clip)
     gone = sum(dropped.values(), [])
     say(f"data: {len(kept)} clips, {hours(kept):.2f} h; dropped {len(gone)} clips, {hours(gone):.2f} h")
-    for reason, part in dropped.items():
-        names = ", ".join(clip.row["id"] for clip in part[:5])
-        say(f"  {len(part)} {reason}: {names}{' ...' if part[5:] else ''}", "warning")
+    for limit, part in dropped.items():
+        names = ", ".join(shown(clip.row["id"]) for clip in part[:5])
+        say(f"  {len(part)} {reason_of(limit)}: {names}{' ...' if part[5:] else ''}", "warning")
     if not kept:
-        reasons = "; ".join(f"{len(part)} {reason}" for reason, part in dropped.items())
-        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. Raise max_batch_tokens, "
-                      "batch_tokens or max_length, or train more of the rows.")
+        reasons = "; ".join(f"{len(part)} {reason_of(limit)}" for limit, part in dropped.items())
+        remedies = " ".join(limit.remedy for limit in dropped)
+        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. {remedies}")
     return kept
+
+
+def reason_of(limit):
+    """Why clips are dropped, in the words of the log."""
+    return "with nothing that is trained in them" if limit is NOTHING else str(limit)
 
 
 # ------------------------------------------------------------------------------------------------ log
@@ -282,9 +356,7 @@ def cut_metrics(path, step) -> None:
     """Take out of metrics.jsonl what will be made again; with no step done that is all, step 0 included."""
     lines = path.read_text(errors="replace").splitlines()
     kept = [line for line in lines if step and 0 <= step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_file(path, "".join(line + "\n" for line in kept).encode())
 
 
 class Log:
@@ -310,30 +382,46 @@ class Log:
         # Imported here, since that takes longer than all the rest.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        try:
+            self.writer = SummaryWriter(tensorboard or str(root / "logs"), purge_step=step + 1 if step else 0)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
         for line in self.early:
             self.file.write(line)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        self.show("close")
 
     def put(self, file, line):
-        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
         try:
             file.write(line)
             file.flush()
         except OSError as e:
-            if not self.full:
-                self.full = True
-                self.say(f"{file.name} cannot be written ({e.strerror}); going on without", "warning")
+            self.go_on_without(file.name, e)
+
+    def show(self, method, *values, **more):
+        """A call of TensorBoard's writer."""
+        try:
+            if self.writer:
+                getattr(self.writer, method)(*values, **more)
+        except OSError as e:
+            self.go_on_without("TensorBoard's folder", e)
+
+    def go_on_without(self, name, error):
+        """A full disk is told once and ends no run here; the checkpoints will say what it means."""
+        if not self.full:
+            self.full = True
+            self.say(f"{name} cannot be written ({error.strerror or error}); going on without", "warning")
 
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
+        text = lines_of(text)
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        inset = text.replace("\n", "\n    ")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
         if self.file:
             self.put(self.file, line)
         else:
@@ -345,9 +433,8 @@ class Log:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self.put(self.metrics, json.dumps({"step": step, "split": split, **more, **finite}) + "\n")
-        with contextlib.suppress(OSError):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
+        for name, value in values.items():
+            self.show("add_scalar", f"{split}/{name}", value, step)
 
 
 class Clock:
@@ -385,47 +472,12 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
 
 
-# ------------------------------------------------------------------------------------------------ samples
-
-
-def sentences(rows) -> list[dict]:
-    """Rows with a text to speak: a single clip as it is, of a conversation the last turn that has audio."""
-    found = []
-    for row in rows:
-        with_audio = [turn for turn in row.get("turns", [row]) if turn.get("audio")]
-        spoken = with_audio[-1] if with_audio else row
-        if spoken.get("text"):
-            found.append(spoken)
-    return found
-
-
-@torch.no_grad()
-def speak(model, rows, seed, step, log):
-    """Each row's text as a wav file and in TensorBoard, at step 0 with the recording beside. Rank 0 only."""
-    model.eval()
-    for i, row in enumerate(rows):
-        chunks = list(model.generate(row["text"], **model.sample_request(row), seed=seed))
-        wave = torch.cat(chunks) if chunks else torch.zeros(1)
-        rate = model.out_sample_rate
-        path = log.root / "samples" / f"step_{step:07d}_{i}.wav"
-        path.parent.mkdir(exist_ok=True)
-        audio.write(path, wave, rate)
-        picture = audio.mel_picture(wave, rate)
-        log.writer.add_audio(f"val_sample_{i}/generated_audio", wave[None], step, rate)
-        log.writer.add_image(f"val_sample_{i}/mel_spectrogram", picture, step, dataformats="CHW")
-        if step == 0 and isinstance(row["audio"], str):
-            recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
-            log.writer.add_audio(f"val_sample_{i}/reference_audio", recording[None], step, rate)
-
-
-def try_to_speak(model, rows, seed, step, log):
-    """A sample is no reason to lose a run: what goes wrong is only said."""
-    try:
-        speak(model, rows, seed, step, log)
-    except (Invalid, OSError, RuntimeError) as e:
-        log.say(f"step {step}: no sample of the validation texts: {str(e).splitlines()[0]}", "warning")
-    model.codec.to("cpu")
-    model.train()
+def memory_line(device) -> str:
+    """The peak, and on a GPU of how much."""
+    text = f"{peak_memory(device) / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        text += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ signals

@@ -7,11 +7,12 @@ of prefixes and what replaces them. Pieces and ids equal those of the `sentencep
 Refused are the model types WORD and CHAR, pieces marked as unused and rules for after decoding; published
 models have none.
 """
+import operator
 import struct
 from array import array
-from pathlib import Path
 
 from models.parts import Invalid
+from models.parts.plain import read_bytes
 from models.parts.tokenizer import check_characters, find_longest, merge_pairs
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
@@ -20,6 +21,8 @@ FAR = 100_000  # a float32 sum this large has few bits left behind the point: co
 MARKER = "\u2581"
 # What fields raise that are cut short or of another kind than expected.
 MISFITS = (IndexError, KeyError, AttributeError, TypeError, UnicodeDecodeError)
+LARGEST_FILE = 64 << 20  # bytes: the published ones have at most 5 MB
+LONGEST_VARINT = 70  # bits: what protobuf writes has ten bytes
 UNKNOWN_COST = 10  # the library's: an unknown character scores this much below the worst piece
 
 
@@ -32,8 +35,8 @@ class SentencePiece:
     def __init__(self, source):
         self.name = "the SentencePiece model" if isinstance(source, bytes) else str(source)
         try:
-            self._read(source if isinstance(source, bytes) else Path(source).read_bytes())
-        except (OSError, Damaged, struct.error, *MISFITS) as e:
+            self._read(source if isinstance(source, bytes) else read_bytes(source, LARGEST_FILE))
+        except (Damaged, struct.error, *MISFITS) as e:
             raise Invalid(f"{self.name} cannot be read as a SentencePiece model ({type(e).__name__}: {e}). "
                           "Copy it from the checkpoint again.") from None
 
@@ -54,7 +57,7 @@ class SentencePiece:
     def decode(self, ids) -> str:
         """Ids to text. Control pieces vanish, unknown ones leave a mark, a marker at the start is none."""
         text, run, at_start = "", b"", self.add_dummy_prefix or self.remove_extra_whitespaces
-        for i in map(int, ids):
+        for i in map(operator.index, ids):
             if not 0 <= i < len(self):
                 raise Invalid(f"{self.name} has no piece with id {i}, only {len(self)} pieces. "
                               "Is it this model's?")
@@ -280,6 +283,8 @@ def fields(data):
             value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
             if byte < 128:
                 return value
+            if shift > LONGEST_VARINT:
+                raise Damaged(f"a number at byte {at} has no end")
 
     while at < len(data):
         number, wire = divmod(varint(), 8)

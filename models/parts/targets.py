@@ -1,10 +1,12 @@
 """Which modules the words of LoRA settings mean: names, parts of names, regexes, layer numbers."""
+import functools
 import re
 from dataclasses import fields
 
 from torch import nn
 
 from models.parts import Invalid
+from models.parts.plain import pattern_of
 
 
 def linears(model, s):
@@ -74,12 +76,14 @@ def means(word, name):
     return step or matches(word, name)
 
 
+@functools.cache
+def compiled(pattern):
+    return pattern_of(as_regex(pattern), "lora.target_modules")
+
+
 def matches(pattern, name):
     """Whether a regex, or a pattern with a wildcard and braces, is the whole name."""
-    try:
-        return re.fullmatch(as_regex(pattern), name) is not None
-    except re.error as e:
-        raise Invalid(f"lora.target_modules: {pattern!r} is no module name and no regex ({e})") from None
+    return compiled(pattern).fullmatch(name) is not None
 
 
 BRACES = re.compile(r"\{([a-zA-Z]\w*(?:,\w+)+)\}")  # {gate,up}; what a regex has there are numbers

@@ -10,13 +10,13 @@ tokenizer.json may hold is refused by name when it is opened; only its `truncati
 over, being settings of one call of whoever saved it.
 """
 import heapq
-import json
+import operator
 import re
 import unicodedata
 from array import array
-from pathlib import Path
 
 from models.parts import Invalid
+from models.parts.plain import as_record, need, read_object, shown, written
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -29,6 +29,17 @@ PARTS = {  # a part of the file: how it names its steps where they are several, 
     "decoder": ("decoders", ["ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"]),
     "post_processor": ("processors", ["TemplateProcessing", "ByteLevel"]),
 }
+VALUES = {  # what a step must hold beside its type
+    "Prepend": {"prepend": str},
+    "Replace": {"pattern": dict, "content": str},
+    "Split": {"pattern": dict, "behavior": str, "invert": bool},
+    "Metaspace": {"replacement": str},
+    "Strip": {"content": str, "start": int, "stop": int},
+}
+EDGES = {"at_least": 0, "at_most": 1000}  # characters that are stripped
+FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
+MOST_GROWTH = 32  # times: the published ones put three bytes in place of a space; doubling in turn has no end
+LONGEST_TEXT = 1 << 20  # characters: some twenty hours of speech
 CACHED_WORDS, CACHED_LENGTH = 1 << 16, 256  # a longer word is merged anew each time; a full cache starts over
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
@@ -91,28 +102,27 @@ class Tokenizer:
     def __init__(self, source):
         is_path = not isinstance(source, dict)
         self.name = str(source) if is_path else "tokenizer.json"
-        spec = read_json(source) if is_path else source
-        model = spec.get("model") if isinstance(spec, dict) else None
-        if not model or model.get("type", "BPE") != "BPE" or not model.keys() >= {"vocab", "merges"}:
-            kind = model and model.get("type")
-            raise Invalid(f"{self.name}: the model is {kind!r}; expected BPE, with vocab and merges")
+        spec = read_object(source) if is_path else as_record(source, self.name)
+        model = need(spec, "model", dict)
+        self._allow("model.type", need(model, "type", str, "BPE"), ["BPE"])
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             self._allow(f"model.{key}", model.get(key) or None, [None])
         self.normalizers, self.pre_tokenizers, self.decoders, self.post_processors = (
-            self._steps(spec.get(part), part) for part in PARTS)
+            self._steps(need(spec, part, dict, None), part) for part in PARTS)
 
-        self.model_vocab = model["vocab"]  # what merging can reach
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        if any(len(pair) != 2 for pair in merges):
+        self.model_vocab = need(model, "vocab", dict)  # what merging can reach
+        self._check_ids(self.model_vocab)
+        merges = [m.split(" ") if isinstance(m, str) else m for m in need(model, "merges", list)]
+        if not all(map(is_pair, merges)):
             raise Invalid(f"{self.name}: merges must be pairs, written 'a b' or ['a', 'b']")
         self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
-        self.unk_token = model.get("unk_token")
+        self.unk_token = need(model, "unk_token", str, None)
         needed = {self.unk_token}
         for a, b in merges:
             needed |= {a, b, a + b}
         missing = sorted(needed - self.model_vocab.keys() - {None})
         if missing:
-            raise Invalid(f"{self.name}: {missing[0]!r} occurs in a merge or as unknown token, but not in "
+            raise Invalid(f"{self.name}: {shown(repr(missing[0]))} occurs in a merge or as unknown token, but not in "
                           "the vocabulary. The file is damaged; copy it from the checkpoint again.")
         self.unk_id = self.model_vocab.get(self.unk_token)
         self.fuse_unk, self.ignore_merges = model.get("fuse_unk"), model.get("ignore_merges")
@@ -121,7 +131,7 @@ class Tokenizer:
         self.byte_pieces = [piece if piece in usable else None for piece in byte_pieces]
         self.cache = {}
 
-        added = spec.get("added_tokens", [])
+        added = [self._added(token) for token in need(spec, "added_tokens", list[dict], [])]
         self.vocab = self.model_vocab | {token["content"]: token["id"] for token in added}
         self.piece = {i: piece for piece, i in self.vocab.items()}
         self.special_ids = {token["id"] for token in added if token["special"]}
@@ -167,7 +177,10 @@ class Tokenizer:
 
     def decode(self, ids, special=False) -> str:
         """Ids to text. Special tokens are left out, unless special=True."""
-        ids = list(map(int, ids))
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise Invalid(f"{self.name}: ids are whole numbers, found {shown(list(ids))}") from None
         unknown = [i for i in ids if i not in self.piece]
         if unknown:
             raise Invalid(f"{self.name} has no token with id {unknown[0]}, only {len(self.piece)} tokens. "
@@ -182,7 +195,7 @@ class Tokenizer:
     def _allow(self, what, value, allowed, choices=None):
         if value not in allowed:
             choices = choices or ", ".join(map(str, allowed))
-            raise Invalid(f"{self.name}: {what} is {value!r}, which is not supported; known: {choices}. "
+            raise Invalid(f"{self.name}: {what} is {shown(repr(value))}, which is not supported; known: {choices}. "
                           "Is this the tokenizer of a model that is supported?")
 
     def _steps(self, step, part) -> list[dict]:
@@ -190,33 +203,72 @@ class Tokenizer:
         several, kinds = PARTS[part]
         if step is None:
             return []
-        if step["type"] == "Sequence":
+        step = as_record(step, f"{self.name}: {part}")
+        kind = need(step, "type", str)
+        if kind == "Sequence":
             steps = []
-            for one in step[several]:
+            for one in need(step, several, list[dict]):
                 steps += self._steps(one, part)
             return steps
-        self._allow(f"{part} type", step["type"], kinds)
-        if step["type"] == "Replace":
+        self._allow(f"{part} type", kind, kinds)
+        for key, wanted in VALUES.get(kind, {}).items():
+            need(step, key, wanted, **(EDGES if wanted is int else {}))
+        if kind == "Strip" and len(step["content"]) != 1:
+            raise Invalid(f"{step.where} strips {shown(repr(step['content']))}, expected one character")
+        if kind == "ByteLevel" and part == "pre_tokenizer":
+            need(step, "add_prefix_space", bool)
+        if kind == "TemplateProcessing":
+            self._check_template(step)
+        if kind == "Replace":
             self._allow(f"{part} Replace pattern", list(step["pattern"]), [["String"]])
-        if step["type"] == "Split":
+            if not need(step["pattern"], "String", str):
+                raise Invalid(f"{step.where} replaces an empty text, which stands everywhere")
+        if kind == "Split":
             pattern = step["pattern"].get("Regex", step["pattern"])
             choices = "the patterns of GPT-2, Llama 3 and Qwen 2"
             self._allow(f"{part} Split pattern", pattern, list(PATTERNS), choices)
             same_cuts = [("Isolated", False), ("Removed", True)]  # as the patterns leave no gap
             self._allow(f"{part} Split behavior, invert", (step["behavior"], step["invert"]), same_cuts)
-        if step["type"] == "Metaspace":  # files from before prepend_scheme say add_prefix_space
+        if kind == "Metaspace":  # files from before prepend_scheme say add_prefix_space
             scheme = "never" if step.get("add_prefix_space") is False else "always"
             step = {"prepend_scheme": scheme, "split": True, **step}
         return [step]
 
+    def _added(self, token):
+        """An added token with every flag that is looked at."""
+        token = as_record(token, f"{self.name}: added_tokens")
+        flags = {flag: need(token, flag, bool) for flag in FLAGS}
+        content = need(token, "content", str)
+        if not content:
+            raise Invalid(f"{token.where} holds an empty text, which stands everywhere")
+        return {**flags, "content": content, "id": need(token, "id", int, at_least=0)}
+
+    def _check_ids(self, vocab):
+        wrong = [piece for piece, i in vocab.items() if type(i) is not int or i < 0]
+        if wrong:
+            raise Invalid(f"{self.name}: the vocabulary gives {shown(repr(wrong[0]))} the id "
+                          f"{shown(written(vocab[wrong[0]]))}, expected a whole number of at least 0")
+
+    def _check_template(self, step):
+        special = need(step, "special_tokens", dict[str, dict])
+        for part in need(step, "single", list[dict]):
+            name = need(part, "SpecialToken", dict, {}).get("id")
+            if name is not None:
+                need(need(special, str(name), dict), "ids", list[int])
+
     # ------------------------------------------------------------------------------------- from text to words
 
     def _normalize(self, text):
+        most = MOST_GROWTH * (len(text) + 1)
         for step in self.normalizers:
             if step["type"] == "Prepend":
                 text = step["prepend"] + text if text else ""
             elif step["type"] == "Replace":
-                text = text.replace(step["pattern"]["String"], step["content"])
+                old, new = step["pattern"]["String"], step["content"]
+                if len(text) + text.count(old) * (len(new) - len(old)) > most:
+                    raise Invalid(f"{self.name}: its normalizer makes {len(text)} characters more than {most} "
+                                  "long. Is it the tokenizer of this model?")
+                text = text.replace(old, new)
             else:  # the library's table is of Unicode 9; it may order newer combining marks differently
                 text = unicodedata.normalize("NFC", text)
         return text
@@ -272,11 +324,8 @@ class Tokenizer:
         return symbols + waiting
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise Invalid(f"{path} cannot be read as JSON: {e}. Copy it from the checkpoint again.") from None
+def is_pair(merge):
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(half, str) for half in merge)
 
 
 def in_template(ids, step):
@@ -358,7 +407,10 @@ def merge_pairs(symbols, rank) -> list[str]:
 
 
 def check_characters(text):
-    """Raise Invalid for half of a surrogate pair, which has no UTF-8."""
+    """Raise Invalid for half of a surrogate pair, which has no UTF-8, and for what nobody can speak."""
+    if len(text) > LONGEST_TEXT:
+        raise Invalid(f"a text has {len(text)} characters, at most {LONGEST_TEXT} are taken; is it the right "
+                      "file? Cut a long text into sentences.")
     try:
         text.encode()
     except UnicodeEncodeError as e:
