@@ -54,6 +54,7 @@ from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
 from models.parts.layers import Cache, Packing
+from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 
@@ -1300,11 +1301,9 @@ def check_version(config, where):
 
 def read_config(config, shapes, where):
     """Config from config.yaml and {name: shape} of gpt.pth."""
-    section = config["gpt"]
-    missing = [key for key in SECTION if key not in section]
-    if missing:
-        raise Invalid(f"{where}: gpt lacks {', '.join(missing)}")
-    values = {key: int(section[key]) for key in SECTION}
+    section = need(as_record(config, where), "gpt", dict)
+    values = {key: need(section, key, int, at_least=0, at_most=LARGEST) for key in SECTION}
+    need(section, "layers", int, at_most=LAYERS)
     try:
         for part in ("conditioning_encoder", "emo_conditioning_encoder"):
             values[part] = conformer_size(shapes, part + ".")
@@ -1348,7 +1347,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     if not where.is_file():
         raise Invalid(f"{folder} has no config.yaml, which says what the weights are. Run\n"
                       f"    hf download IndexTeam/IndexTTS-2 --local-dir {folder}")
-    config = yaml.safe_load(where.read_text(encoding="utf-8"))
+    config = read_yaml(where)
     check_version(config, where)
     if weights == "scratch":
         raise Invalid("from_scratch: nobody published how IndexTTS2 is trained from nothing; start from "

@@ -76,7 +76,7 @@ WRITTEN = (".lock", "train.log", "metrics.jsonl", "logs", "samples")
 
 
 def leads_outside(root) -> str | None:
-    """A run folder that came from elsewhere may hold links; what is written into them would change other files."""
+    """A run folder from elsewhere may hold links; what is written through them would change other files."""
     for name in WRITTEN:
         path = Path(root) / name
         if path.is_symlink() and Path(root).resolve() not in path.resolve().parents:
