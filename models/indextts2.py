@@ -142,7 +142,7 @@ class Sampling:
     length_penalty: float = opt(0.0, "a beam's score is divided by its length to this power; 0: the sum counts")
     mel_positions: str = opt("", "of codes: upstream 0, 2, 3 .., training 0, 1, 2 ..; empty: training once tuned",
                              choices=("", "upstream", "training"))
-    diffusion_steps: int = opt(25, "Euler steps from noise to mel")
+    diffusion_steps: int = opt(25, "Euler steps from noise to mel", most=1000)
     cfg_rate: float = opt(0.7, "weight of the guidance by prompt and content; 0: none, in half the time")
     duration_factor: float = opt(1.0, "1.1 speaks a tenth slower: 1.72 mel frames per code times this")
     max_text_tokens_per_segment: int = opt(120, "longer texts are cut at sentence ends into segments of so many pieces")

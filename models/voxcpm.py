@@ -172,7 +172,7 @@ class Sampling:
     """What `generate` takes besides text, prompts, seed and noise."""
 
     cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
-    inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range")
+    inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range", most=1000)
     min_len: int = opt(2, "patches after which the stop head is first asked")
     max_len: int = opt(4096, "patches at most")
     length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")

@@ -297,8 +297,9 @@ TEMPORARY = r"\.{name}\.(\d+)\.tmp"  # the number is the process
 def temporary_name(name):
     """Where a process writes what will be `name`; a name that is as long as names may be is cut for it."""
     behind = f".{os.getpid()}.tmp"
-    kept = os.fsencode(name)[:LONGEST_NAME - len(behind) - 1]
-    return "." + os.fsdecode(kept) + behind
+    while len(os.fsencode(name)) > LONGEST_NAME - len(behind) - 1:
+        name = name[:-1]
+    return f".{name}{behind}"
 
 
 def forget(path):

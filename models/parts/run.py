@@ -32,7 +32,8 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
-from models.parts.plain import lines_of, need, read_object, shown, typed, write_file
+from models.parts.plain import (an_object, lines_of, need, parse, read_object, shown, typed,
+                                write_file)
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
@@ -97,7 +98,12 @@ def sweep(root):
 def set_aside(root, say) -> None:
     """What --overwrite does to an earlier run: it gets another name, nothing is deleted. Rank 0 only."""
     if any(path.name != ".lock" for path in Path(root).iterdir()):
-        say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
+        try:
+            place = checkpoint.put_aside(root)
+        except OSError as e:  # a mount point stays where it is
+            raise Invalid(f"--overwrite: {root} cannot be moved aside ({e.strerror}); choose another "
+                          "save_path, such as a folder inside of it") from None
+        say(f"--overwrite: moved the earlier {root} to {place}")
         lock(root)
 
 
@@ -298,8 +304,8 @@ def drop_long(clips, limits, say) -> list[Clip]:
 def step_of(line) -> int:
     """The step of a line of metrics.jsonl; -1 where it was cut off or damaged."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        return need(an_object(parse(line, "the line"), "the line"), "step", int)
+    except Invalid:
         return -1
 
 
