@@ -40,9 +40,11 @@ import models
 from models.parts import Invalid, audio, clips, opt, page
 from models.parts.cache import ClipCache, Progress, clock, read_memo, sha, stamp, write_file
 from models.parts.clips import Clip, Cutting, Span, Speech
+from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
-    KEYS, SHAPES, Ambiguous, Fault, Place, Reading, check_text, for_encode, holders, is_file, listing,
-    number_speakers, read_manifest, read_rows, read_table, speaking, unused, voices, words_in)
+    KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
+    number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
+from models.parts.textfiles import check_text, is_control, is_file, plain
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -61,7 +63,9 @@ class Prepare:
     transcripts: str = opt("", "table of transcripts, or folder of text files, when they do not lie beside the recordings")
     alignment_dir: str = opt("", "folder of word times (<name>.json) when they do not lie beside the recordings")
     speaker: str = opt("", "speaker of rows that name none")
-    speaker_from_folder: bool = opt(False, "the folder that a recording lies in is its speaker")
+    speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
+    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
+    mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
     normalizer: str = opt("", "module:function from text to text, called on every text")
     min_seconds: float = opt(0.3, "shorter clips are bad rows")
     max_seconds: float = opt(60.0, "longer clips are bad rows, told by their header; with word times they are cut instead")
@@ -117,10 +121,12 @@ class Work:
     bad: list[Fault] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     inputs: list[dict] = field(default_factory=list)  # what each of them is
+    without_row: list[str] = field(default_factory=list)  # recordings that no row names
     changes: collections.Counter = field(default_factory=no_changes)
     val_ids: set[str] = field(default_factory=set)
     numbers: dict[str, int] = field(default_factory=dict)  # of the speakers
     checkpoints: list[dict] = field(default_factory=list)
+    made_of: list[str] = field(default_factory=list)  # what manifests that are only encoded were made of
     written: list[str] = field(default_factory=list)  # hashes of manifests that this script wrote
 
     def refuse(self, row, reason):
@@ -223,7 +229,7 @@ def leave_signals_to_the_parent():
 def measure_line(progress):
     rate = progress.done / progress.elapsed
     left = (progress.count - progress.done) / rate
-    return (f"checked {progress.done}/{progress.count} | {progress.seconds / 3600:.2f} h | "
+    return (f"checked {progress.done}/{progress.count} | {length_of(progress.seconds / 3600)} | "
             f"{progress.seconds / progress.elapsed:.0f} s audio/s | {rate:.0f} clips/s | {clock(left)} left")
 
 
@@ -343,15 +349,9 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 
 
 def clean(text, normalise=None):
-    """NFC, without BOM and control characters; line breaks and tabs are spaces."""
-    text = unicodedata.normalize("NFC", text).replace("\ufeff", "")
-    spaced = "".join(" " if c.isspace() else c for c in text)
-    text = "".join(c for c in spaced if not is_control(c)).strip()
+    """NFC, and what every script does to a text."""
+    text = plain(unicodedata.normalize("NFC", text))
     return clean(normalise(text)) if normalise else text
-
-
-def is_control(character):
-    return unicodedata.category(character) == "Cc" and not character.isspace()
 
 
 def hook(name, flag="normalizer", example="my_text:expand"):
@@ -424,7 +424,10 @@ def clean_texts(holder, row, work):
         if key not in holder:
             continue
         before = holder[key]
-        text = holder[key] = clean(before, work.normalise)
+        cleaned = clean(before, work.normalise)
+        if "type" in holder:  # a part of a message: its lines mean something
+            cleaned = "\n".join(clean(line, work.normalise) for line in before.splitlines())
+        text = holder[key] = cleaned
         check_text(text, f"{key} after cleaning")
         work.changes["texts changed"] += before != text
         controls = {f"U+{ord(c):04X}" for c in before if is_control(c)}
@@ -650,11 +653,12 @@ PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
-def for_checkpoint(model, cache, rows, cfg):
+def for_checkpoint(model, cache, rows, work):
     """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours to train on.
 
     Without a cache (--check) the audio positions of all rows are estimated from one clip. -> (facts, notices)
     """
+    cfg = work.cfg
     texts = [text_of(row) for row in rows]
     unknown = unknown_characters(model, texts)
     tokens = [len(model.encode_text(text)) for text in texts]
@@ -674,8 +678,12 @@ def for_checkpoint(model, cache, rows, cfg):
         what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
         notices.append(Notice(row, "too many tokens", what))
     counts = collections.Counter(c for c in "".join(texts) if c in unknown)
-    rates = [row.get("sample_rate", math.inf) for row in rows]
-    step_rows = cfg.batch_size * cfg.grad_accum_steps
+    lower = [row for row in rows if row.get("sample_rate", math.inf) < model.sample_rate]
+    if lower:  # one line for all: a data set has mostly one rate
+        what = f"{len(lower)} clips lie below the codec's {model.sample_rate} Hz; what is above stays silent"
+        notices.append(Notice(lower[0], "sample rate", what))
+    to_train = [row for row in kept if row["id"] not in work.val_ids]
+    micro_batches = math.ceil(len(to_train) / cfg.batch_size)
     facts = {
         "backbone": model.backbone,
         "sample_rate": model.sample_rate,
@@ -684,8 +692,8 @@ def for_checkpoint(model, cache, rows, cfg):
         "longest": max(lengths, default=0),
         "rows dropped by max_batch_tokens": len(rows) - len(kept),
         "hours kept": hours(kept),
-        "steps per epoch": round(len(kept) / step_rows, 2),
-        "clips with a lower sample rate": sum(rate < model.sample_rate for rate in rates),
+        "steps per epoch": round(micro_batches / cfg.grad_accum_steps, 2),
+        "clips with a lower sample rate": len(lower),
         "unknown characters": dict(counts.most_common()),
     }
     return facts, notices
@@ -738,17 +746,18 @@ class Standout(NamedTuple):
 
 
 def worst(rows, notices):
-    """The clips that stand out most, whatever the reason: listen to these first."""
+    """The clips that stand out most, of those that have a notice: listen to these first."""
     kinds = collections.defaultdict(list)
     for notice in notices:
         kinds[notice.row["id"]].append(notice.kind)
     single = [row for row in rows if "facts" in row and "text" in row]
-    if not single:
+    noticed = [row for row in single if kinds[row["id"]]]
+    if not noticed:
         return []
     usual_pace = statistics.median(map(pace, single))
     usual_level = statistics.median(row["facts"]["rms"] for row in single)
     found = []
-    for row in single:
+    for row in noticed:
         facts, why = row["facts"], kinds[row["id"]]
         # One point is a factor of e in pace, 10 dB, a second of silence, 2 % of clipped samples, or a notice.
         score = abs(math.log(pace(row) / usual_pace))
@@ -819,6 +828,7 @@ def report_data(work, standouts):
         histograms[name] = {"edges": edges, "counts": counts}
     return {
         "inputs": work.inputs,
+        "recordings without a row": work.without_row,
         "totals": totals,
         "speakers": speakers,
         "dropped": dropped,
@@ -830,7 +840,7 @@ def report_data(work, standouts):
         "histograms": histograms,
         "worst": strangest,
         "checkpoints": work.checkpoints,
-        "inputs_of": real_paths(work.cfg.input),
+        "inputs_of": work.made_of or real_paths(work.cfg.input),
         "written": work.written,
     }
 
@@ -869,16 +879,38 @@ def spread_of(rows):
     }
 
 
+def length_of(hours_of_audio):
+    """As people say it: minutes below an hour."""
+    if hours_of_audio < 1:
+        return f"{60 * hours_of_audio:.1f} min"
+    return f"{hours_of_audio:.2f} h"
+
+
+def spelled(facts):
+    """Facts with hours as people say them: {"train hours": 0.5} is {"train length": "30.0 min"}."""
+    found = {}
+    for name, value in facts.items():
+        if "hours" in name:
+            found[name.replace("hours", "length")] = length_of(value)
+        else:
+            found[name] = value
+    return found
+
+
 def report_page(work, standouts, data):
     changes = {name: round(value, 2) for name, value in work.changes.items() if value}
-    inputs = [list(about.values()) for about in work.inputs]
+    inputs = []
+    for about in work.inputs:
+        *cells, unread = about.values()
+        inputs.append([*cells, ", ".join(unread)])
     histograms = []
     for name, values in spread_of(work.rows).items():
         histograms.append(page.histogram(values, name))
     counts = [counts_section(name, data[name]) for name in ("formats", "sample rates", "channels")]
     pieces = [
-        page.facts(data["totals"] | changes),
-        page.section("Inputs", page.table(["input", "shape", "rows", "bad"], inputs)),
+        page.facts(spelled(data["totals"]) | changes),
+        page.section("Inputs", page.table(["input", "shape", "rows", "bad", "nobody reads"], inputs)),
+        without_row_section(work.without_row),
         bad_section(work.bad),
         notices_section(work.notices),
         page.section("How the clips are spread", page.grid(*histograms)),
@@ -888,6 +920,12 @@ def report_page(work, standouts, data):
         standouts_section(standouts),
     ]
     return page.page("Data report", *pieces)
+
+
+def without_row_section(paths):
+    rows = [[path] for path in paths]
+    table = page.table(["recording"], rows, "Every recording has a row.")
+    return page.section(f"Recordings that no row names: {len(paths)}", table)
 
 
 def bad_section(bad):
@@ -909,19 +947,18 @@ def speakers_section(speakers):
     rows = []
     for name, total in speakers.items():
         number = total.get("number", "")
-        rows.append([name or "(none named)", number, total["clips"], total["hours"]])
-    return page.section("Speakers", page.table(["speaker", "number", "clips", "hours"], rows))
+        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"])])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "length"], rows))
 
 
 def standouts_section(standouts):
     rows = []
     for _, row, why in standouts:
         text = page.text(row["text"][:PLAYER_TEXT])
-        reason = ", ".join(why) or "pace, level or silence"
-        rows.append([row["id"], page.Piece(player(row) + text), row["duration"], reason])
+        rows.append([row["id"], page.Piece(player(row) + text), row["duration"], ", ".join(why)])
     heads = ["id", f"the first {PLAYER_SECONDS} seconds, and the text", "length", "why"]
     title = "The clips that stand out most: listen to these first"
-    return page.section(title, page.table(heads, rows))
+    return page.section(title, page.table(heads, rows, "Nothing stands out."))
 
 
 def short(at):
@@ -939,7 +976,7 @@ def checkpoint_section(about):
     folder = facts.pop("checkpoint")
     unknown = list(facts.pop("unknown characters").items())
     table = page.table(["unknown character", "times"], unknown, "Every character has a token.")
-    return page.section(f"For {folder}", page.facts(facts), table)
+    return page.section(f"For {folder}", page.facts(spelled(facts)), table)
 
 
 def player(row):
@@ -988,17 +1025,16 @@ def write_manifests(work):
     """train.jsonl and val.jsonl, and the report that says that they are ours."""
     sides, said = work.sides(), []
     for name, side in sides.items():
-        said.append(f"{work.out / name}: {len(side)} rows" if side else f"no {name}: too few recordings")
+        # An empty val.jsonl, so that a command that names it runs with a single recording, too.
+        many = f"{work.out / name}: {len(side)} rows"
+        said.append(many if side else f"{name} is empty: nothing to validate on")
     say(", ".join(said))
     texts = {name: manifest(side, work.out) for name, side in sides.items()}
     hashes = {clips.hash_bytes(text) for text in texts.values()}
     work.written = sorted({*work.written, *hashes})
     write_report(work)  # first, so that a kill in between leaves no manifest that looks foreign
     for name, text in texts.items():
-        if text:
-            write_file(work.out / name, text)
-        else:
-            (work.out / name).unlink(missing_ok=True)
+        write_file(work.out / name, text)
 
 
 def refuse_foreign(work):
@@ -1021,20 +1057,25 @@ def refuse_foreign(work):
 
 def gather(work):
     """The rows of all inputs, with unique ids, data set numbers and speakers."""
-    cfg, ids = work.cfg, set()
+    cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
-    how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots)
     for k, path in enumerate(inputs):
+        skip = folders_to_skip(work, path)
+        how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots, skip, cfg.mic)
         try:
-            rows, bad, shape = read_rows(path, how)
+            found = read_rows(path, how)
         except Ambiguous as e:
             raise configs.Usage(str(e)) from None
-        say(f"{path}: read as {shape}, {len(rows)} rows" + (f", {len(bad)} bad" if bad else ""))
-        about = {"input": str(path), "shape": shape, "rows": len(rows), "bad": len(bad)}
-        work.inputs.append(about)
-        if not rows and not bad:
+        rows, bad = found.rows, found.bad
+        say(f"{path}: read as {found.shape}, {len(rows)} rows" + (f", {len(bad)} bad" if bad else ""))
+        say_unread(path, found.unread)
+        names |= found.sounds
+        about = {"input": str(path), "shape": found.shape, "rows": len(rows), "bad": len(bad)}
+        work.inputs.append({**about, "unread": dict(sorted(found.unread.items()))})
+        nothing = is_own(path) and not os.path.getsize(path)  # validation rows of a single recording
+        if not rows and not bad and not nothing:
             bad = [Fault(Place(str(path)), "holds no rows")]
         work.bad += bad
         for row in rows:
@@ -1042,11 +1083,100 @@ def gather(work):
             ids.add(row["id"])
             if len(inputs) > 1:
                 row.setdefault("dataset_id", k)
-            if cfg.speaker_from_folder and "audio" in row:
-                row.setdefault("speaker", Path(row["audio"]).parent.name)
-            elif cfg.speaker and "turns" not in row:
-                row.setdefault("speaker", cfg.speaker)
         work.rows += rows
+    if not all(map(is_own, inputs)):
+        find_recordings_without_row(work, names)
+    name_speakers(work)
+
+
+def folders_to_skip(work, path):
+    """What this script writes is no input, unless it is asked for: pieces would be cut once more."""
+    own = [os.path.realpath(work.out / name) for name in ("clips", "cache")]
+    inside = os.path.realpath(path)
+    return tuple(folder for folder in own if os.path.commonpath([folder, inside]) != folder)
+
+
+def find_recordings_without_row(work, names):
+    """Recordings beside those of the rows that no row names: a line lost from a table shows here."""
+    skip = folders_to_skip(work, "/")
+    work.without_row = without_row(work.rows, names, work.cfg.input, skip)
+    if work.without_row:
+        count, first = len(work.without_row), work.without_row[0]
+        say(f"{count} recordings have no row, such as {first}; all of them are in the report")
+
+
+# Folders that are called for what lies in them, and not for who speaks.
+OF_NOBODY = re.compile(
+    r"(wavs?|wav48.*|audios?|clips|data|flac|mp3|sounds?|recordings?|segments|raw|processed)"
+    r"|(train|dev|test|valid|val|validation)([-_].*)?", re.I)
+
+
+def name_speakers(work):
+    """Give a speaker to rows that name none: their folder's, or the one that was given."""
+    cfg = work.cfg
+    unnamed = [row for row in work.rows if "speaker" not in row and "turns" not in row]
+    single = [row for row in unnamed if "audio" in row]
+    if single and (cfg.speaker_from_folder or cfg.speaker_level):
+        names = folder_speakers(single, cfg)
+        for row, name in zip(single, names):
+            row["speaker"] = name
+        some = ", ".join(list(dict.fromkeys(names))[:SOME_SPEAKERS])
+        say(f"{len(set(names))} speakers by their folders: {some}; --speaker_level N takes another level")
+    elif cfg.speaker:
+        for row in unnamed:
+            row["speaker"] = cfg.speaker
+    count = name_others(work.rows)
+    if count:
+        say(f"{count} rows name no speaker, unlike others: they are the speaker {UNNAMED!r}; "
+            "--speaker NAME gives them another")
+
+
+SOME_SPEAKERS = 8  # in the log: as many as a line holds
+
+
+def folder_speakers(rows, cfg):
+    """The name of the folder that tells speakers apart, for each row."""
+    if cfg.speaker_level:
+        return [folder_above(row["audio"], cfg.speaker_level) for row in rows]
+    homes = [path if os.path.isdir(path) else os.path.dirname(path) for path in cfg.input]
+    base = Path(os.path.commonpath([os.path.abspath(home) for home in homes]))
+    folders = [folders_below(base, row["audio"]) for row in rows]
+    # Corpora begin the names of their files with the speaker, 19_198_000001.wav: that settles it.
+    by_file = [folder_in_name(names, row["audio"]) for names, row in zip(folders, rows)]
+    if all(by_file):
+        return by_file
+    level = 0
+    for level in range(max(map(len, folders))):
+        at_level = {tuple(names[level : level + 1]) for names in folders}
+        if len(at_level) > 1:
+            break
+    else:
+        level = 0  # one speaker
+    own_name = next((name for name in base.parts[::-1] if not OF_NOBODY.fullmatch(name)), base.name)
+    found = []
+    for names in folders:
+        found.append(names[min(level, len(names) - 1)] if names else own_name)
+    return found
+
+
+def folder_above(path, level):
+    above = Path(path).parents
+    if level > len(above) or not above[level - 1].name:
+        raise configs.Usage(f"--speaker_level {level}: {path} does not lie so deep")
+    return above[level - 1].name
+
+
+def folders_below(base, path):
+    """Names of the folders from base down to a recording that may be a speaker's."""
+    home = Path(path).parent
+    names = home.relative_to(base).parts if home.is_relative_to(base) else (home.name,)
+    return [name for name in names if not OF_NOBODY.fullmatch(name)]
+
+
+def folder_in_name(folders, path):
+    """The first of the folders that the name of the file begins with, or None."""
+    stem = Path(path).stem
+    return next((name for name in folders if stem.startswith((f"{name}_", f"{name}-"))), None)
 
 
 def encode(folder, work, as_is):
@@ -1059,7 +1189,7 @@ def encode(folder, work, as_is):
         cache = ClipCache(work.out / "cache", model)
         rows = fill(cache, folder, work, as_is)
         say(f"{work.out / 'cache'}: {len(rows)} rows ready for {folder}")
-    about, notices = for_checkpoint(model, cache, rows, work.cfg)
+    about, notices = for_checkpoint(model, cache, rows, work)
     work.notices += notices
     work.checkpoints.append({"checkpoint": str(folder), **about})
     write_report(work)
@@ -1125,6 +1255,8 @@ def main(argv=None):
                             "to change its rows, prepare it into another --output_dir")
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
+    if as_is:  # so that the command that made them is not refused afterwards
+        work.made_of = list(before.get("inputs_of", []))
     if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
     write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
@@ -1173,9 +1305,11 @@ def main(argv=None):
     for folder in cfg.ckpt_dir:
         encode(folder, work, as_is)
     seconds = sum(row["duration"] for row in work.rows)
-    say(f"{len(work.rows)} rows, {seconds / 3600:.2f} hours, {len(work.bad)} left out, "
+    say(f"{len(work.rows)} rows, {length_of(seconds / 3600)}, {len(work.bad)} left out, "
         f"{len(work.notices)} worth a look")
-    print(report)
+    # A terminal that is not UTF-8 gets escapes: the work is done, and a name must not end it in a fault.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(report).encode(encoding, "backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

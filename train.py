@@ -25,7 +25,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ import lora
 import models
 from configs import Usage, opt
 from lora import LoRAConfig
-from models.parts import Invalid, audio, checkpoint, run
+from models.parts import Invalid, checkpoint, gate, listen, run
 from models.parts.cache import ClipCache
 from models.parts.manifests import holders, read_manifest
 
@@ -69,12 +69,12 @@ class Train:
     num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line")
 
     # How long, and what happens on the way
-    num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else 2000")
+    num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else what suits the amount of data")
     max_steps: int = opt(0, "steps over which the learning rate falls to zero; 0 means num_iters")
-    epochs: float = opt(0.0, "length in passes over the data instead of num_iters; 0 is off")
+    epochs: float = opt(0.0, "length in passes over the data, wins over num_iters; 0 is off")
     log_interval: int = opt(10, "steps between lines in the log")
-    valid_interval: int = opt(1000, "steps between validations; 0 only at the end")
-    save_interval: int = opt(1000, "steps between checkpoints; 0 only at the end")
+    valid_interval: int | None = opt(None, "steps between validations; empty takes a tenth of the run, 0 only the end")
+    save_interval: int | None = opt(None, "steps between checkpoints; empty takes a tenth of the run, 0 only the end")
     save_epochs: float = opt(0.0, "passes over the data between checkpoints, beside save_interval; 0 is off")
     keep_last: int = opt(0, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = opt(0, "with keep_last: also keep every checkpoint whose step this divides")
@@ -107,6 +107,10 @@ class Train:
     from_scratch: bool = opt(False, "draw the weights; config, tokenizer and codec come from pretrained_path")
     weights: str = opt("", "file to load where pretrained_path holds several")
     val_samples: int = opt(2, "validation texts to speak at each validation")
+    sample_texts: list[str] = opt([], "further texts to speak then, in the voice of the first row", repeat=True)
+    gate: str = opt("warn", "compare the base's losses with two controls before the first step: warn, stop or off",
+                    choices=("warn", "stop", "off"))
+    dry_run: bool = opt(False, "do everything up to the first step, try the longest micro-batch, report, write nothing")
     hf_model_id: str = opt("", "hub id of the base, written into the adapter with distribute")
     distribute: bool = opt(False, "record hf_model_id as the base, so that the adapter can be shared")
     log_level: str = opt("info", "debug, info, warning, error or critical", choices=tuple(run.LEVELS))
@@ -124,7 +128,8 @@ FREE = {
     "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
-    "resume_from", "overwrite", "ignore_base", "val_samples", "log_level", "debug",
+    "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "log_level",
+    "debug",
 }
 AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
 AT_LEAST_ZERO = {
@@ -133,7 +138,11 @@ AT_LEAST_ZERO = {
     "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-STEPS = 2000  # where no setting says how long: as long as most YAMLs in configs/ train
+# Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
+# so many steps, since by then a voice is learned; but all of the data once.
+USUAL_EPOCHS, USUAL_STEPS = 20, 1500
+TENTH = 10  # validations and checkpoints of a run whose settings do not say how many
+MANY_EPOCHS = 50  # twice what the guides advise for few clips: beyond it the log warns
 BAD_STEPS = 3  # one step without a finite loss may be a bad clip, three on end are a run that has gone wrong
 SCRATCH = "scratch"  # the word by which models.load draws the weights instead of reading a file
 
@@ -148,7 +157,7 @@ def check_settings(cfg):
         name, value = field.name, getattr(cfg, field.name)
         if name in AT_LEAST_ONE and value < 1:
             wrong.append(f"{name} is {value}, expected at least 1")
-        if name in AT_LEAST_ZERO and value < 0:
+        if name in AT_LEAST_ZERO and (value or 0) < 0:
             wrong.append(f"{name} is {value}, expected at least 0")
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
@@ -167,6 +176,28 @@ def check_settings(cfg):
                      "save_mode lora; merge_lora.py merges the adapter into the base as it was published")
     if wrong:
         raise Usage("; ".join(wrong))
+
+
+def parse_settings():
+    """(settings, notes for the log). A rank without alpha keeps the scale of the file or of the defaults.
+
+    Else four times the rank would be a quarter of the scale, in silence: the adapter would seem to learn
+    nothing. With rslora the root in the scale is there for that, and alpha stays.
+    """
+    cfg = configs.parse(Train)
+    # Only flags count: a file that says r without alpha means the default that its tool has.
+    flags = configs.Given(configs.names(Train, "train"))
+    configs.Flags(flags, sys.argv[1:], None).read()
+    names = dict(flags.values)
+    if not cfg.lora or cfg.lora.rslora or "lora.r" not in names or "lora.alpha" in names:
+        return cfg, []
+    file = configs.parse(Train, [cfg.config] if cfg.config else [])
+    before = file.lora or LoRAConfig()
+    cfg.lora.alpha = before.alpha / before.r * cfg.lora.r
+    if cfg.lora.r == before.r:
+        return cfg, []
+    return cfg, [f"lora.r {cfg.lora.r} was given without lora.alpha: alpha goes from {before.alpha:g} to "
+                 f"{cfg.lora.alpha:g}, so that the scale stays {cfg.lora.scale:g}; --lora.alpha sets it"]
 
 
 def within(path, folder):
@@ -211,24 +242,52 @@ class Schedule(NamedTuple):
     warmup: int
     per_step: int  # micro-batches of a step, over all ranks
     per_epoch: int  # micro-batches of an epoch
+    validate_every: int  # 0: only at the end
+    save_every: int
+
+    @property
+    def epochs(self):
+        return self.steps * self.per_step / self.per_epoch
 
 
-def schedule_of(cfg, per_step, per_epoch):
-    """The length in steps, from what the settings say in steps or in epochs.
+def schedule_of(cfg, progress, per_epoch):
+    """The length in steps, from what the settings say in steps or in epochs, else from the data.
 
-    With `epochs` it follows from the data. What a YAML says of steps was then meant for another length:
-    max_steps does not count, and a warm-up is cut to a tenth of the run.
+    Where it follows from the data, what a YAML says of steps was meant for another length: max_steps does not
+    count, and a warm-up is cut to a tenth of the run. A run that goes on keeps the length that it has.
     """
-    steps = cfg.num_iters or cfg.max_steps or STEPS
+    per_step = progress.micro_per_step
+    epoch = per_epoch / per_step
+    given = cfg.num_iters or cfg.max_steps
+    by_data = bool(cfg.epochs) or not given
+    # New clips in a run that goes on make it no longer: the learning rate is on its way to zero already.
+    steps = given or progress.steps or usual_steps(epoch)
     if cfg.epochs:
-        steps = math.ceil(cfg.epochs * per_epoch / per_step)
-    span = steps if cfg.epochs else cfg.max_steps or steps
+        steps = math.ceil(cfg.epochs * epoch)
+    span = steps if by_data else cfg.max_steps or steps
     warmup = cfg.warmup_steps
     if cfg.warmup_ratio:
         warmup = round(cfg.warmup_ratio * span)
-    elif cfg.epochs:
+    elif by_data:
         warmup = min(warmup, span // 10)
-    return Schedule(steps, span, warmup, per_step, per_epoch)
+    validate_every, save_every = intervals(cfg, steps)
+    return Schedule(steps, span, warmup, per_step, per_epoch, validate_every, save_every)
+
+
+def usual_steps(epoch):
+    """How long a run is whose settings do not say it; epoch: steps of a pass over the data."""
+    return math.ceil(max(epoch, min(USUAL_EPOCHS * epoch, USUAL_STEPS)))
+
+
+def intervals(cfg, steps):
+    """Steps between validations and between checkpoints: as they are set, else a tenth of the run."""
+    # A tenth shows where a short run turns, and is rare enough that neither costs much of a long one.
+    tenth = math.ceil(steps / TENTH)
+    validate_every = tenth if cfg.valid_interval is None else cfg.valid_interval
+    save_every = cfg.save_interval
+    if save_every is None:  # who counts checkpoints in epochs wants no others
+        save_every = 0 if cfg.save_epochs else tenth
+    return validate_every, save_every
 
 
 def learning_rate(cfg, s, span, warmup):
@@ -290,13 +349,59 @@ def join_ranks(device):
     device = models.pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Without torchrun nobody waits for anybody, and no port is opened.
     if "RANK" in os.environ:
         limit = timedelta(minutes=30)  # the others wait while rank 0 saves or speaks, on a slow disk for long
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(attempt(), store)  # else the addresses of the dead still stand there
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        STORES.append(store)
     return Place(device, rank, world)
+
+
+STORES = []  # through it the ranks can exchange words, also when one of them has failed
+ERROR_SECONDS = 5  # how far apart two ranks may meet the same error
+LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|by peer|timed out|aborted", re.I)
+
+
+def told_once(main):
+    """Under torchrun, what goes wrong is printed once: not by each rank, nor because another one ended.
+
+    A person looks for the first message, and finds it last where every rank adds a traceback of its own.
+    """
+    @wraps(main)
+    def wrapped():
+        try:
+            return main()
+        except (Usage, Invalid) as error:
+            if mine_to_say(error):
+                raise
+            sys.exit(2 if isinstance(error, Usage) else 1)
+        except RuntimeError as error:
+            # A rank that has failed leaves the others in the middle of a sum.
+            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+            if alone or isinstance(error, torch.OutOfMemoryError) or not LOST.search(str(error)):
+                raise
+            sys.exit(1)
+    return wrapped
+
+
+def mine_to_say(error):
+    """Whether this rank prints an error: rank 0 always does, another one what rank 0 did not meet, too."""
+    if not STORES:  # before the ranks have met: settings and files, of which there is one set on each machine
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    key = f"error {attempt()} {zlib.crc32(str(error).encode())}"
+    try:
+        if dist.get_rank() == 0:
+            STORES[0].set(key, "said")
+        else:
+            STORES[0].wait([key], timedelta(seconds=ERROR_SECONDS))
+    except dist.DistNetworkError:  # rank 0 has ended, not without saying why
+        return dist.get_rank() == 0
+    except dist.DistStoreError:  # nobody else has said it
+        return True
+    return dist.get_rank() == 0
 
 
 def attempt() -> str:
@@ -324,11 +429,12 @@ def all_sum(values: dict, device) -> dict:
 
 
 class Trainee(NamedTuple):
-    """What is trained and saved together."""
+    """What is trained and saved together, and how its losses are weighed."""
 
     model: Any
     masters: "Masters"
     optimizer: torch.optim.Optimizer
+    lambdas: dict[str, float]
 
 
 def find_run(cfg, settings, defaults, place, log):
@@ -357,7 +463,7 @@ def find_run(cfg, settings, defaults, place, log):
         raise Usage(f"{past.folder} was trained with {n} micro-batches per step, which {place.world} ranks "
                     f"cannot share evenly; use {possible} ranks")
     wait_for_all()  # before every rank has looked, nothing may be moved
-    if place.rank == 0:
+    if place.rank == 0 and not cfg.dry_run:
         run.clear_the_way(past, cfg.save_path, log.say)
     return past
 
@@ -382,6 +488,26 @@ def load_model(cfg, past, options, device, dtype):
             raise Usage(f"{key} is {getattr(cfg, key)}, the checkpoint's is {getattr(model, key)}; "
                         "leave it out, audio is resampled")
     return model
+
+
+def prepare(cfg, model, lambdas, log):
+    """The Trainee: adapters where there is a lora section, masters, optimizer, and how layers compute."""
+    if cfg.lora:
+        add_adapters(cfg, model)
+    masters = Masters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    if cfg.checkpointing:
+        model.set_recompute(True)
+    if cfg.compile:
+        log.say("layers are compiled as the first step comes to them, which may take minutes")
+        for block in model.blocks():
+            block.compile()
+    # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
+    # those that PyTorch has by default, written out so that no other default changes a run that goes on.
+    rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
+    rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    on_gpu = model.device.type == "cuda"
+    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=on_gpu, **rates)
+    return Trainee(model, masters, optimizer, lambdas)
 
 
 def add_adapters(cfg, model):
@@ -416,7 +542,7 @@ def resume(cfg, past, trainee, progress, log):
 
 def restore(cfg, folder, trainee):
     """The counterpart of `save`. The weights of a full run are there already: load_model has read them."""
-    model, masters, optimizer = trainee
+    model, masters, optimizer, _ = trainee
     path = folder / "optimizer.pth"
     saved = torch.load(path, map_location="cpu", weights_only=True)
     # Values beside the optimizer are there because the files of the model hold something less exact.
@@ -454,11 +580,12 @@ def save(cfg, trainee, progress, log, held=None):
     log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {seconds:.1f} s")
     stay = [held, progress.best.step] if cfg.keep_best else [held]
     checkpoint.prune(cfg.save_path, cfg.keep_last, cfg.keep_every, stay, log.say)
+    run.name_best(cfg.save_path, progress.best, log.say)
 
 
 def write_files(cfg, trainee, progress, folder):
     """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
-    model, masters, optimizer = trainee
+    model, masters, optimizer, _ = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
     if adapter:
@@ -522,7 +649,8 @@ def load_clips(cfg, model, speakers, place, log):
         cache.add(missing, log.say)
         model.codec.to("cpu")  # not needed again but to speak
     # From here on no recording is needed.
-    train = run.drop_long(run.measured(train, model, cache, limit), limits_of(cfg, limit), log.say)
+    limits = limits_of(cfg, limit, longest)
+    train = run.drop_long(run.measured(train, model, cache, limit), limits, log.say)
     val = run.measured(val, model, cache, limit)
     fits = [clip for clip in val if 0 < clip.length <= limit]
     if len(fits) < len(val):
@@ -531,14 +659,22 @@ def load_clips(cfg, model, speakers, place, log):
     return Data(train, fits, cache)
 
 
-def limits_of(cfg, limit):
-    """{what is said of the clips that are longer: positions}; the first that a clip exceeds is its reason."""
-    limits = {f"longer than {limit} positions (max_length)": limit}
+def limits_of(cfg, limit, longest):
+    """How long a clip may be; the first limit that it exceeds is the reason why it is dropped."""
+    # Each remedy is one that works: nothing raises the checkpoint's own limit, and a budget that is divided
+    # by the clips of a batch has two ways out.
+    cut = "cut longer recordings: prepare_data.py has --slice and --max_seconds"
+    remedy = f"Raise max_length, up to the checkpoint's {longest}, or {cut}."
+    limits = [run.Limit(limit, "max_length", remedy)]
+    if limit == longest:
+        cause = "max_length, the checkpoint's own limit"
+        limits = [run.Limit(limit, cause, f"No setting raises it; {cut}.")]
     if cfg.max_batch_tokens:
         budget = cfg.max_batch_tokens // cfg.batch_size
-        limits[f"longer than {budget} positions (max_batch_tokens / batch_size)"] = budget
+        remedy = f"Raise max_batch_tokens {cfg.max_batch_tokens}, or lower batch_size {cfg.batch_size}."
+        limits.append(run.Limit(budget, "max_batch_tokens / batch_size", remedy))
     if cfg.batch_tokens:
-        limits[f"longer than {cfg.batch_tokens} positions (batch_tokens)"] = cfg.batch_tokens
+        limits.append(run.Limit(cfg.batch_tokens, "batch_tokens", "Raise batch_tokens."))
     return limits
 
 
@@ -549,6 +685,15 @@ def command_to_encode(cfg, folder, usual):
     flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder)]
     flags += ["--ckpt_dir", cfg.pretrained_path]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
+
+
+def samples_of(cfg, data, log):
+    """What is spoken at each validation."""
+    rows = [clip.row for clip in data.val]
+    spoken = listen.sentences(rows)[: cfg.val_samples]
+    # Texts that nobody has recorded are spoken in the voice of the first row.
+    rows += [clip.row for clip in data.train]
+    return listen.Samples(spoken + listen.further(cfg.sample_texts, rows), cfg.seed, log)
 
 
 def warn_of_speakers(model, log):
@@ -825,12 +970,84 @@ def evaluate(cfg, model, examples, lambdas, place):
     return {"loss/total": sum(lambdas[k] * means[k] for k in lambdas), **means}
 
 
+# ------------------------------------------------------------------------------------ before the first step
+
+
+def pass_gate(cfg, trainee, data, place, log):
+    """Compare the base with two controls, and say or refuse what does not look right. All ranks.
+
+    Rank 0 looks alone, for it is a few rows only; all of them must know whether the run ends here.
+    """
+    if cfg.gate == "off" or cfg.from_scratch:  # drawn weights know nothing of texts
+        return
+    wrong = []
+    if place.rank == 0:
+        log.say("gate: losses of the first rows, beside those of shuffled texts and of a constant answer ...")
+        found = gate.look(trainee.model, data.train, data.cache, trainee.lambdas, place.device)
+        log.say(found.line)
+        wrong = found.wrong
+    # A sum over ranks, although only one has looked: else the others would go on without it.
+    refused = all_sum({"wrong": len(wrong)}, place.device)["wrong"] and cfg.gate == "stop"
+    for text in wrong:
+        log.say(text, "error" if refused else "warning")
+    if refused:
+        raise Invalid("the gate was told to stop such a run; with --gate off, or --gate warn, it trains")
+    if wrong:
+        log.say("gate: training all the same; --gate stop would have ended here, --gate off does not look. "
+                "If you know why (a language that is new to the base, say), go on.", "warning")
+
+
+def rehearse(cfg, trainee, data, schedule, log):
+    """--dry_run: train on the longest micro-batch and say what the run will take. -> exit code. All ranks.
+
+    The weights that move here are thrown away: nothing is written.
+    """
+    model, masters, optimizer, lambdas = trainee
+    clips = data.train
+    lengths = [clip.length for clip in clips]
+    batches = micro_batches(lengths, cfg, 0)
+    sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]  # positions, with padding
+    longest = batches[sizes.index(max(sizes))]
+    examples = [data.cache.load(clips[i].key) for i in longest]
+    # What a message about memory looks at.
+    ready = StepData([], [MicroBatch(0, longest, {}, {})], 0, 0, 0.0)
+    model.train()
+    try:
+        # The first time also makes what all later ones find: kernels, compiled code, the optimizer's state.
+        for _ in range(2):
+            began = time.perf_counter()
+            batch, counts = model.collate(examples, longest)
+            out = model(to_device(batch, model.device))
+            loss = sum(lambdas[k] * out[k] / max(counts[k], 1) for k in lambdas)
+            loss.backward()
+            optimizer.step()
+            masters.publish()
+            optimizer.zero_grad(set_to_none=True)
+            value = loss.item()  # waits for the device
+            seconds = time.perf_counter() - began
+    except torch.OutOfMemoryError as e:
+        raise Invalid(out_of_memory(ready, clips, 1, e)) from None
+    # All steps together take about what their positions do; the longest one is what memory has to hold.
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    each = seconds * schedule.per_step / ranks
+    mean = each * sum(sizes) / len(sizes) / max(sizes)
+    left = timedelta(seconds=round(mean * schedule.steps))
+    log.say(f"dry run: the longest micro-batch has {len(longest)} clips and {max(sizes)} positions, loss "
+            f"{value:.4f}; peak memory {run.memory_line(model.device)}")
+    log.say(f"dry run: a step takes {each:.2f} s at most and some {mean:.2f} s in the mean, the "
+            f"{schedule.steps} steps {left} beside validation, samples and saving. Nothing was written.")
+    if math.isfinite(value):
+        return 0
+    log.say("dry run: the loss is not finite. Look at those clips; try --dtype float32", "error")
+    return 1
+
+
 # ------------------------------------------------------------------------------------------------ messages
 
 
 def announce(cfg, trainee, place, schedule, log):
     """What is going to happen, before it does: where, what is trained, for how long."""
-    model, masters, _ = trainee
+    model, masters, *_ = trainee
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in masters.parameters)
     dtype = str(models.pick_dtype(cfg.dtype, place.device)).removeprefix("torch.")
@@ -846,22 +1063,38 @@ def announce(cfg, trainee, place, schedule, log):
         counted = ", ".join(f"{n} in {stack}" for stack, n in stacks.items())
         log.say(f"LoRA: r {cfg.lora.r}, alpha {cfg.lora.alpha:g}, scale {cfg.lora.scale:g}, "
                 f"{len(layers)} modules: {counted}")
-    steps, span, warmup, per_step, per_epoch = schedule
+    announce_length(cfg, place, schedule, log)
+    log.say("trained: " + ", ".join(masters.named), "debug")
+
+
+def announce_length(cfg, place, schedule, log):
+    """For how long, and what is odd about it."""
+    steps, span, warmup, per_step, per_epoch, *_ = schedule
     log.say(f"{steps} steps of {per_step} micro-batches ({per_step // place.world} per rank), {per_epoch} "
             f"micro-batches and {per_epoch / per_step:.1f} steps per epoch, "
-            f"{steps * per_step / per_epoch:.1f} epochs in all")
-    if cfg.epochs:
-        log.say(f"epochs {cfg.epochs:g} means {steps} steps, {warmup} of them warm-up; "
-                "the learning rate reaches zero at the last")
+            f"{schedule.epochs:.1f} epochs in all")
+    told = f"epochs {cfg.epochs:g} means" if cfg.epochs else "no length is set; for this much data it is"
+    if cfg.epochs or not (cfg.num_iters or cfg.max_steps):
+        log.say(f"{told} {steps} steps, {warmup} of them warm-up; the learning rate reaches zero at the last")
+    log.say(f"validation every {schedule.validate_every} steps, checkpoint every {schedule.save_every}; "
+            "0 is only at the end")
+    if schedule.epochs > MANY_EPOCHS:
+        log.say(f"each clip comes {schedule.epochs:.0f} times, more than {MANY_EPOCHS}: a model then often "
+                "knows the clips by heart and reads other texts worse. Compare early checkpoints with late "
+                f"ones, or say --epochs {USUAL_EPOCHS}.", "warning")
     if span != steps:
         log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} "
                 "(num_iters)", "warning")
-    log.say("trained: " + ", ".join(masters.named), "debug")
 
 
 def parts_of(means):
     """{"loss/diff": 0.5} -> diff 0.5000"""
     return ", ".join(f"{name.split('/', 1)[1]} {mean:.4f}" for name, mean in means.items())
+
+
+def skipped(step, loss, norm, names):
+    """That nothing was learned in a step, and whose fault it may be."""
+    return f"step {step}: loss {loss}, gradient norm {norm}: update skipped; rows {names}"
 
 
 def out_of_memory(data, clips, step, error):
@@ -876,6 +1109,30 @@ def out_of_memory(data, clips, step, error):
             f"--checkpointing, or a smaller max_length. Checkpoints are untouched. ({cause})")
 
 
+def say_what_next(cfg, log):
+    """How to hear, and how to choose."""
+    # Whole commands, quoted, that can be copied: most people look for them right here.
+    root = Path(cfg.save_path)
+    samples = root / "samples" / "listen.html"
+    if samples.is_file():
+        log.say(f"listen: {samples}")
+    kind = "--lora" if cfg.lora and cfg.save_mode != "full" else "--ckpt_dir"
+    newest = shlex.quote(str(root / "latest"))
+    log.say(f'speak:  python infer.py {kind} {newest} --text "Hello." --output hello.wav')
+    steps = f"{shlex.quote(str(root))}/step_*"
+    if kind == "--ckpt_dir":
+        steps = f"{shlex.quote(cfg.pretrained_path)} {steps}"  # the base comes first
+    rows = shlex.join(cfg.val_manifest or cfg.train_manifest[:1])
+    report = shlex.quote(str(root / "report"))
+    log.say(f"choose: python validate.py {kind} {steps} --manifest {rows} --output_dir {report}")
+
+
+def asked_to_stop(cfg, step):
+    """How to go on after a signal."""
+    same = "the same command without --overwrite" if cfg.overwrite else "the same command"
+    return f"asked to stop: saved step {step}; {same} goes on from here"
+
+
 def no_good_step(step):
     """Why a run ends although nothing failed."""
     return (f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last "
@@ -885,8 +1142,9 @@ def no_good_step(step):
 # ------------------------------------------------------------------------------------------------ the run
 
 
+@told_once
 def main():
-    cfg = configs.parse(Train)
+    cfg, notes = parse_settings()
     check_settings(cfg)
     signal.signal(signal.SIGTERM, leave)  # until there is a step to finish
 
@@ -896,6 +1154,8 @@ def main():
     place = device, rank, world = join_ranks(cfg.device)
     cfg.overwrite = cfg.overwrite and attempt() == "0"
     log = run.Log("debug" if cfg.debug else cfg.log_level, rank)
+    for note in notes:
+        log.say(note)
 
     # One run per folder; and whether it can be written is known before anything slow begins.
     wrong = run.claim(cfg.save_path) if rank == 0 else None
@@ -912,15 +1172,10 @@ def main():
     past = find_run(cfg, settings, defaults, place, log)
 
     # To this script LoRA is a model with fewer trained parameters. Below here only files differ.
+    began = time.perf_counter()
     model = load_model(cfg, past, options, device, models.pick_dtype(cfg.dtype, device))
-    if cfg.lora:
-        add_adapters(cfg, model)
-    masters = Masters({name: p for name, p in model.named_parameters() if p.requires_grad})
-    if cfg.checkpointing:
-        model.set_recompute(True)
-    if cfg.compile:
-        for block in model.blocks():
-            block.compile()
+    log.say(f"loaded {cfg.pretrained_path} in {time.perf_counter() - began:.1f} s")
+    trainee = _, masters, optimizer, _ = prepare(cfg, model, lambdas, log)
 
     # -------------------------------------------------------------------------------------------- data
     # Speakers are numbered as they come; who had a number when the run began keeps it.
@@ -929,15 +1184,7 @@ def main():
     warn_of_speakers(model, log)
     clips, lengths = data.train, [clip.length for clip in data.train]
     val_examples = [data.cache.load(clip.key) for clip in data.val]
-    val_sentences = run.sentences(clip.row for clip in data.val)[: cfg.val_samples]
-
-    # -------------------------------------------------------------------------------------------- optimizer
-    # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
-    # those that PyTorch has by default, written out so that no other default changes a run that goes on.
-    rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
-    rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
-    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=device.type == "cuda", **rates)
-    trainee = Trainee(model, masters, optimizer)
+    samples = samples_of(cfg, data, log)
 
     # -------------------------------------------------------------------------------------------- resume
     # What each checkpoint will say of the run. Where it goes on, the counters are those of the last one.
@@ -952,14 +1199,22 @@ def main():
     if past:
         progress = resume(cfg, past, trainee, progress, log)
     order = order_from(progress, lengths, cfg)
-    schedule = schedule_of(cfg, progress.micro_per_step, len(micro_batches(lengths, cfg, 0)))
-    steps, span, warmup, per_step, _ = schedule
+    schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0)))
+    steps, span, warmup, per_step, *_ = schedule
+    # What the settings say is not remembered: without it the run has the length of its data again.
+    progress.steps = 0 if cfg.epochs or cfg.num_iters or cfg.max_steps else steps
+
+    # What can be known of a run is said before it costs time, and before anything is written.
+    announce(cfg, trainee, place, schedule, log)
+    if progress.step == 0:
+        pass_gate(cfg, trainee, data, place, log)
+    if cfg.dry_run:
+        return rehearse(cfg, trainee, data, schedule, log)
 
     # Nothing is wrong with the new run: now, and not before, an earlier one may be moved aside.
     if rank == 0:
         begin_folder(cfg, log)
     log.open(cfg.save_path, cfg.tensorboard, progress.step)
-    announce(cfg, trainee, place, schedule, log)
 
     # -------------------------------------------------------------------------------------------- loop
     def save_now():
@@ -970,21 +1225,23 @@ def main():
         wait_for_all()
 
     def validate():
-        """The weighted loss on rows that are not trained, some of which are spoken. All ranks."""
-        means = evaluate(cfg, model, val_examples, lambdas, place)
-        total = means["loss/total"]
-        log.numbers("val", progress.step, means, epoch=passed)
-        parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
-        log.say(f"step {progress.step}/{steps} | validation {total:.4f} ({parts})")
-        if rank == 0 and cfg.val_samples:
-            run.try_to_speak(model, val_sentences, cfg.seed, progress.step, log)
+        """The weighted loss on rows that are not trained; sentences are spoken, too. All ranks."""
+        total = math.inf
+        if val_examples:
+            means = evaluate(cfg, model, val_examples, lambdas, place)
+            total = means["loss/total"]
+            log.numbers("val", progress.step, means, epoch=passed)
+            parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
+            log.say(f"step {progress.step}/{steps} | validation {total:.4f} ({parts})")
+        if rank == 0 and samples.sentences:
+            samples.try_to_speak(model, progress.step)
         return total
 
     # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
     signals = run.catch_signals()
     model.train()
     passed = order.progress()  # epochs done
-    if val_examples and progress.step == 0:
+    if progress.step == 0:
         validate()
     bad, stop, clock = 0, 0, run.Clock()
     loader = Loader(cfg, model, data, place, order).steps(steps - progress.step, per_step)
@@ -1035,8 +1292,7 @@ def main():
             bad += 1
             progress.skipped += 1
             names = ", ".join(clips[i].row["id"] for i in numbers_of(suspects(ready, sums, device)))
-            why = f"loss {loss}, gradient norm {norm}"
-            log.say(f"step {progress.step + 1}: {why}: update skipped; rows {names}", "error")
+            log.say(skipped(progress.step + 1, loss, norm, names), "error")
         optimizer.zero_grad(set_to_none=True)
 
         # `order` is ahead by what the threads already load; the step knows where the rows stand after it.
@@ -1059,8 +1315,9 @@ def main():
         # asked to stop may not have the time for a validation. Best is only what was saved.
         broken, last = bad == BAD_STEPS, step == steps
         hurry = bool(stop) or broken
-        saving = hurry or last or due(cfg.save_interval, step) or epochs_due(cfg.save_epochs, before, passed)
-        validating = val_examples and not broken and (last or due(cfg.valid_interval, step))
+        saving = hurry or last or due(schedule.save_every, step)
+        saving = saving or epochs_due(cfg.save_epochs, before, passed)
+        validating = not broken and (last or due(schedule.validate_every, step))
         with clock.paused():
             if hurry:
                 save_now()
@@ -1073,13 +1330,14 @@ def main():
         if broken:
             raise Invalid(no_good_step(step))
         if stop:
-            same = "the same command without --overwrite" if cfg.overwrite else "the same command"
-            log.say(f"asked to stop: saved step {step}; {same} goes on from here", "warning")
+            log.say(asked_to_stop(cfg, step), "warning")
             break
 
     # -------------------------------------------------------------------------------------------- end
     peak = run.peak_memory(device) / 2**30
     log.say(f"done: {progress.step} steps, {progress.skipped} skipped, peak memory {peak:.2f} GiB")
+    if rank == 0 and not stop:
+        say_what_next(cfg, log)
     log.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -28,6 +28,7 @@ import lora
 import models
 from configs import Usage, opt
 from infer import base_of, parts_of, progress
+from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
 from prepare_data import hook, read_manifest
 
@@ -74,9 +75,12 @@ NUMBERS = {
     "pitch_spread": ("pitch spread, semitones", None),
     "mel_cepstral_distance": ("mel-cepstral distance, dB", LOW),
     "codec_distance": ("distance to the voice in codec space", LOW),
+    "campplus_similarity": ("CAM++ similarity to the recordings", HIGH),
     "word_error_rate": ("word error rate", LOW),
     "character_error_rate": ("character error rate", LOW),
 }
+CAMPPLUS, CAMPPLUS_RATE = "campplus_cn_common.bin", 16000  # its published file, and Hz of what it hears
+SHORTEST = 0.1  # seconds of which spectra, and a voice, can be told
 COMPARED_FRAMES = 50  # steps of a sentence that show the effect of an adapter: four seconds, enough to differ
 REPORT, PAGE = "report.json", "report.html"
 
@@ -313,7 +317,7 @@ def measure(wave, rate, sentence):
            "silence_at_end": measures.silence_at_end(wave, rate)}
     if seconds:
         out["characters_per_second"] = len(sentence.text) / seconds
-    if sentence.recording and seconds > 0.1:  # a spectrogram needs a few frames
+    if sentence.recording and seconds > SHORTEST:
         recording, recorded_rate = sentence.recording
         out["length_ratio"] = seconds / (len(recording) / recorded_rate)
         out["mel_cepstral_distance"] = measures.mel_cepstral_distance(wave, rate, recording, recorded_rate)
@@ -346,6 +350,32 @@ def codec_distance(spoken, voice):
     return sum(distances) / len(distances)
 
 
+def read_ears(extra):
+    """CAM++ where --extra.campplus names its weights, else None. It hears clips of any backbone."""
+    if "campplus" not in extra:
+        return None
+    path = models.folder_of(extra["campplus"])
+    return campplus.load(path / CAMPPLUS if path.is_dir() else path)
+
+
+def parts_for(cfg, base):
+    """What to load a base with. To a backbone that does not keep CAM++ for itself it is an unknown part."""
+    parts = parts_of(cfg, [] if cfg.ckpt_dir else [(cfg.lora[0], 1.0)])
+    if "campplus" not in getattr(models.find(base), "PARTS", {}):
+        parts.pop("campplus", None)
+    return parts
+
+
+def voice_of(ears, clips):
+    """What CAM++ makes of the voice of several clips (wave, rate): (size,) of length 1, or None."""
+    clips = [(wave, rate) for wave, rate in clips if len(wave) > SHORTEST * rate]
+    if ears is None or not clips:
+        return None
+    seen = [ears.embed(audio.resample(wave, rate, CAMPPLUS_RATE)) for wave, rate in clips]
+    mean = torch.stack([direction / direction.norm() for direction in seen]).mean(0)
+    return mean / mean.norm()
+
+
 def speak(model, column, plan, cfg):
     """Let a column speak every sentence: a cell with file and numbers for each, the means as its own."""
     folder = Path(cfg.output_dir) / "clips" / column.key
@@ -357,6 +387,9 @@ def speak(model, column, plan, cfg):
         audio.write(file, wave, model.out_sample_rate)
         cell = {"file": str(file.relative_to(cfg.output_dir)), "takes": takes, "ended": float(ended)}
         cell |= measure(wave, model.out_sample_rate, sentence)
+        ours = voice_of(plan.ears, [(wave, model.out_sample_rate)])
+        if ours is not None and plan.speaker is not None:
+            cell["campplus_similarity"] = float(ours @ plan.speaker)
         if plan.transcriber:
             transcript = plan.transcriber(str(file))
             cell["transcript"] = transcript
@@ -383,6 +416,8 @@ class Plan:
     voice: torch.Tensor | None  # what the codec makes of the recordings
     base_frames: torch.Tensor | None  # of the first sentence by the base
     transcriber: object
+    ears: campplus.CAMPPlus | None
+    speaker: torch.Tensor | None  # what they make of the recordings
 
 
 def examine(model, column, plan, cfg):
@@ -611,7 +646,7 @@ def earlier_columns(cfg):
     return {c.key: c for c in there if c.key}
 
 
-def make_plan(cfg, model, rows, sampling):
+def make_plan(cfg, model, rows, sampling, ears):
     """What every column is asked, worked out once on the base."""
     examples = [model.encode(row) for row in rows]
     examples = [example for example in examples if model.length(example)]
@@ -620,13 +655,16 @@ def make_plan(cfg, model, rows, sampling):
     voice = coded(model, recordings) if recordings else None
     frames = first_frames(model, spoken[0].request, sampling, cfg.seed) if spoken else None
     transcriber = hook(cfg.transcriber, "transcriber", "my_ears:transcribe") if cfg.transcriber else None
-    return Plan(spoken, sampling, examples, voice, frames, transcriber)
+    clips = [s.recording for s in spoken if s.recording]
+    if cfg.reference_audio:
+        clips.append(audio.read(cfg.reference_audio))
+    return Plan(spoken, sampling, examples, voice, frames, transcriber, ears, voice_of(ears, clips))
 
 
 def key_of(cfg, column, sampling, base):
     """Names the files of a column and everything that its numbers depend on."""
     asked = [content_key(path) for path in cfg.manifest]
-    names = ("text", "rows", "reference_audio", "speaker", "seed", "retries", "transcriber", "dtype")
+    names = ("extra", "text", "rows", "reference_audio", "speaker", "seed", "retries", "transcriber", "dtype")
     settings = [getattr(cfg, name) for name in names]
     return f"{content_key(column.path)}-{zlib.crc32(repr((base, asked, settings, sampling)).encode()):08x}"
 
@@ -646,10 +684,10 @@ def main():
     # The base is loaded once, and adapters are switched on it; full checkpoints are loaded one by one.
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
-    extra = parts_of(cfg, [] if cfg.ckpt_dir else [(cfg.lora[0], 1.0)])
+    ears, extra = read_ears(cfg.extra), parts_for(cfg, base)
     model = models.load(base, device, dtype, extra=extra)
     model.codec.to(device)
-    plan = make_plan(cfg, model, rows, sampling)
+    plan = make_plan(cfg, model, rows, sampling, ears)
     started, finished = time.perf_counter(), []
     for number, column in enumerate(columns, 1):
         column.key = key_of(cfg, column, sampling, model.fingerprint if cfg.lora else base)
@@ -661,7 +699,7 @@ def main():
         if column.kind == "adapter":
             able = not column.problems and put_on(model, column, cfg)
         else:
-            model, able = other_checkpoint(model, column, device, dtype, cfg.extra)
+            model, able = other_checkpoint(model, column, device, dtype, extra)
         if able:
             examine(model, column, plan, cfg)
         finished.append(column)

@@ -22,6 +22,7 @@ ALIASES = {
         "warmup_steps": ("warmup", "num_warmup_updates"),
         "epochs": ("n_epochs", "num_epochs", "num_train_epochs"),
         "log_interval": ("log_every", "log_freq", "log_steps", "logging_steps"),
+        "sample_texts": ("sample_prompt",),
         "valid_interval": ("val_every", "val_interval", "eval_freq", "eval_steps", "val_steps"),
         "save_interval": ("save_every", "ckpt_freq", "save_steps", "save_per_updates"),
         "max_grad_norm": ("grad_clip", "max_norm"),

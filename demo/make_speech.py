@@ -1,312 +1,367 @@
-"""Make the demo's speech: sentences from a small grammar, spoken by the synthesiser flite.
+"""Make the demo's speech: sentences of a small language, spoken by robots made of the synthesiser flite.
 
-    python demo/make_speech.py --output_dir runs/demo/speech                # base.jsonl, val.jsonl and their clips
-    python demo/make_speech.py --part codec --output_dir runs/demo/codec    # some of the same sentences, in more voices
-    python demo/make_speech.py --part test --output_dir runs/demo/test      # 30 unseen sentences in each of the four voices
-    python demo/make_speech.py --part voice --output_dir demo/voice         # clips of the target voice, and 10 held out
-    python demo/make_speech.py --part tokenizer --output_dir demo/recipe     # tokenizer.json for sentences like these
+    apt-get install flite                # Debian, Ubuntu; version 2.2 here
+    python demo/make_speech.py           # what base.yaml trains on, and the test sentences
+    python demo/make_speech.py --part voice --output_dir demo/voice      # the target voice, and 10 held out
+    python demo/make_speech.py --part tokenizer --output_dir demo/base   # tokenizer.json, one piece per word
 
-Everything is a function of the seed and of flite's version (2.2 here). No sentence is in two of base, val, voice, held
-out and test. Neither base nor codec ever hear the voice slt: fine-tuning is what teaches it. The voices that they do hear,
-kal16, awb and rms, are all male. Some of their clips are therefore spoken with another pitch and a shorter vocal tract,
-and the codec's part has some voices of espeak-ng, if that is installed.
+Everything is a function of the seed and of flite's version. No sentence is in two of base, val, voice, held
+out and test. The base hears six robots of three synthesiser voices (ROBOTS); it never hears slt, which is
+the target.
+
+Every robot has one rendering of each word and says it like that in every sentence. That is what lets a
+model of four million parameters learn to speak within an hour of one core; prosody is what it costs.
 """
+import functools
 import json
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configs
+from demo import robot
+from demo.robot import RATE, Frames
 from models.parts import Invalid, opt
 
-RATE = 16000
-VOICES, TARGET = ("kal16", "awb", "rms"), "slt"
-ESPEAK = ("en-us+f2", "en-us+f3", "en-us+f5", "en+f4", "en-us+m3", "en+m7")
+
+class Robot(NamedTuple):
+    voice: str  # of flite
+    pitch: int  # Hz, a multiple of 25
+    tract: float = 1.0  # above one: a shorter vocal tract than the synthesiser's
+
+
+# Pitch and vocal tract are crossed, so that neither tells the other nor the words. The first speaks where no
+# name stands in front of the text. All pitches are multiples of 50 Hz: the codec's dimensions stay few.
+ROBOTS = {
+    "Alpha": Robot("kal16", 100),
+    "Bravo": Robot("kal16", 200, 1.16),
+    "Charlie": Robot("awb", 150),
+    "Delta": Robot("awb", 200, 1.08),
+    "Echo": Robot("rms", 100, 1.08),
+    "Foxtrot": Robot("rms", 200, 1.16),
+}
+FIRST = "Alpha"
+TARGET = Robot("slt", 200)
+SPEED = 1.15  # words spoken alone are slower than in a sentence
+PAUSE = Frames(np.zeros((8, robot.BANDS)), np.zeros(8))  # a block of silence: at both ends, and at a comma
 
 # ------------------------------------------------------------------------------------------------ sentences
 
 # No two of these words sound alike, or a recogniser without grammar could not be used to measure the result.
 WORDS = dict(
-    person="teacher doctor farmer sister brother mother father neighbor driver painter singer sailor baker captain student "
-           "uncle cousin lady soldier nurse lawyer artist dentist waiter grandmother president",
-    name="Peter Susan Robert Helen Martin Laura Oliver Emma Thomas Julia Victor Daniel",
-    animal="dog cat horse rabbit chicken monkey tiger lion elephant turtle spider dolphin eagle parrot donkey wolf",
-    thing="table window basket letter bottle picture hammer ladder pencil blanket candle mirror pillow bucket carpet jacket "
-          "button ticket kettle lamp guitar piano camera engine bicycle umbrella newspaper magazine machine package wallet",
-    things="boxes books shoes flags coins stones chairs flowers bananas glasses papers presents feathers balloons toys",
-    food="apples oranges potatoes cheese butter chocolate soup pepper honey chicken noodles cookies pudding mushrooms",
-    place="kitchen garden village mountain river forest station market school library hospital harbor bridge island valley "
-          "castle church museum office airport bakery theater desert bathroom",
-    color="yellow purple black green silver golden orange",
-    quality="heavy broken little ancient wooden gentle clever dirty empty narrow enormous expensive beautiful strange famous "
-            "plastic modern useful simple perfect",
-    mood="hungry lazy happy angry quiet nervous tired lonely careful polite sleepy proud friendly",
-    took="carried painted found watched opened bought cleaned borrowed followed noticed dropped lifted ordered repaired "
-         "finished forgot promised described",
-    take="carry paint find watch open clean borrow follow notice drop lift order repair finish",
-    went="slept waited laughed danced worked whispered vanished shouted traveled listened stopped arrived",
-    adverb="slowly quickly quietly carefully suddenly often always never finally",
-    when="yesterday|this morning|last summer|every evening|after dinner|before breakfast|on Monday|on Friday|at midnight|"
-         "in October|in winter|last week|tomorrow|on Sunday|in December",
-    where="under|behind|beside|near|above|inside",
-    number="three five six seven nine eleven twelve twenty thirty fifty many several",
-    weather="rainy windy sunny cloudy foggy stormy",
-    day="afternoon morning evening holiday weekend",
-    who="my your their his the",
+    person="teacher doctor farmer sister captain soldier",
+    name="Peter Susan Robert Laura Oliver Victor",
+    animal="rabbit monkey elephant dolphin parrot tiger",
+    thing="table window basket hammer guitar umbrella newspaper bicycle pillow candle",
+    things="boxes flags bananas flowers presents",
+    food="potatoes chocolate pepper honey cookies",
+    place="kitchen village mountain river hospital library island",
+    color="yellow purple silver orange",
+    quality="heavy broken wooden dirty expensive beautiful simple",
+    mood="hungry angry nervous careful sleepy happy",
+    took="carried painted noticed dropped repaired forgot",
+    take="carry paint find drop repair",
+    went="waited laughed whispered vanished traveled",
+    adverb="slowly suddenly always",
+    when="yesterday|this morning|last summer|after dinner|on Monday|in October|at midnight",
+    where="under|behind|near|above",
+    number="three seven twelve fifty many",
+    weather="rainy windy foggy",
+    who="my your the",
 )
-TEMPLATES = """The {quality} {thing} is {where} the {thing}.
-{name} {took} the {color} {thing} {when}.
-{who} {person} {took} {number} {things} in the {place}.
-{who} {mood} {person} {went} {where} the {place}.
-Where is the {quality} {color} {thing}?
-Why was {name} so {mood} {when}?
-Did {who} {person} {take} the {quality} {thing}?
-Can you {take} the {thing} {where} the {place}?
-Have you seen {who} {color} {thing}?
-Please {take} the {thing} and the {thing}.
-The {mood} {animal} {adverb} {went} {where} the {thing}.
-The {animal} and the {animal} {went} in the {place}.
-We saw {number} {things} and a {quality} {thing} {when}.
-{name} and {name} like {food} with {food}.
-It was a {weather} {day} in the {place}.
-{who} {person} {adverb} {took} the {animal} {when}.
-She will {take} the {thing} {when}.
-They were {mood} and {mood} {when}.
-I think {name} should {take} the {color} {thing}.
-You can find {number} {color} {things} {where} the {place}.
-He gave the {quality} {thing} to {who} {person}.
-The {person} from the {place} was {mood}, but {name} was {mood}.
-If it is {weather}, we {adverb} {take} the {thing}.
-{when}, the {person} {took} a {quality} {thing}.
-Nobody {took} the {animal} {where} the {place}.
-Do not {take} {who} {quality} {thing}, {name}.
-{name} has {number} {things} and {number} {things}.
-What a {quality} {place}!
-Was the {animal} {mood}?
-Bring {food} and {food} to the {place}.""".splitlines()
+TEMPLATES = """{name} {took} {who} {thing}.
+{who} {person} {went}.
+{who} {mood} {animal} {went} {where} {who} {place}.
+{name} {took} {number} {things} {when}.
+{who} {quality} {color} {thing} {went}.
+Can we {take} {who} {quality} {thing}?
+Where is {who} {color} {thing}?
+{name} likes {food}.
+Please {take} {who} {color} {thing}.
+It was {weather} {when}.
+{who} {person} {took} {who} {quality} {thing}.
+{when}, {who} {person} {adverb} {went}.
+{who} {animal} {took} {food} {where} {who} {place}.
+{name} {adverb} {took} {who} {quality} {things} {when}.
+Why was {who} {person} so {mood}?
+{who} {mood} {person} {took} {number} {things} {where} {who} {place}.
+They {adverb} {take} {who} {thing} {when}.
+{name} {went} {where} {who} {color} {thing}.""".splitlines()
+LONGEST_LIST = 8  # words without grammar; sentences have up to ten
+SHORT_LIST = 3
 
 
 def words_of(kind):
-    return [w for w in WORDS[kind].split("|" if "|" in WORDS[kind] else None)]
-
-
-def vocabulary():
-    """Every word that a sentence may hold, in lower case."""
-    text = " ".join(t.format_map({k: "" for k in WORDS}) for t in TEMPLATES) + " " + " ".join(w.replace("|", " ") for w in WORDS.values()) + " an"
-    return sorted(set(plain(text).split()))
+    return WORDS[kind].split("|" if "|" in WORDS[kind] else None)
 
 
 def plain(text):
     """Lower case without punctuation: what two spellings of the same speech have in common."""
-    return " ".join("".join(c if c.isalpha() or c == "'" else " " for c in text.lower()).split())
+    return " ".join(re.findall(r"[a-z']+", text.lower()))
+
+
+@functools.cache
+def vocabulary():
+    """Every word that a sentence may hold, in lower case; the robots' names are not said, so they are not
+    among them.
+    """
+    fixed = " ".join(re.sub(r"{\w+}", " ", template) for template in TEMPLATES)
+    filled = " ".join(WORDS.values()).replace("|", " ")
+    return sorted(set(plain(fixed + " " + filled).split()))
 
 
 def sentence(rng):
-    text, used = "", set()
-    for part in rng.choice(TEMPLATES).replace("}", "{").split("{"):
-        if part in WORDS:
-            part = rng.choice([w for w in words_of(part) if w not in used])
-            used.add(part)
-        text += part
-    return re.sub(r"\ba (?=[aeio])", "an ", text[0].upper() + text[1:])
+    """One sentence, in which no word comes twice: a model that reads badly would not know which of the two
+    it is at.
+    """
+    while True:
+        template = rng.choice(TEMPLATES)
+        text = re.sub(r"{(\w+)}", lambda slot: rng.choice(words_of(slot[1])), template)
+        words = plain(text).split()
+        if len(set(words)) == len(words):
+            return text[0].upper() + text[1:]
 
 
 def sentences(counts, seed=0):
-    """{part: number} -> {part: [distinct sentences, none in two parts]}; a larger number for the last part changes no other."""
-    rng, seen, out = random.Random(seed), set(), {}
+    """{part: number} -> {part: [sentences, none twice]}; a larger number for the last part changes no
+    other.
+    """
+    rng, known, out = random.Random(seed), set(), {}
     for part, count in counts.items():
         out[part] = []
         while len(out[part]) < count:
             text = sentence(rng)
-            if text.lower() not in seen:
-                seen.add(text.lower())
+            if text not in known:
+                known.add(text)
                 out[part].append(text)
     return out
+
+
+def word_list(rng, most):
+    """Some words without grammar: where they are few, a model soon learns which sound belongs to which."""
+    return " ".join(rng.sample(vocabulary(), rng.randint(1, most)))
 
 
 # ------------------------------------------------------------------------------------------------ speech
 
 
-def speak(text, voice, pitch=0, shift=1.0):
-    """(n,) int16 at 16 kHz. pitch (Hz) where a voice obeys it, 0 leaves it; shift > 1 is a shorter vocal tract, same tempo."""
-    if voice in ESPEAK:
-        command = ["espeak-ng", "-v", voice, "-s", "150", "--stdout", text]
-    else:
-        command = ["flite", "-voice", voice, *(["--setf", f"int_f0_target_mean={pitch / shift}"] if pitch else []),
-                   *(["--setf", f"duration_stretch={shift}"] if shift != 1 else []), "-t", text, "-o", "/dev/stdout"]
-    done = subprocess.run(command, capture_output=True)
-    data = done.stdout.find(b"data")
-    if done.returncode or data < 0:
-        raise Invalid(f"{' '.join(command)} failed: {done.stderr.decode(errors='replace').strip() or 'no audio came out'}")
-    # Neither program can seek back in a pipe, so the lengths in their header are not to be believed.
-    wav = np.frombuffer(done.stdout[data + 8:][:len(done.stdout[data + 8:]) // 2 * 2], "<i2").astype(np.float32) / 32768
-    rate = int.from_bytes(done.stdout[24:28], "little") * shift
-    if rate != RATE:  # straight from the spectrum: exact for a whole clip, and nothing else has to be installed
-        n = round(len(wav) * RATE / rate)
-        spectrum = np.fft.rfft(wav)
-        kept = np.zeros(n // 2 + 1, spectrum.dtype)
-        k = min(len(kept), len(spectrum))
-        kept[:k] = spectrum[:k]
-        wav = np.fft.irfft(kept, n) * n / len(wav)
-    return trim(wav)
+@functools.cache
+def spoken_words(voice):
+    """{word: Spoken} of the whole vocabulary by one of flite's voices."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = pool.map(lambda word: robot.flite(word + ".", voice), vocabulary())
+    return dict(zip(vocabulary(), said))
 
 
-def trim(wav, keep=0.05, threshold=0.004):
-    """Silence at both ends is cut to `keep` seconds, so that a model need not guess how long to wait before it stops."""
-    loud = np.flatnonzero(np.abs(wav) > threshold)
-    if not len(loud):
-        raise Invalid("the synthesiser returned silence")
-    pad = round(keep * RATE)
-    wav = wav[max(0, loud[0] - pad):loud[-1] + pad]
-    return np.round(np.clip(wav, -1, 1) * 32767).astype(np.int16)
+@functools.cache
+def word_bank(who):
+    """{word: Frames} of a robot; every word lasts a whole number of blocks."""
+    clips = []
+    for said in spoken_words(who.voice).values():
+        seconds = said.end - said.start
+        blocks = max(1, round(seconds / SPEED * RATE / robot.BLOCK))
+        steps = blocks * robot.BLOCK // robot.HOP
+        times = said.start + (np.arange(steps) + 0.5) * seconds / steps
+        frames = robot.analyse(said.wave, times)
+        clips.append(Frames(robot.shorten(frames.levels, who.tract), frames.voicing))
+    return dict(zip(vocabulary(), robot.compress(clips)))
 
 
-def another_speaker(rng):
-    """Pitch and vocal tract length for a variant of a voice."""
-    return dict(pitch=rng.choice([0, rng.uniform(90, 240)]), shift=round(rng.uniform(0.95, 1.25), 3))
+def speak(text, who):
+    """(n,) int16 at 16 kHz: the words of a text, and silence at both ends and at commas."""
+    bank, parts = word_bank(who), [PAUSE]
+    for word in re.findall(r"[a-z']+|,", text.lower()):
+        if word != "," and word not in bank:
+            raise Invalid(f"{word!r} is not a word of the demo; there are {', '.join(vocabulary())}")
+        parts.append(PAUSE if word == "," else bank[word])
+    parts.append(PAUSE)
+    frames = Frames(*(np.concatenate(column) for column in zip(*parts)))
+    wave = robot.synthesise(frames, who.pitch)
+    return np.round(wave.clip(-1, 1) * 32767).astype(np.int16)
 
 
-def jobs(cfg):
-    """What to speak: [(file name without suffix, list name, text, arguments of speak)]."""
-    said = sentences({"test": 30, "heldout": 10, "voice": 50, "val": 48, "base": cfg.sentences}, cfg.seed)
-    rng, out = random.Random(cfg.seed + 1), []
-    if cfg.part == "base":
-        for part in ("val", "base"):
-            for i, text in enumerate(said[part]):
-                for voice in rng.sample(VOICES, 1 if part == "val" else cfg.voices_per_sentence):
-                    how = another_speaker(rng) if rng.random() < cfg.varied else {}
-                    out.append((f"{part}{i:05d}_{voice}", part, text, dict(how, voice=voice)))
-    elif cfg.part == "codec":
-        espeak = ESPEAK if shutil.which("espeak-ng") else ()
-        for i, text in enumerate(said["base"]):
-            how = another_speaker(rng) if i % 2 else {}
-            how = dict(voice=rng.choice(espeak)) if espeak and i % 8 == 7 else dict(how, voice=rng.choice(VOICES))
-            out.append((f"{i:05d}", "codec", text, how))
-    elif cfg.part == "voice":
-        out += [(f"{i:02d}", "voice", text, dict(voice=TARGET)) for i, text in enumerate(said["voice"])]
-        out += [(f"heldout_{i:02d}", "heldout", text, dict(voice=TARGET)) for i, text in enumerate(said["heldout"])]
-    else:
-        out += [(f"{i:02d}_{voice}", f"test_{voice}", text, dict(voice=voice)) for voice in (*VOICES, TARGET) for i, text in enumerate(said["test"])]
-    return out
+# ------------------------------------------------------------------------------------- what is to be spoken
 
 
-def make(job):
-    """Speak one clip unless it is there. Returns its seconds."""
-    folder, name, text, how = job
-    path = Path(folder) / f"{name}.flac"
-    if not path.exists():
-        soundfile.write(path.with_suffix(".part"), speak(text, **how), RATE, format="FLAC", subtype="PCM_16")
-        os.replace(path.with_suffix(".part"), path)
-    return soundfile.info(path).duration
+VOICE_CLIPS = 60
+POOL = 400  # sentences from which those of the target voice are chosen
+UNNAMED_SHARE = 0.3  # of base's clips: the first robot, without a name in front
+FIRST_CLIPS = 1200  # short lists by the first robot alone, from which the base learns to read before all else
+
+
+class Clip(NamedTuple):
+    name: str  # of the file, without suffix
+    part: str  # the manifest that lists it
+    words: str  # what is said
+    who: Robot
+    called: str = ""  # the name that stands in front of the words in the manifest
+
+    @property
+    def text(self):
+        return f"{self.called} {self.words}".strip()
+
+
+def clips_of(cfg):
+    """Every clip of a part. Sentences are drawn in one order for all parts, so that no two share one."""
+    counts = {"test": 30, "heldout": 10, "val": 24, "pool": POOL, "base": cfg.clips}
+    said, first = sentences(counts, cfg.seed), ROBOTS[FIRST]
+    if cfg.part == "voice":
+        chosen = covering(said["pool"], VOICE_CLIPS)
+        clips = [Clip(f"{i:02d}", "voice", text, TARGET) for i, text in enumerate(chosen)]
+        clips += [Clip(f"heldout_{i:02d}", "heldout", text, TARGET) for i, text in enumerate(said["heldout"])]
+        return clips
+    clips = [Clip(f"test{i:02d}", "test", text, first) for i, text in enumerate(said["test"])]
+    clips += [Clip(f"target{i:02d}", "test_target", text, TARGET) for i, text in enumerate(said["test"])]
+    rng = random.Random(cfg.seed + 1)
+    clips += [Clip(f"val{i:02d}", "val", text, *pick_robot(rng)) for i, text in enumerate(said["val"])]
+    clips += [Clip(f"first{i:05d}", "first", word_list(rng, SHORT_LIST), first) for i in range(FIRST_CLIPS)]
+    for i, text in enumerate(said["base"]):
+        words = text if i % 2 else word_list(rng, rng.choice((SHORT_LIST, LONGEST_LIST)))
+        clips.append(Clip(f"base{i:05d}", "base", words, *pick_robot(rng)))
+    return clips
+
+
+def pick_robot(rng):
+    """A robot and what it is called: nothing, where it is the first one by default."""
+    called = rng.choice(list(ROBOTS))
+    return (ROBOTS[FIRST], "") if rng.random() < UNNAMED_SHARE else (ROBOTS[called], called)
+
+
+def covering(texts, count):
+    """`count` of the texts, each chosen for the words that the ones before it hold least often, as scripts
+    are for recordings.
+    """
+    times, chosen, left = Counter(), [], list(texts)
+    for _ in range(count):
+        best = max(left, key=lambda text: sum(0.3 ** times[word] for word in plain(text).split()))
+        left.remove(best)
+        chosen.append(best)
+        times.update(plain(best).split())
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
-def tokenizer(texts, merges):
-    """A tokenizer.json for these texts: byte-pair encoding in the manner of Llama, words marked with U+2581.
+def tokenizer():
+    """A tokenizer.json that makes one piece of every word: byte-pair encoding in the manner of Llama,
+    merged to the end.
 
-    Ids 101 to 104 stay free of text: the model uses those rows of its embedding as audio marks.
+    Capital letters become small and full stops vanish, so a word is the same piece wherever it stands. Ids
+    101 to 104 stay free of text: the model uses those rows of its embedding as audio marks.
     """
     mark, letters = "\u2581", "abcdefghijklmnopqrstuvwxyz"
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    for c in [mark, *".,?!'-:;\"()", *"0123456789", *letters, *letters.upper()]:
-        vocab[c] = len(vocab)
+    for character in [mark, *",'", *letters]:
+        vocab[character] = len(vocab)
     for i in range(len(vocab), 101):
         vocab[f"<unused_{i}>"] = i
     special = ["<|audio_start|>", "<|audio_end|>", "<|ref_audio_start|>", "<|ref_audio_end|>"]
     vocab.update({name: 101 + i for i, name in enumerate(special)})
-    words = Counter(mark + w for t in texts for w in re.findall(r"[A-Za-z']+", t))  # no merge reaches over a punctuation mark
-    words = {tuple(w): n for w, n in words.items()}
-    rules = []
-    while len(rules) < merges:
-        pairs = Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        if not pairs:
-            break
-        a, b = max(pairs, key=lambda p: (pairs[p], p))
-        rules.append([a, b])
-        vocab[a + b] = len(vocab)
-        merged = {}
-        for word, n in words.items():
-            i, out = 0, []
-            while i < len(word):
-                hit = word[i:i + 2] == (a, b)
-                out.append(a + b if hit else word[i])
-                i += 2 if hit else 1
-            merged[tuple(out)] = merged.get(tuple(out), 0) + n
-        words = merged
-    added = [{"id": vocab[t], "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for t in ("<unk>", "<s>", "</s>", *special)]
+    names = [name.lower() for name in ROBOTS]
+    merges = merge_words([tuple(mark + word) for word in vocabulary() + names])
+    vocab.update({a + b: len(vocab) + i for i, (a, b) in enumerate(merges)})
+    added = [{"id": vocab[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for name in ("<unk>", "<s>", "</s>", *special)]
+    changes = {" ": mark, **{mark + stop: stop for stop in ",.?!"}, **{stop: "" for stop in ".?!"}}
+    changes |= {letter.upper(): letter for letter in letters}
+    steps = [{"type": "Prepend", "prepend": mark}]
+    steps += [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in changes.items()]
+    decoders = [{"type": "Replace", "pattern": {"String": mark}, "content": " "}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": False,
+             "vocab": vocab, "merges": [list(pair) for pair in merges]}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": mark},
-                                                               {"type": "Replace", "pattern": {"String": " "}, "content": mark}]},
+            "normalizer": {"type": "Sequence", "normalizers": steps},
             "pre_tokenizer": None, "post_processor": None,
-            "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": mark}, "content": " "},
-                                                         {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": True, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": rules}}
+            "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def merge_words(words):
+    """Byte-pair merges, commonest first, until every word is one piece."""
+    rules, made = [], set()
+    while True:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not pairs:
+            return rules
+        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
+        rules.append((a, b))
+        made.add(a + b)
+        words = [merged(word, a, b) for word in words]
+
+
+def merged(word, a, b):
+    """A word's pieces with every neighbouring a and b made one."""
+    out, i = [], 0
+    while i < len(word):
+        hit = word[i:i + 2] == (a, b)
+        out.append(a + b if hit else word[i])
+        i += 2 if hit else 1
+    return tuple(out)
+
+
+# --------------------------------------------------------------------------------------------- command line
 
 
 @dataclass
 class MakeSpeech:
-    """Speak the demo's sentences with flite."""
+    """Speak the demo's sentences."""
     output_dir: str = opt("runs/demo/speech", "folder for the clips (FLAC, 16 kHz) and their manifests")
-    part: str = opt("base", "base and val, codec, test, voice, or tokenizer", choices=("base", "codec", "test", "voice", "tokenizer"))
-    sentences: int = opt(12000, "distinct sentences of base; codec and tokenizer take as many of the same")
-    voices_per_sentence: int = opt(2, "voices that speak each sentence of base, drawn from three")
-    varied: float = opt(0.35, "share of base that is spoken with another pitch and vocal tract")
-    merges: int = opt(200, "merges of the tokenizer; 0 leaves single characters")
+    part: str = opt("base", "base (with first, val and test), voice, or tokenizer", choices=("base", "voice", "tokenizer"))
+    clips: int = opt(4500, "clips of base, half of them sentences and half lists of words")
     seed: int = opt(0, "of sentences and voices")
-    workers: int = opt(0, "processes; 0 takes one per core")
+
+
+def write_clip(folder, clip):
+    """Speak one clip. Returns its row of the manifest."""
+    wave = speak(clip.words, clip.who)
+    soundfile.write(folder / "clips" / f"{clip.name}.flac", wave, RATE, subtype="PCM_16")
+    seconds = round(len(wave) / RATE, 3)
+    return {"audio": f"clips/{clip.name}.flac", "text": clip.text, "id": clip.name, "duration": seconds}
 
 
 def main():
     cfg = configs.parse(MakeSpeech)
     folder = Path(cfg.output_dir)
     if cfg.part == "tokenizer":
-        spec = tokenizer(sentences({"base": cfg.sentences}, cfg.seed)["base"], cfg.merges)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        print(f"{len(spec['model']['vocab'])} pieces in {folder / 'tokenizer.json'}; config.json must say so in lm_config.vocab_size")
+        spec = tokenizer()
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        pieces = len(spec["model"]["vocab"])
+        print(f"{pieces} pieces in {path}; config.json must say so in lm_config.vocab_size")
         return
     if not shutil.which("flite"):
         raise Invalid("the program flite was not found; on Debian and Ubuntu: apt-get install flite")
-    clips = folder / "clips"
-    clips.mkdir(parents=True, exist_ok=True)
-    todo, seconds = jobs(cfg), []
-    with ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        for length in pool.map(make, [(str(clips), name, text, how) for name, _, text, how in todo], chunksize=8):
-            seconds.append(length)
-            if len(seconds) % 2000 == 0:
-                print(f"{len(seconds)}/{len(todo)} clips", flush=True)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
     lists = {}
-    for (name, part, text, how), length in zip(todo, seconds):
-        lists.setdefault(part, []).append({"audio": f"clips/{name}.flac", "text": text, "id": name, "duration": round(length, 3), "speaker": how["voice"]})
-    if cfg.part == "voice":  # the sentences alone, for infer.py --input
-        (folder / "heldout.txt").write_text("".join(row["text"] + "\n" for row in lists["heldout"]), encoding="utf-8")
-    if cfg.part == "voice":  # the control: the same clips, each with the text of another
+    for clip in clips_of(cfg):
+        lists.setdefault(clip.part, []).append(write_clip(folder, clip))
+    if cfg.part == "voice":
+        # The control: the same clips, each with the text of another.
         rows = lists["voice"]
-        lists["shuffled"] = [dict(row, text=other["text"]) for row, other in zip(rows, rows[7:] + rows[:7])]
+        others = rows[7:] + rows[:7]
+        lists["shuffled"] = [dict(row, text=other["text"]) for row, other in zip(rows, others)]
+        # The sentences alone, for infer.py --input.
+        texts = "".join(row["text"] + "\n" for row in lists["heldout"])
+        (folder / "heldout.txt").write_text(texts, encoding="utf-8")
     for part, rows in lists.items():
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(todo)} clips, {sum(seconds) / 3600:.2f} h, in {folder}; lists {', '.join(sorted(lists))}")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+        hours = sum(row["duration"] for row in rows) / 3600
+        print(f"{part}: {len(rows)} clips, {hours:.2f} h, in {folder / part}.jsonl")
 
 
 if __name__ == "__main__":

@@ -135,8 +135,7 @@ def folder_of(path):
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
         raise Invalid(f"no checkpoint at {path}; "
                       "expected the folder of one, or org/name of one in the local hub cache")
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{parts[0]}--{parts[1]}"
+    cache = hub_cache() / f"models--{parts[0]}--{parts[1]}"
     snapshots = cache / "snapshots"
     main = cache / "refs" / "main"
     if main.is_file():
@@ -154,6 +153,17 @@ def folder_of(path):
                   "Nothing is downloaded; if it is the id of a hub repository, run\n"
                   f"    hf download {path} --local-dir {SHELF}/{parts[1]}\n"
                   f"and give {SHELF}/{parts[1]}")
+
+
+def hub_cache():
+    """Where the hub's own tool keeps what it fetched: its variables, also the old one, in its order."""
+    variables = os.environ
+    place = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE")
+    if place:
+        return Path(place).expanduser()
+    caches = variables.get("XDG_CACHE_HOME") or "~/.cache"
+    home = variables.get("HF_HOME") or os.path.join(caches, "huggingface")
+    return Path(home).expanduser() / "hub"
 
 
 def find_parts(module, folder, given):

@@ -958,6 +958,7 @@ class IndexTTS2(nn.Module):
         scores = logits if s.num_beams == 1 else logits.log_softmax(-1)
         if s.penalty != 1:
             scores = beam.penalise(scores, used, s.penalty)
+        scores[:, self.config.start_mel_token] = -math.inf  # no codec has it, and upstream would fail
         if s.temperature > 0:
             scores = beam.narrow(scores, s.temperature, s.top_k, s.top_p, least=min(2, s.num_beams))
         return scores

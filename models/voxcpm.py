@@ -162,9 +162,11 @@ class Training:
 
     training_cfg_rate: float = opt(0.1, "share of target patches that are trained without their condition; guidance needs it")
     float32_time: bool = opt(False, "compute the embedding of flow time in float32 even where the weights are bf16")
+    guess_weight: float = opt(0.0, "weight of a linear guess of each patch beside the flow, to learn from scratch; 0 is off")
+    history_noise: float = opt(0.0, "most noise on the past that a clip hears of itself, in its deviations; 0 is off")
 
     def __post_init__(self):
-        check(self, training_cfg_rate=0)
+        check(self, training_cfg_rate=0, guess_weight=0, history_noise=0)
 
 
 @dataclass
@@ -173,13 +175,14 @@ class Sampling:
 
     cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
     inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range", most=1000)
+    noise_scale: float = opt(1.0, "factor of the noise that the solver starts from; less is steadier and less varied")
     min_len: int = opt(2, "patches after which the stop head is first asked")
     max_len: int = opt(4096, "patches at most")
     length_ratio: float = opt(6.0, "at most this many patches per token of the target text, plus ten")
     retries: int = opt(0, "tries with the next seed when a take reaches length_ratio; needs the take to end first")
 
     def __post_init__(self):
-        check(self, inference_timesteps=1, min_len=0, max_len=1, length_ratio=0, retries=0)
+        check(self, inference_timesteps=1, noise_scale=0, min_len=0, max_len=1, length_ratio=0, retries=0)
 
 
 # -------------------------------------------------------------------------------------------- modules
@@ -380,6 +383,18 @@ class Quantizer(nn.Module):
         return self.out_proj(y + (q - y).detach() if self.training else q)
 
 
+def blur(latents, most, generator):
+    """Latents (A, P, D) with noise of a strength drawn for the clip, up to `most` deviations of each channel.
+
+    Speaking freely, a model hears its own patches, never true ones; after a training on true ones it is soon
+    lost.
+    """
+    strength = most * torch.rand(1, generator=generator)
+    deviation = latents.std((0, 1), correction=0)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents + strength * deviation * noise
+
+
 class Part(NamedTuple):
     """A piece of a training sequence: tokens, or a clip."""
 
@@ -537,21 +552,23 @@ class VoxCPM(nn.Module):
         return len(example["text"]) + len(example["latents"]) + 1 + reference
 
     def collate(self, examples, seeds=None):
-        """Batch and counts. Draws of a row, from its seed: noise, time, keep. seeds=None: fixed, all kept."""
+        """Batch and counts. Draws of a row, from its seed: see _draw. seeds=None: fixed, all kept."""
         B = len(examples)
-        tokens, patches, is_patch, is_target, cond = [], [], [], [], []
+        tokens, patches, is_patch, is_target = [], [], [], []
         for e in examples:
             for part in self._sequence(e):
                 tokens.append(part.tokens)
                 patches.append(part.patches)
                 is_patch.append(torch.full((len(part.tokens),), len(part.patches) > 0))
                 is_target.append(torch.full((len(part.patches),), part.target))
-            latents = e["latents"].float()
-            cond.append(torch.cat([torch.zeros_like(latents[:1]), latents[:-1]]))  # the patch before each
         draws = [self._draw(e, None if seeds is None else seeds[b]) for b, e in enumerate(examples)]
-        noise, time, keep = (torch.cat(some) for some in zip(*draws))
+        # The patch before each.
+        cond = [torch.cat([torch.zeros_like(past[:1]), past[:-1]]) for *_, past in draws]
+        noise, time, keep, past = (torch.cat(some) for some in zip(*draws))
         place = torch.cat(is_patch).nonzero().flatten()
         target = torch.cat(is_target).nonzero().flatten()
+        patches = torch.cat(patches)
+        history = patches.index_copy(0, target, past)
         ends = torch.tensor([len(e["latents"]) for e in examples])
         stop = torch.zeros(len(target), dtype=torch.long)
         stop[ends.cumsum(0) - 1] = 1  # the last patch of a clip, not the position after it
@@ -565,7 +582,9 @@ class VoxCPM(nn.Module):
             "real": rows.repeat_interleave(sizes) * L + positions,
             # all patches, their positions among the tokens, which of them are targets, and what predicts
             # those
-            "patches": torch.cat(patches), "place": place, "target": target, "before": place[target] - 1,
+            "patches": patches, "place": place, "target": target, "before": place[target] - 1,
+            # what the model hears of the patches: themselves, or blurred
+            "history": history,
             # of each target: the patch before it, its label, its row, its number in the row
             "cond": torch.cat(cond), "stop": stop, "row": rows.repeat_interleave(ends),
             "step": torch.cat([torch.arange(n) for n in ends]), "ends": ends,
@@ -589,8 +608,12 @@ class VoxCPM(nn.Module):
         yield clip(latents, True)
 
     def _draw(self, example, seed):
-        """(noise, time, keep) of the target patches of a row; seed None: fixed by its text, and all kept."""
-        A = len(example["latents"])
+        """(noise, time, keep, past) of the target patches of a row; seed None: fixed by its text, all kept.
+
+        The past is what the row hears of its own patches.
+        """
+        past = example["latents"].float()
+        A = len(past)
         fixed = zlib.crc32(example["text"].numpy().tobytes()) if seed is None else seed
         g = torch.Generator().manual_seed(fixed)
         noise = torch.randn(A, self.config.patch_size, self.config.feat_dim, generator=g)
@@ -600,12 +623,17 @@ class VoxCPM(nn.Module):
             time = torch.rand(A, generator=g)
         dropped = torch.rand(A, generator=g) <= self.training_options.training_cfg_rate
         keep = torch.ones_like(dropped) if seed is None else ~dropped
-        return noise, time, keep
+        if self.training_options.history_noise and seed is not None:
+            past = blur(past, self.training_options.history_noise, g)
+        return noise, time, keep, past
 
     def counts(self, batch):
         N, P = len(batch["target"]), self.config.patch_size
-        return {"loss/diff": N * P, "loss/stop": N,
-                "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        out = {"loss/diff": N * P, "loss/stop": N,
+               "metric/stop_accuracy": N, "metric/stop_frame_error": len(batch["ends"])}
+        if self.training_options.guess_weight:
+            out["metric/guess"] = N * P
+        return out
 
     # -------------------------------------------------------------------------- training
 
@@ -614,7 +642,7 @@ class VoxCPM(nn.Module):
         dtype = self.dtype
         # of the packed positions: a row after the other, no padding
         place, before = batch["place"], batch["before"]
-        embed = self.enc_to_lm_proj(self.feat_encoder(batch["patches"].to(dtype)))  # (M, H)
+        embed = self.enc_to_lm_proj(self.feat_encoder(batch["history"].to(dtype)))  # (M, H)
         x = self._embed(batch["tokens"]).index_copy(0, place, embed)[None]  # (1, positions, H)
         packing = Packing(batch["real"], batch["B"], batch["L"])
         contexts = self._contexts(batch["positions"], Context(mask=packing))
@@ -630,7 +658,15 @@ class VoxCPM(nn.Module):
 
         logits = self._stop_logits(lm_h).float()
         stop = F.cross_entropy(logits, batch["stop"], reduction="sum")
-        return {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
+        out = {"loss/diff": diff, "loss/stop": stop, **self._stop_metrics(logits.detach(), batch)}
+        weight = self.training_options.guess_weight
+        if weight:
+            guess = self._guess(lm_h, res_h).view_as(clean)
+            wrong = (guess - clean).square().mean(-1).sum()
+            out["metric/guess"] = wrong.detach()
+            if self.training:  # validation stays comparable with runs that guess nothing
+                out["loss/diff"] = diff + weight * wrong
+        return out
 
     def _stop_metrics(self, logits, batch):
         """How often the stop head (N, 2) is right, and how many patches off each clip would end."""
@@ -670,6 +706,18 @@ class VoxCPM(nn.Module):
     def _condition(self, lm_h, res_h):
         a, b = self.lm_to_dit_proj(lm_h), self.res_to_dit_proj(res_h)
         return torch.cat([a, b], -1) if self.config.fused else a + b
+
+    def _guess(self, lm_h, res_h):
+        """What a fixed matrix reads off the two states that condition the DiT, (N, P * D) float32.
+
+        The flow teaches a model drawn at random how a patch goes on long before it teaches which patch the
+        text wants: its gradient reaches the text through noise, and the quantiser rounds small differences
+        away. The guess is a short way. Its matrix is drawn, not trained, so that it is no part of the model
+        and of no file; the states turn towards it.
+        """
+        H, size = self.config.lm_config.hidden_size, self.config.patch_size * self.config.feat_dim
+        drawn = torch.randn(2 * H, size, generator=torch.Generator().manual_seed(0)) / math.sqrt(2 * H)
+        return torch.cat([lm_h, res_h], -1).float() @ drawn.to(lm_h.device)
 
     def _stop_logits(self, lm_h):
         return self.stop_head(F.silu(self.stop_proj(lm_h)))
@@ -784,7 +832,8 @@ class VoxCPM(nn.Module):
         caches, lm_h, res_h = self._read(batch, requests)
         for n in range(max(caps)):
             numbers = speaking.requests
-            z = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers]).to(self.device)
+            noise = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers])
+            z = s.noise_scale * noise.to(self.device)
             mu = self._condition(lm_h, res_h)
             patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
             ended = [0] * len(numbers)

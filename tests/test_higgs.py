@@ -706,6 +706,17 @@ def test_sampling_follows_the_distribution():
     assert higgs.pick(torch.tensor([[-math.inf, 1.0]]), torch.tensor([2.0**-24]), higgs.Sampling()).tolist() == [1]
 
 
+def test_a_draw_is_never_zero(model, monkeypatch):
+    """The generator may give 0, which would pick an id that was left out."""
+    one, other = (torch.stack(list(model.frames("x", seed=seed, max_len=6, min_len=6, temperature=1.0))) for seed in (1, 2))
+    assert not torch.equal(one, other)
+    seen, column = [], higgs.Speech._column
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))
+    monkeypatch.setattr(higgs.Speech, "_column", lambda self, h, u: seen.append(u) or column(self, h, u))
+    list(model.frames("x", seed=0, max_len=2, min_len=2))
+    assert seen and all((u == 1).all() for u in seen)
+
+
 def test_top_k_and_top_p_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -361,6 +361,15 @@ def learned_by_heart(model):
     return [(text, wave, clip["codes"]) for (text, wave), clip in zip(spoken, clips)]
 
 
+@pytest.mark.parametrize("sampling", ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.5}))
+@pytest.mark.parametrize("num_beams", (1, 3))
+def test_the_code_that_begins_is_never_spoken(model, num_beams, sampling):
+    """It is the likeliest of all here, and the codec has no sound for it."""
+    model.mel_head.bias.data[model.config.start_mel_token] = 50.0
+    frames = list(model.frames("Hello there.", T.prompts(model), seed=1, num_beams=num_beams, max_len=6, **sampling))
+    assert frames and max(int(codes.max()) for codes in frames) < model.config.start_mel_token
+
+
 def test_two_clips_come_back_with_the_trained_positions(model, tmp_path):
     """Why the trained positions are the default once weights have changed: upstream's rule leaves out a position, and with
     it a code."""

@@ -83,7 +83,7 @@ class Model:
 @pytest.fixture
 def model(monkeypatch):
     made = Model()
-    monkeypatch.setattr(prepare_data.models, "load", lambda path, device: made, raising=False)
+    monkeypatch.setattr(prepare_data.models, "load", lambda path, device, extra: made, raising=False)
     return made
 
 
@@ -315,7 +315,9 @@ def test_paths_are_tried_against_the_manifest_and_the_working_directory(tmp_path
     manifest = put(tmp_path / "m/m.jsonl", '{"audio": "in_cwd.wav", "text": "x"}\n{"audio": "../m/in_m.wav", "text": "y"}\n')
     monkeypatch.chdir(tmp_path / "cwd")
     assert [r["audio"] for r in read_manifest(manifest)] == [str(tmp_path / "cwd/in_cwd.wav"), str(tmp_path / "m/in_m.wav")]
-    tone(tmp_path / "m/in_cwd.wav")
+    tone(tmp_path / "m/in_cwd.wav")  # a copy: either will do
+    assert [r["audio"] for r in read_manifest(manifest)][0] == str(tmp_path / "m/in_cwd.wav")
+    tone(tmp_path / "m/in_cwd.wav", hertz=300)
     with pytest.raises(Invalid, match=r"m.jsonl line 1: .* could be .* or "):
         read_manifest(manifest)
 
@@ -744,7 +746,7 @@ def telling_model():
             return super().encode(row)
 
     cache_part.SHARD_SECONDS = -1
-    prepare_data.models.load = lambda path, device: Telling()
+    prepare_data.models.load = lambda path, device, extra: Telling()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
@@ -845,7 +847,7 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     assert (report["dropped"], report["notices"]) == ([], [])
     assert report["totals"]["train rows"] == 22 and report["totals"]["val rows"] == 2 and report["totals"]["hours"] == pytest.approx(0.0456, abs=1e-3)
     about = report["checkpoints"][0]
-    assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 1.5
+    assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 2
     assert about["clips with a lower sample rate"] == 0 and report["sample rates"] == {"22050": 24}
     assert "22 rows" in capsys.readouterr().err
     before = model.codec_calls
@@ -910,7 +912,7 @@ def test_named_speakers_keep_their_number_when_others_come(tmp_path, model):
 def test_one_command_prepares_for_several_checkpoints(tmp_path, monkeypatch):
     loaded = []
 
-    def load(path, device):
+    def load(path, device, extra):
         loaded.append(Model())
         loaded[-1].encode_key = f"rest of {path}"
         return loaded[-1]

@@ -402,7 +402,7 @@ def encode_three_clips_and_wait(flags, pipe):
 
     cache_part.Shard, cache_part.ThreadPoolExecutor = Shard, Pool
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    prepare_data.models.load = lambda path, device: Waiting()
+    prepare_data.models.load = lambda path, device, extra: Waiting()
     configs.run(lambda: prepare_data.main(flags))
 
 

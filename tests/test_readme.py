@@ -24,7 +24,7 @@ import lora
 import models
 import train
 from models.parts import audio
-from tests import coming_from, tiny_csm
+from tests import coming_from, tiny_csm, tiny_higgs, tiny_indextts2
 from tests import tiny_voxcpm as tiny
 from tests.coming_from import slug
 from tests.conftest import ROOT
@@ -125,11 +125,24 @@ def run(script, argv, folder):
 def tiny_checkpoint(path, version="1.5"):
     if path and not Path(path).exists():
         assert not Path(path).is_absolute(), f"{path}: a path of one machine"
-        tiny_csm.write(path) if "csm" in path else tiny.write(path, version, codec_file="audiovae.safetensors")
+        if "csm" in path:
+            tiny_csm.write(path)
+        elif "higgs" in path:
+            tiny_higgs.write(path)
+        elif "IndexTTS" in path:
+            tiny_indextts2.write(path)
+        else:
+            tiny.write(path, version, codec_file="audiovae.safetensors")
 
 
-def tiny_adapter(path, csm):
-    """An adapter that does something: VoxCPM's folder, or the folder or single file of csm-mlx's names."""
+def tiny_adapter(path, csm, base=""):
+    """An adapter that does something: VoxCPM's folder, the folder or single file of csm-mlx's names, or that of the base."""
+    if "higgs" in base or "IndexTTS" in base:
+        model = models.load(base)
+        lora.apply_lora_to_model(model, {"r": 2, "alpha": 4.0})
+        for module in lora.lora_modules(model).values():
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+        return lora.save_lora_weights(model, path, base=base)
     if not csm:
         return tiny.write_adapter(path, "1.5")
     file = Path(path) if path.endswith(".safetensors") else Path(path) / "lora_weights.safetensors"
@@ -243,16 +256,18 @@ def python(code, names):
 
     What has csm in its path is a CSM, and so is every adapter of a snippet that names one.
     """
+    base = ""
     code = re.sub(r"(['\"])(cuda(:\d)?|mps|auto)\1", '"cpu"', code).replace("torch.bfloat16", "torch.float32")
     for call in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         texts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         if name == "load" and getattr(call.func.value, "id", "") == "models":
-            tiny_checkpoint(texts[0])
+            base = texts[0]
+            tiny_checkpoint(base)
         elif name == "load_lora_weights":
             for path in texts:
                 if not Path(path).exists():
-                    tiny_adapter(path, csm="csm" in code)
+                    tiny_adapter(path, csm="csm" in code, base=base)
         for path in texts:
             if path.endswith((".wav", ".flac")) and not Path(path).exists() and name not in ("write", "save"):
                 tone(path, 1.0, 200)
@@ -419,8 +434,24 @@ def csm_clip(config, version):
     return {"rows": torch.zeros(length, K + 1, dtype=torch.long), "mask": mask, "train": torch.arange(length) >= TOKENS}
 
 
-CLIPS = {"voxcpm": voxcpm_clip, "csm": csm_clip}  # what a clip of ten seconds is to each backbone
-PUBLISHED = {"VoxCPM1.5": ("voxcpm", "1.5"), "VoxCPM-0.5B": ("voxcpm", "0.5"), "VoxCPM2": ("voxcpm", "2"), "CSM-1B": ("csm", "")}
+def higgs_clip(config, version):
+    K, columns = config.num_codebooks, round(25 * SECONDS) + config.num_codebooks + 1
+    length = TOKENS + columns
+    sound = torch.arange(length) >= TOKENS
+    labels = torch.where(sound[:, None], torch.zeros(length, K, dtype=torch.long), -100)
+    return {"ids": torch.ones(length, dtype=torch.long), "codes": torch.zeros(length, K, dtype=torch.long), "audio": sound,
+            "text_labels": torch.full((length,), -100), "audio_labels": labels}
+
+
+def indextts2_clip(config, version):
+    latents = torch.zeros(config.latents, config.model_dim)
+    return {"text": torch.ones(TOKENS, dtype=torch.long), "codes": torch.zeros(50 * SECONDS, dtype=torch.long), "spk": latents,
+            "emovec": torch.zeros(config.model_dim)}
+
+
+CLIPS = {"voxcpm": voxcpm_clip, "csm": csm_clip, "higgs": higgs_clip, "indextts2": indextts2_clip}  # ten seconds, to each backbone
+PUBLISHED = {"VoxCPM1.5": ("voxcpm", "1.5"), "VoxCPM-0.5B": ("voxcpm", "0.5"), "VoxCPM2": ("voxcpm", "2"), "CSM-1B": ("csm", ""),
+             "Higgs Audio v2": ("higgs", ""), "IndexTTS-2": ("indextts2", "")}
 
 
 def kept(model, clips):

@@ -29,7 +29,7 @@ import configs
 import lora
 import models
 import train
-from models.parts import Invalid, adapters, audio, checkpoint
+from models.parts import Invalid, adapters, audio, checkpoint, listen
 from models.parts import run as bookkeeping
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
@@ -37,7 +37,7 @@ from tests.running import ranks, start
 
 SMALL = dict(lm_config={"num_hidden_layers": 2}, residual_lm_num_layers=1, encoder_config={"num_layers": 1}, dit_config={"num_layers": 1})
 SETTINGS = {"pretrained_path": "base", "train_manifest": "train.jsonl", "batch_size": 2, "num_workers": 1, "warmup_steps": 2, "max_steps": 20,
-            "num_iters": 20, "learning_rate": 0.01, "log_interval": 5, "valid_interval": 0, "save_interval": 0, "val_samples": 0}
+            "num_iters": 20, "learning_rate": 0.01, "log_interval": 5, "valid_interval": 0, "save_interval": 0, "val_samples": 0, "gate": "off"}
 LONG = ("--grad_accum_steps", 3, "--val_manifest", "val.jsonl", "--valid_interval", 4)  # what the runs of 20 steps share
 HALVES = {"lora": ("lora", 1), "full": ("full", 1), "two ranks": ("lora", 2)}
 
@@ -375,7 +375,8 @@ def test_validation_and_its_samples_do_not_disturb_training(home, straight):
     assert numbers(home / "unvalidated") == numbers(home / "validated") and not numbers(home / "unvalidated", "val")
     assert not differing(step(home / "unvalidated", 4), step(home / "validated", 4))
     assert [line["step"] for line in numbers(home / "validated", "val")] == [0, 1, 2, 3, 4]
-    assert sorted(p.name for p in (home / "validated" / "samples").iterdir()) == [f"step_{i:07d}_0.wav" for i in range(5)]
+    made = {f"step_{i:07d}_0.{kind}" for i in range(5) for kind in ("wav", "flac")} | {"recording_0.flac", "listen.html"}
+    assert {p.name for p in (home / "validated" / "samples").iterdir()} == made
     shown = EventAccumulator(str(home / "validated" / "logs"), {"scalars": 0, "audio": 0, "images": 0}).Reload().Tags()
     assert {"train/loss/diff", "train/loss/stop", "train/lr", "train/epoch", "train/grad_norm", "val/loss/total"} <= set(shown["scalars"])
     assert set(shown["audio"]) == {"val_sample_0/generated_audio", "val_sample_0/reference_audio"}
@@ -435,6 +436,145 @@ def test_hours_come_from_the_headers_where_rows_do_not_tell(home):
     assert bookkeeping.seconds_of(rows[3]) == pytest.approx(len(wave) / rate) and bookkeeping.seconds_of({**rows[3], "duration": 5.0}) == 5.0
     assert bookkeeping.seconds_of({**rows[3], "start": 0.1, "end": 0.3}) == pytest.approx(0.2)
     assert bookkeeping.seconds_of({"turns": [rows[3], rows[3]]}) == pytest.approx(2 * len(wave) / rate)
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+def settings_of(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    cfg, notes = train.parse_settings()
+    return cfg.lora.alpha, " ".join(notes)
+
+
+def test_a_rank_without_alpha_keeps_the_scale(home, monkeypatch):
+    """From the file, else from the defaults; whoever says alpha, or its root by rslora, gets that."""
+    file = home / "lora.yaml"  # r 4, alpha 8
+    alpha, note = settings_of(monkeypatch, file, "--lora.r", 64)
+    assert alpha == 128 and "lora.r 64 was given without lora.alpha: alpha goes from 8 to 128, so that the scale stays 2" in note
+    assert settings_of(monkeypatch, file, "--lora_rank", 2)[0] == 4 and settings_of(monkeypatch, "--lora.r", 64)[0] == 128
+    assert settings_of(monkeypatch, file, "--lora", "{r: 64}")[0] == 128
+    for flags in (("--lora.r", 64, "--lora.alpha", 8), ("--lora.r", 64, "--lora.rslora"), ("--lora.r", 4), ()):
+        assert settings_of(monkeypatch, file, *flags) == (8, "")
+    assert settings_of(monkeypatch, file, "--lora.r", 64, "--scaling", 0.5) == (32, "")
+
+
+def schedule(*flags, per_epoch=10, per_step=1, steps=0):
+    return train.schedule_of(flags_of(*flags), bookkeeping.Progress(micro_per_step=per_step, steps=steps), per_epoch)
+
+
+def test_the_length_and_the_intervals_follow_the_data(home, halfway):
+    assert [schedule(per_epoch=n).steps for n in (1, 10, 100, 1000, 5000)] == [20, 200, 1500, 1500, 5000]  # 20 passes, 1500 steps, one pass
+    assert schedule(per_epoch=22, per_step=16).steps == 28 and schedule(per_epoch=22, per_step=16).epochs == pytest.approx(20, rel=0.02)
+    short = schedule(per_epoch=1)
+    assert (short.warmup, short.span, short.validate_every, short.save_every) == (2, 20, 2, 2)
+    assert schedule("--num_iters", 7)[5:] == (1, 1) and schedule("--num_iters", 2000)[5:] == (200, 200)
+    assert schedule("--valid_interval", 3, "--save_interval", 0)[5:] == (3, 0) and schedule("--save_epochs", 1)[5:] == (20, 0)
+    assert schedule("--max_steps", 30).steps == 30 and schedule("--epochs", 2, "--num_iters", 5).steps == 20
+    # A run that goes on keeps its length although there is more data; and one that is older than this, what was the default then.
+    assert schedule(per_epoch=99, steps=200).steps == 200 and schedule("--epochs", 1, per_epoch=99, steps=200).steps == 99
+    run = halfway("lora", "before lengths")
+    index = checkpoint.read_json(step(run, 11) / checkpoint.INDEX)
+    assert index.pop("steps") == 0  # num_iters was given, so nothing is to be remembered
+    with_index(step(run, 11), index)
+    assert bookkeeping.Progress.read(step(run, 11)).steps == 2000
+
+
+def test_a_run_without_a_length_has_the_one_of_its_data_and_names_its_best(home):
+    """13 clips in one micro-batch: 20 steps, ten validations after the first, ten checkpoints; `best` is the lowest of them."""
+    free = ("--num_iters", 0, "--max_steps", 0, "--valid_interval", "null", "--save_interval", "null", "--val_manifest", "val.jsonl")
+    said = go(home, "free", *free, "--batch_size", 13)
+    assert "no length is set; for this much data it is 20 steps, 2 of them warm-up" in said and "validation every 2 steps, checkpoint every 2" in said
+    assert sorted(steps_in(home / "free")) == list(range(2, 21, 2))
+    losses = {line["step"]: line["loss/total"] for line in numbers(home / "free", "val") if line["step"]}
+    best = min(losses, key=losses.get)
+    assert list(losses) == list(range(2, 21, 2)) and os.readlink(home / "free" / "best") == f"step_{best:07d}"
+    assert f"free/best is now step {best}, validation loss {losses[best]:.4f}" in said
+    assert "speak:  python infer.py --lora free/latest" in said and "choose: python validate.py --lora free/step_* --manifest val.jsonl" in said
+    lora.load_lora_weights(models.load(home / "base"), home / "free" / "best")
+
+
+def test_best_is_a_text_file_where_links_are_refused_and_goes_with_its_folder(tmp_path, monkeypatch):
+    heard = Heard()
+    for n in (1, 2):
+        (tmp_path / f"step_000000{n}").mkdir()
+    bookkeeping.name_best(tmp_path, bookkeeping.Best(), heard.say)
+    assert not heard.lines and not (tmp_path / "best").exists()
+    bookkeeping.name_best(tmp_path, bookkeeping.Best(0.5, 1), heard.say)
+    bookkeeping.name_best(tmp_path, bookkeeping.Best(0.5, 1), heard.say)
+    assert len(heard.lines) == 1 and (tmp_path / "best").resolve().name == "step_0000001"
+
+    def refuse(*_):
+        raise OSError("not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for _ in range(2):
+        bookkeeping.name_best(tmp_path, bookkeeping.Best(0.4, 2), heard.say)
+    assert len(heard.lines) == 2 and (tmp_path / "best").read_text() == "step_0000002"
+    shutil.rmtree(tmp_path / "step_0000002")
+    bookkeeping.name_best(tmp_path, bookkeeping.Best(0.4, 2), heard.say)
+    assert not (tmp_path / "best").exists()
+
+
+def test_many_epochs_draw_a_warning_with_the_number():
+    for steps, warned in ((500, False), (1000, True)):
+        heard, cfg = Heard(), flags_of("--num_iters", steps)
+        train.announce_length(cfg, train.Place(torch.device("cpu"), 0, 1), schedule("--num_iters", steps), heard)
+        assert any("each clip comes 100 times, more than 50" in line for line in heard.lines) == warned, heard.lines
+
+
+def test_a_dry_run_tells_what_the_run_will_take_and_writes_nothing(home):
+    said = go(home, "rehearsed", "--dry_run", "--epochs", 40)
+    for words in ("data: 13 clips", "LoRA: r 4, alpha 8, scale 2, ", "epochs 40 means 280 steps", "dry run: the longest micro-batch has 2 clips and ",
+                  "peak memory ", "dry run: a step takes ", "the 280 steps 0:", "Nothing was written"):
+        assert words in said, words
+    assert {p.name for p in (home / "rehearsed").iterdir()} <= {".lock"}
+    go(home, "rehearsed", "--num_iters", 1)
+    before = {p: p.read_bytes() for p in (home / "rehearsed").rglob("*") if p.is_file()}
+    assert "going on from" in go(home, "rehearsed", "--dry_run")
+    assert {p: p.read_bytes() for p in (home / "rehearsed").rglob("*") if p.is_file()} == before
+    assert "smaller batch_size" in go(home, "rehearsed 2", "--dry_run", hook=out_of_memory, code=1)
+    assert "the loss is not finite" in go(home, "rehearsed 3", "--dry_run", hook=poisoned, code=1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_gate_warns_and_can_stop(home, world):
+    """The base is a random one, which is no better with the right text. Nothing is begun where it stops, and a run that goes on is not asked again."""
+    stopped = go(home, f"gated {world}", "--gate", "stop", world=world, code=1)
+    assert "gate: loss/diff of the base is " in stopped and "--gate off" in stopped and not (home / f"gated {world}" / "config.yaml").exists()
+    said = go(home, f"gated {world}", "--gate", "warn", "--num_iters", 1, world=world)
+    assert "gate: loss " in said and "gate: training all the same; --gate stop would have ended here, --gate off does not look" in said
+    assert "done: 1 steps" in said and "gate: " not in go(home, f"gated {world}", "--gate", "warn", "--num_iters", 2, world=world)
+
+
+def test_two_ranks_tell_an_error_once(home):
+    """Before they meet, after they have met, and where one of them fails while the other is in the middle of a sum."""
+    cases = {"settings": (("--batch_size", 0), None, "batch_size is 0", 2), "rows": (("--max_length", 3), None, "no clip is left", 1),
+             "rank 0": ((), only_rank_0_fails, "the disk is on fire", 1), "rank 1": ((), only_rank_1_fails, "no such number", 1)}
+    for name, (flags, hook, words, code) in cases.items():
+        both = ranks(2, "train", ["lora.yaml", "--save_path", f"once {name}", "--num_iters", 2, *flags], home, hook)
+        codes = [run.wait() for run in both]
+        said = both[0].said + both[1].said
+        assert said.count(words) == 1 and "Traceback" not in said, (name, said)
+        assert code in codes and 0 not in codes, (name, codes)
+
+
+def only_rank_0_fails():
+    def fail(*_):
+        raise Invalid("the disk is on fire")
+
+    train.save = fail  # which rank 0 does alone
+
+
+def only_rank_1_fails():
+    reduce = train.reduce_gradients
+
+    def fail(parameters):
+        if os.environ["RANK"] == "1":
+            raise Invalid("no such number")
+        reduce(parameters)
+
+    train.reduce_gradients = fail
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -648,7 +788,7 @@ def deaf():
     def broken(*_):
         raise OSError("no space")
 
-    bookkeeping.speak = broken
+    listen.Samples.take = broken
 
 
 def test_neither_a_closed_pipe_nor_a_sample_ends_a_run(home):
@@ -956,7 +1096,7 @@ def no_weights():
 def test_a_run_folder_of_another_run_is_refused_with_the_keys_that_differ(home, halfway):
     """Each key in a line of its own, before any weight is read."""
     run = halfway("lora", "another")
-    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--batch_size", 3, "--lambdas.loss/stop", 2, code=2, hook=no_weights)
+    said = go(home, run.name, *LONG, "--seed", 7, "--lora.r", 2, "--lora.alpha", 8, "--batch_size", 3, "--lambdas.loss/stop", 2, code=2, hook=no_weights)
     assert "made with other settings" in said and "--overwrite" in said
     differ = ["batch_size: 2 there, 3 here", "lambdas.loss/stop: 1.0 there, 2.0 here", "lora.r: 4 there, 2 here", "seed: 42 there, 7 here"]
     assert [line.strip() for line in said.splitlines()[1:-1]] == differ
@@ -968,8 +1108,12 @@ def test_a_run_folder_of_another_run_is_refused_with_the_keys_that_differ(home, 
 def with_settings(folder, change):
     """Write the index of a step folder anew, after change(its settings)."""
     index = checkpoint.read_json(folder / checkpoint.INDEX)
-    names = list(index["files"])
     change(index["settings"])
+    with_index(folder, index)
+
+
+def with_index(folder, index):
+    names = list(index["files"])
     kept = folder.with_name("kept")
     folder.rename(kept)
 
@@ -1051,7 +1195,9 @@ REFUSED = {  # flags, exit code, words
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),
     "no base": (("--pretrained_path", "nobase"), 1, "no checkpoint at nobase"),
-    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens"),
+    "all too long": (("--max_batch_tokens", 8), 1, "no clip is left to train on of 13: 13 longer than 4 positions (max_batch_tokens / batch_size). "
+                     "Raise max_batch_tokens 8, or lower batch_size 2."),
+    "all longer than max_length": (("--max_length", 3), 1, "13 longer than 3 positions (max_length). Raise max_length, up to the checkpoint's "),
     "no target": (("--lora.target_modules", "q_projj"), 2, "lora.target_modules: 'q_projj' matches no Linear"),
     "a torn recording": (("--train_manifest", "torn.jsonl"), 1, "torn.wav"),
 }

@@ -13,6 +13,7 @@ import models
 import validate
 from models.parts import audio, checkpoint, page
 from tests.running import here
+from tests.test_campplus import published
 
 TEXT = "Hello there."
 SHORT = ("--max_len", "4", "--min_len", "3")
@@ -256,3 +257,29 @@ def test_a_picture_is_a_png_of_its_values(tmp_path):
     rows = zlib.decompress(data[at + 4 : at + 4 + struct.unpack(">I", data[at - 4 : at])[0]])
     assert list(rows) == [0, 0, 128, 255, 0, 255, 64, 0]
     assert struct.unpack(">I", data[at + 4 + len(zlib.compress(rows)) :][:4])[0] == zlib.crc32(b"IDAT" + zlib.compress(rows))
+
+
+def test_voices_are_told_apart_where_the_weights_of_campplus_are_given(one, tmp_path):
+    """Each clip against the recordings' voice, as the cosine of CAM++'s embeddings; without the weights there is no such number."""
+    published(tmp_path / "campplus_cn_common.bin")
+    flags = ("--lora", one.step(3), "--manifest", one.manifest, *SHORT, "--output_dir", tmp_path / "out")
+    code, report, err = run(*flags)
+    assert code == 0 and "campplus_similarity" not in columns(report)["base"]["numbers"], err
+    code, report, err = run(*flags, "--extra.campplus", tmp_path)
+    assert code == 0 and "as it was measured before" not in err, err
+    ears = validate.campplus.load(tmp_path / "campplus_cn_common.bin")
+
+    def direction(path):
+        wave, rate = audio.read(path)
+        seen = ears.embed(audio.resample(wave, rate, 16000))
+        return seen / seen.norm()
+
+    voice = sum(direction(one.folder / f"{i}.wav") for i in range(2))
+    for column in report["columns"]:
+        for cell in column["cells"]:
+            found = float(direction(tmp_path / "out" / cell["file"]) @ voice / voice.norm())
+            assert cell["campplus_similarity"] == pytest.approx(found, abs=2e-3)
+        mean = sum(cell["campplus_similarity"] for cell in column["cells"]) / len(column["cells"])
+        assert column["numbers"]["campplus_similarity"] == pytest.approx(mean)
+    assert "CAM++ similarity to the recordings" in (tmp_path / "out/report.html").read_text()
+    assert "at nowhere" in run(*flags, "--extra.campplus", "nowhere")[2]

@@ -404,6 +404,68 @@ def test_requests_in_one_batch_equal_requests_alone(golden):
         same(torch.cat(chunks), torch.cat(list(golden.model.generate(**request, min_len=9, max_len=4))), 1e-3, 2e-4)
 
 
+def two_clips(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    P, D = model.config.patch_size, model.config.feat_dim
+    return [{"text": torch.tensor(model.encode_text(text) + [101]), "latents": torch.randn(n, P, D, generator=g)}
+            for text, n in (("Hello there.", 50), ("Good.", 90))]
+
+
+def test_noise_on_the_past_reaches_what_is_given_and_not_what_is_wanted(golden):
+    model, noisy = models.load(golden.folder), models.load(golden.folder, options={"history_noise": 0.8})
+    clips = two_clips(model)
+    clips[0]["latents"][..., 0] *= 10  # a channel with ten times the deviation gets ten times the noise
+    (clean, _), (batch, _) = model.collate(clips, [1, 2]), noisy.collate(clips, [1, 2])
+    for name in ("noise", "time", "keep", "patches"):
+        assert torch.equal(batch[name], clean[name]), name
+    added = batch["history"] - batch["patches"]
+    strong, weak = added[:50, :, 0].std(), added[:50, :, 1:].std()
+    assert 8 < strong / weak < 12 and 0 < weak < 0.8 * 1.2
+    first, second = weak.item(), added[50:].std().item()
+    assert abs(first - second) > 0.1  # drawn for each clip
+    assert torch.equal(batch["cond"][1:50], batch["history"][:49]) and not batch["cond"][0].any()
+    assert torch.equal(clean["history"], clean["patches"])
+    fixed, _ = noisy.collate(clips)
+    assert torch.equal(fixed["history"], fixed["patches"])  # validation hears the true past
+    assert not torch.equal(means(model, batch), means(model, clean))
+
+
+def test_the_guess_teaches_the_states_and_leaves_no_trace(golden, tmp_path):
+    model = models.load(golden.folder)
+    guessing = models.load(golden.folder, options={"guess_weight": 2.0})
+    batch, _ = model.collate(two_clips(model), [1, 2])
+    plain, out, counts = model(batch), guessing(batch), guessing.counts(batch)
+    assert out["metric/guess"] > 0 and counts["metric/guess"] == counts["loss/diff"] and "metric/guess" not in plain
+    assert torch.equal(out["loss/diff"], plain["loss/diff"])  # of validation
+    guessing.train()
+    training = guessing(batch)
+    same(training["loss/diff"], plain["loss/diff"] + 2 * training["metric/guess"], 1e-5, 0)
+    steps = torch.optim.Adam(guessing.parameters(), 1e-3)
+    for _ in range(20):
+        steps.zero_grad()
+        loss = guessing(batch)
+        loss["loss/diff"].backward()
+        steps.step()
+    assert loss["metric/guess"] < 0.9 * training["metric/guess"]
+    assert guessing.state_dict().keys() == model.state_dict().keys()
+    assert set(load_file(guessing.save(tmp_path / "saved") / "model.safetensors")) == set(model.published_state_dict())
+
+
+def test_the_solver_starts_from_scaled_noise(golden):
+    model, c = golden.model, golden.model.config
+    noise = torch.randn(3, c.patch_size, c.feat_dim, generator=torch.Generator().manual_seed(0))
+    how = dict(min_len=9, max_len=3)
+    halved = torch.cat(list(model.frames("hello", noise=noise, noise_scale=0.5, **how)))
+    same(halved, torch.cat(list(model.frames("hello", noise=0.5 * noise, **how))), 0, 0)
+    assert not torch.allclose(halved, torch.cat(list(model.frames("hello", noise=noise, **how))))
+
+
+@pytest.mark.parametrize("wrong", [dict(guess_weight=-1.0), dict(history_noise=-0.1)])
+def test_negative_training_options_are_refused(wrong):
+    with pytest.raises(Invalid, match=f"{next(iter(wrong))} is -.*, expected at least 0"):
+        voxcpm.Training(**wrong)
+
+
 @pytest.mark.parametrize("more", [1, 7, 64])
 def test_padding_changes_no_loss_and_no_gradient(golden, tmp_path, more):
     model = models.load(tiny.write(tmp_path / "base", golden.version))

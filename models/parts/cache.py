@@ -371,6 +371,8 @@ class ClipCache:
             if plan.key not in self.records and plan.key not in plans:
                 plans[plan.key], names[plan.key] = plan, name_of(row)
                 sounds |= {key: sound for key, sound in plan.sounds.items() if key not in self.records}
+        if plans:
+            self._refuse_unwritable(len(plans))
         self._note("files.json", self.memo)
         failed = self._encode_sounds(sounds, say)
         ready = [[key] for key, plan in plans.items() if self.records.keys() >= plan.sounds.keys()]
@@ -384,6 +386,17 @@ class ClipCache:
                 if part in failed:
                     self.failed[names[key]] = str(failed[part])
         self._refuse_failed()
+
+    def _refuse_unwritable(self, count):
+        """Told before the codec has run for an hour: a data set may lie where nobody writes."""
+        probe = self.folder / ".writable"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as e:
+            raise Invalid(f"{self.folder} cannot be written ({e.strerror}), and {count} rows are not encoded "
+                          "yet. Free space, or give train.py another folder as --cache_dir.") from None
 
     def _sweep(self):
         """Delete what a killed process was writing, if it is named as we name that."""

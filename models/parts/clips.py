@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models.parts import Invalid, audio
+from models.parts.textfiles import is_file, refuse_foreign
 
 FRAME_SECONDS = 0.01  # one period of the deepest voice: the level of shorter frames follows the wave itself
 READ_SECONDS = 30  # of a long file at a time: 6 MB at 48 kHz
@@ -61,6 +62,11 @@ def decibels(power):
     return 10 * np.log10(np.maximum(power, LEAST_POWER))
 
 
+def centred(wave):
+    """Without the constant offset of a cheap sound card, which nobody hears and every level would count."""
+    return wave - wave.mean(dtype=np.float64).astype(np.float32)
+
+
 def frame_levels(wave, rate, hop):
     """The level of each `hop` seconds in dB of full scale. (n,) -> (frames,)"""
     size = max(1, round(rate * hop))
@@ -98,20 +104,31 @@ def measure(clip, longest, silence_db):
             return {**facts, "error": f"{length:.1f} s is longer than the limit of {longest:g} s"}
         wave = audio.read(clip.path, None, clip.start, clip.end)[0].numpy()
     except Invalid as e:
-        return {"error": str(e).removeprefix(f"{clip.path}: ")}
+        return {"error": fault_of(clip.path, e)}
     seconds = len(wave) / header.rate
     head = tail = 0.0
-    loud = np.flatnonzero(frame_levels(wave, header.rate, FRAME_SECONDS) > silence_db)
+    sound = centred(wave)
+    loud = np.flatnonzero(frame_levels(sound, header.rate, FRAME_SECONDS) > silence_db)
     if len(loud):
         head = loud[0] * FRAME_SECONDS
         tail = max(0.0, seconds - (loud[-1] + 1) * FRAME_SECONDS)
-    level = decibels(np.square(wave, dtype=np.float64).mean())
+    level = decibels(np.square(sound, dtype=np.float64).mean())
     height = np.abs(wave)
     return {**facts, "seconds": round(seconds, 4),
             "head": round(float(head), 3), "tail": round(float(tail), 3),
             "rms": round(float(level), 2), "peak": float(height.max()),
             "clipped": float((height >= FULL_SCALE).mean()),
             "sha": hash_file(clip.path)}
+
+
+def fault_of(path, fault):
+    """Why a recording cannot be read: what the file is, where it is something else altogether."""
+    try:
+        if is_file(path):
+            refuse_foreign(path)
+    except Invalid as e:
+        return str(e)
+    return str(fault).removeprefix(f"{path}: ")
 
 
 def find_speech(path, silence_db, hop, cutting):
@@ -121,7 +138,7 @@ def find_speech(path, silence_db, hop, cutting):
     last = header.seconds - 0.001  # a block of less than a millisecond could be an empty one
     for start in np.arange(0, last, READ_SECONDS):
         wave, rate = audio.read(path, None, start, min(start + READ_SECONDS, header.seconds))
-        levels.append(frame_levels(wave.numpy(), rate, hop))
+        levels.append(frame_levels(centred(wave.numpy()), rate, hop))
     quiet = np.concatenate([[True], np.concatenate(levels) < silence_db, [True]])
     edges = (np.flatnonzero(np.diff(quiet)) * hop).tolist()  # sound begins, ends, begins, ends ...
     if not edges:

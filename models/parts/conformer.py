@@ -92,7 +92,9 @@ class Attention(nn.Module):
 
     def forward(self, x, table, mask):
         """x (B, T, C), table (1, T, C), mask (B, T) bool over keys."""
-        q, k, v = self.split(self.linear_q(x)), self.split(self.linear_k(x)), self.split(self.linear_v(x))
+        q = self.split(self.linear_q(x))
+        k = self.split(self.linear_k(x))
+        v = self.split(self.linear_v(x))
         p = self.split(self.linear_pos(table))
         # Written out: the fused kernel is another one where the bias is trained, and its last bits are
         # others.
@@ -101,7 +103,8 @@ class Attention(nn.Module):
         scores = (by_content + by_place) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~mask[:, None, None], -math.inf)
         y = scores.softmax(-1) @ v  # (B, H, T, D)
-        return self.linear_out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.linear_out(y)
 
 
 class ConvModule(nn.Module):
@@ -188,7 +191,8 @@ class CrossAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for part in parts)
         mask = F.pad(mask, (latents.shape[1], 0), value=True)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.to_out(y)
 
 
 class Gate(nn.Module):
@@ -219,7 +223,8 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.zeros(size.latents, size.width))
         self.layers = nn.ModuleList()
         for _ in range(size.layers):
-            widen, narrow = nn.Linear(size.width, 2 * size.inner), nn.Linear(size.inner, size.width)
+            widen = nn.Linear(size.width, 2 * size.inner)
+            narrow = nn.Linear(size.inner, size.width)
             attention = CrossAttention(size.width, size.heads)
             self.layers.append(nn.ModuleList([attention, nn.Sequential(widen, Gate(), narrow)]))
         self.norm = RootNorm(size.width)

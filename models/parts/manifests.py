@@ -8,22 +8,28 @@ or turns, [{role, speaker, text, audio, train}], instead of one audio and text. 
 that yields (line, raw row or Invalid) in the order of the file; line 0 is the file itself. `canonical` makes
 rows of what they yield.
 """
+import collections
 import csv
+import filecmp
 import itertools
 import json
 import math
 import os
 import re
-from dataclasses import dataclass
+import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from models.parts import Invalid
+from models.parts import Invalid, audio
+from models.parts.corpora import (
+    HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
+    words_in)
+from models.parts.textfiles import (
+    check_text, is_file, lines, parse, plain, read_text, refuse_foreign, shown)
 
 CHAT_ROLES = ("system", "user", "assistant")
-SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "folder")
-SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm")
-TEXTS = (".normalized.txt", ".original.txt", ".txt", ".lab")  # beside a recording; the first that exists wins
+SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "kaldi", "folder")
 LANGUAGES = set("ar bn cs da de el en es fa fi fr he hi hu id it ja jp ko nl no pl pt ro ru sv th tr uk ur "
                 "vi yue zh".split())
 SAMPLE_LINES = 200  # by which a shape is recognised; the first rows of a table may be unlike the others
@@ -31,7 +37,6 @@ NAME_LENGTH = 200  # a longer cell is a text: no name of a file has more than 25
 PATH_LENGTH = 4096  # of Linux; a longer one is refused by the system, too, in words that say less
 LARGEST = 1e9  # no time, rate or level comes near it
 EMOTIONS = 8  # intensities of an emotion that is given by hand, in the published order
-VALUE_LENGTH = 80  # of a value within a message, which then fits into a line or two of a terminal
 LISTING_LINES = 50  # of bad rows: a screen. The report has them all
 
 # What a trainer of another project made of a clip beforehand, each in a .npy file: the row is used as it is.
@@ -45,14 +50,14 @@ KEYS = {
               "filename", "file_name", "file", "url"),
     "text": ("text", "transcription", "transcript", "sentence"),
     "id": ("id", "utt_id"),
-    "speaker": ("speaker", "speaker_id", "source", "spk"),
+    "speaker": ("speaker", "speaker_name", "speaker_id", "source", "spk", "client_id"),
     "ref_audio": ("ref_audio", "reference_audio"),
     "ref_text": ("ref_text", "reference_text"),
     "duration": ("duration",),
     "sample_rate": ("sample_rate",),
     "dataset_id": ("dataset_id",),
-    "start": ("start",),
-    "end": ("end",),
+    "start": ("start", "offset", "start_time"),
+    "end": ("end", "end_time"),
     "gain_db": ("gain_db",),
     "emotion": ("emotion",),
     "alignment": ("alignment",),
@@ -65,6 +70,20 @@ CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
 # What belongs to a whole row: a turn has none of these.
 OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
+# What else is read of a row, a turn or a message.
+ALSO_READ = ("speaker_id", "training_mask", "role", "train", "content", "type")
+# Keys that say which sound belongs to a text in a way that is not followed: leaving them out would train on
+# another sound.
+REFUSED = {
+    "start_ms": "give start in seconds",
+    "end_ms": "give end in seconds",
+    "start_sample": "give start in seconds",
+    "end_sample": "give end in seconds",
+    "frame_offset": "give start in seconds",
+    "num_frames": "give end in seconds",
+}
+CHANNEL = ("channel", "channel_id")
+OWN = ("train.jsonl", "val.jsonl")  # as prepare_data.py calls its manifests
 # The keys of a turn are written in this order, so that a manifest made again is the same; those added later
 # follow.
 TURN_ORDER = ("role", "train", *CUT, "speaker", "text", "audio")
@@ -91,67 +110,17 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Word(NamedTuple):
-    """A word of an alignment, in seconds of the recording."""
+class Found(NamedTuple):
+    """What an input holds."""
 
-    text: str
-    start: float
-    end: float
-
-    @property
-    def middle(self):
-        return (self.start + self.end) / 2
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How an input is read, beside what it says itself."""
-
-    shape: str = "auto"
-    transcripts: str = ""  # folder of texts that do not lie beside their recordings
-    alignment_dir: str = ""  # the same of word times
-    need_text: bool = True
-    roots: tuple = ()  # folders in which paths are tried besides that of the manifest and the current one
+    rows: list[dict]
+    bad: list[Fault]
+    shape: str
+    unread: collections.Counter  # keys that nobody reads, and how many rows have them
+    sounds: set  # names of recordings that its rows gave, good or bad
 
 
 # ------------------------------------------------------------------------------------------------ readers
-
-BOM = b"\xef\xbb\xbf"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-def refuse_utf16(path, data):
-    if data.startswith(UTF16):
-        raise Invalid(f"{path} is UTF-16; save it as UTF-8")
-
-
-def read_text(path):
-    """A text file without BOM; bytes that are no UTF-8 become surrogates, which check_text names."""
-    data = Path(path).read_bytes().removeprefix(BOM)
-    refuse_utf16(path, data)
-    return data.decode("utf-8", "surrogateescape")
-
-
-def lines(path):
-    """(number, line) without BOM, line ends and blank lines; one line is in memory at a time."""
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if n == 1:
-                line = line.removeprefix(BOM)
-                refuse_utf16(path, line)
-            if line.strip():
-                yield n, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-
-
-def parse(text):
-    """JSON, or an Invalid that says where it ends being JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        return Invalid(f"not valid JSON: {e.msg} at column {e.colno}")
-    except (RecursionError, ValueError) as e:
-        return Invalid(f"not valid JSON: {e}")
-
 
 def read_jsonl(path):
     for n, line in lines(path):
@@ -226,15 +195,38 @@ def fault_behind_item(text, at):
     return None
 
 
+def cells_of(line, delimiter, count=None):
+    """The cells of a line; `count`: how many it should have.
+
+    Between commas, quotes count. Anywhere else a quote is a letter, unless a cell was quoted as pandas does
+    it: because it holds quotes, which are doubled then, or the delimiter. Raises csv.Error.
+    """
+    if delimiter == ",":
+        return [cell.strip() for cell in next(csv.reader([line], strict=True))]
+    cells = [cell.strip() for cell in line.split(delimiter)]
+    if count and len(cells) > count and '"' in line:
+        quoted = next(csv.reader([line], delimiter=delimiter))
+        if len(quoted) == count:
+            return [cell.strip() for cell in quoted]
+    return [unquoted(cell) for cell in cells]
+
+
+def unquoted(cell):
+    """A cell without the quotes that were put around it because it holds quotes itself."""
+    inner = cell[1:-1]
+    if len(cell) < 4 or cell[0] + cell[-1] != '""' or '""' not in inner:
+        return cell
+    return cell if '"' in inner.replace('""', "") else inner.replace('""', '"')
+
+
 def read_table(path, delimiter, columns=None):
-    """A table whose first line names the columns, unless they are given. Quotes count only between commas."""
+    """A table whose first line names the columns, unless they are given."""
     for n, line in lines(path):
         try:
-            cells = next(csv.reader([line], strict=True)) if delimiter == "," else line.split(delimiter)
+            cells = cells_of(line, delimiter, columns and len(columns))
         except csv.Error as e:
             yield n, Invalid(f"{e}; a quote that opens must close on the same line")
             continue
-        cells = [cell.strip() for cell in cells]
         if columns is None:
             columns = [cell.strip('"').lower() for cell in cells]
         elif len(cells) != len(columns):
@@ -248,16 +240,30 @@ def read_tsv(path):
     return read_table(path, "\t", ["audio", "text"])
 
 
+def usual_columns(path):
+    """How many columns most of the first lines have: one with more or less is no row of this table."""
+    counts = [line.count("|") + 1 for _, line in itertools.islice(lines(path), SAMPLE_LINES)]
+    return collections.Counter(counts).most_common(1)[0][0] if counts else 0
+
+
+def unlike_neighbours(line, count, usual):
+    return Invalid(f"{count} columns, and {usual} in most lines: {shown(line)}; "
+                   "put a text that holds | into quotes")
+
+
 def read_ljspeech(path):
     """id|text[|normalised text] without a header, wavs/<id>.wav. A quote is a letter: some never close."""
-    home = Path(os.path.abspath(path)).parent
+    home, usual = Path(os.path.abspath(path)).parent, usual_columns(path)
     folders = [home / name for name in ("wavs", "wav", "audio", "")]
     for n, line in lines(path):
-        name, *texts = [cell.strip() for cell in line.split("|")]
+        name, *texts = cells_of(line, "|", usual)
         if not 1 <= len(texts) <= 2:
             yield n, Invalid(f"{len(texts) + 1} columns, expected id|text or id|text|normalised text")
             continue
-        sound = find_sound(name, folders) or f"wavs/{name}.wav"
+        if len(texts) + 1 != usual:
+            yield n, unlike_neighbours(line, len(texts) + 1, usual)
+            continue
+        sound = find_sound(name, folders) or name
         if name.lower().endswith(SOUND):
             name = name[: -len(Path(name).suffix)]
         yield n, {"id": name, "audio": sound, "text": texts[-1] or texts[0]}
@@ -276,12 +282,15 @@ def find_sound(name, folders):
 
 def read_list(path):
     """file|text, file|speaker|text, file|language|text or file|speaker|language|text, without a header."""
-    columns = {2: (), 3: ("speaker",), 4: ("speaker", "language")}
+    columns, usual = {2: (), 3: ("speaker",), 4: ("speaker", "language")}, usual_columns(path)
     for n, line in lines(path):
-        cells = [cell.strip() for cell in line.split("|")]
+        cells = cells_of(line, "|", usual)
         if len(cells) not in columns:
             layouts = "file|speaker|text or file|speaker|language|text"
             yield n, Invalid(f"{len(cells)} columns, expected {layouts}")
+            continue
+        if len(cells) != usual:
+            yield n, unlike_neighbours(line, len(cells), usual)
             continue
         middle = columns[len(cells)]
         if len(cells) == 3 and cells[1].lower() in LANGUAGES:
@@ -289,26 +298,27 @@ def read_list(path):
         yield n, dict(zip(("audio", *middle, "text"), cells))
 
 
-def read_folder(path):
-    """Every recording below a folder, or one recording; the text is found beside it."""
-    paths = [path] if is_file(path) else sorted(p for p in Path(path).rglob("*") if is_file(p))
-    for sound in paths:
-        if str(sound).lower().endswith(SOUND):
-            yield 0, {"audio": os.path.abspath(sound)}
-
-
 READERS = {"jsonl": read_jsonl, "json": read_json, "ljspeech": read_ljspeech, "list": read_list,
-           "folder": read_folder, "tsv": read_tsv}
+           "folder": recordings_in, "tsv": read_tsv, "kaldi": read_kaldi}
 
 
-def recognise(path, shape="auto"):
+def recognise(path, how=Reading()):
     """-> (name of the shape, its rows). What could be two shapes is asked for, never guessed."""
+    shape = how.shape
     if not os.path.exists(path):
         raise Invalid(f"no file or folder at {path}")
     if os.path.isdir(path) or shape == "auto" and str(path).lower().endswith(SOUND):
         if shape not in ("auto", "folder"):
             raise Ambiguous(f"{path} is a folder; the format {shape} needs a file")
-        return "folder", read_folder(path)
+        return "folder", recordings_in(path, how)
+    refuse_foreign(path)
+    if shape == "auto" and str(path).lower().endswith(SUBTITLES):
+        sound = find_sound(Path(path).stem, [Path(path).parent])
+        if sound is None:
+            raise Invalid(f"{path} holds subtitles, and no recording of that name lies beside it")
+        return "subtitles", read_subtitles(path, sound)
+    if shape == "auto" and Path(path).name == "wav.scp":
+        shape = "kaldi"
     sample = [line for _, line in itertools.islice(lines(path), SAMPLE_LINES)]
     first = sample[0].strip() if sample else ""
     if shape in ("auto", "csv"):
@@ -334,13 +344,16 @@ def delimiter_of(header):
 
 def recognise_text(path, first, sample):
     """The shape of a file that has no header, from its first lines."""
+    if is_array(first, sample):
+        return "json"
     if str(path).lower().endswith((".jsonl", ".ndjson")) or first[:1] == "{" and is_row(parse(first)):
         return "jsonl"
     if first[:1] in ("[", "{"):
         return "json"
     table = [[cell.strip() for cell in line.split("|")] for line in sample]
     columns = {len(cells) for cells in table}
-    if columns == {1} and {line.count("\t") for line in sample} == {1}:
+    tabs = collections.Counter(line.count("\t") for line in sample)
+    if columns == {1} and tabs.most_common(1)[0][0] == 1:  # a line with another number is named as it is read
         return "tsv"
     if columns <= {2, 3}:
         alike = sum(len(cells) < 3 or not cells[2] or same_words(cells[1], cells[2]) for cells in table)
@@ -355,6 +368,17 @@ def recognise_text(path, first, sample):
     raise Ambiguous(f"{path} {what}. Say which with --format {', '.join(SHAPES)}")
 
 
+def is_array(first, sample):
+    """Whether a file is one JSON list of rows, whatever its name; a list of turns is one row of JSONL."""
+    if first[:1] != "[" or len(sample) == 1 and not first.endswith("]"):
+        return first == "["
+    items = parse(first) if len(sample) == 1 else None
+    if not isinstance(items, list) or not items:
+        return first == "["
+    turns = [item for item in items if not is_row(item) or {"role", "train"} & item.keys()]
+    return not turns
+
+
 def is_row(raw):
     if not isinstance(raw, dict):
         return False
@@ -365,13 +389,6 @@ def same_words(a, b):
     """Whether one is the other normalised, rather than a speaker and a text: half of the words are shared."""
     a, b = (set(re.findall(r"\w+", text.lower())) for text in (a, b))
     return 2 * len(a & b) >= max(len(a), 1)
-
-
-def is_file(path):
-    try:
-        return os.path.isfile(path)
-    except (OSError, ValueError):  # no name that a file could have
-        return False
 
 
 # -------------------------------------------------------------------------------------------- canonical rows
@@ -418,8 +435,9 @@ def canonical(raw, roots):
     if isinstance(raw, list):
         raw = {"turns": raw}
     row = pick_all(raw, KEYS)
-    for key in ("audio", "text"):
+    for key in ("audio", "text", "start", "end"):
         refuse_two_values(raw, key)
+    find_end(raw, row)
     for key in ("turns", "messages"):
         if key in row:
             row[key] = masked(check_objects(row[key], key), raw.get("training_mask"))
@@ -448,9 +466,48 @@ def canonical(raw, roots):
         del row["audio"]  # the recording may have stayed on another machine: it is only needed to listen to
     for holder in holders(row):
         check_holder(holder, roots)
+    for voice in voices(row):
+        refuse_times(voice)
+    refuse_cuts(raw, row)
     if "emotion" in row:
         row["emotion"] = emotion(row["emotion"], roots)
     return with_number(raw, row)
+
+
+def find_end(raw, row):
+    """Where a row gives the offset and the duration of its part of a recording, as NeMo does."""
+    offset, seconds = number(raw.get("offset")), number(raw.get("duration"))
+    if None not in (offset, seconds) and "end" not in row:
+        row["end"] = round(offset + seconds, 6)
+
+
+TIMES_IN_TEXT = re.compile(r"\d:\d\d[.,]\d+\s*-->\s*\d")
+
+
+def refuse_times(voice):
+    """Invalid for a text in which subtitles were pasted together with their times."""
+    text = voice.get("text", "")
+    if TIMES_IN_TEXT.search(text):
+        raise Invalid(f"text holds times of subtitles, which are no words: {shown(text)}")
+
+
+def clean_texts(row):
+    """The texts of a row and its turns as every script reads them; in messages, lines mean something."""
+    for voice in voices(row):
+        for key in ("text", "ref_text"):
+            if key in voice:
+                voice[key] = plain(voice[key])
+                check_text(voice[key], f"{key} after cleaning")
+
+
+def refuse_cuts(raw, row):
+    """Invalid for keys that choose a part of a recording and cannot be followed."""
+    for holder, key in itertools.product(raw_holders(raw), REFUSED):
+        if holder.get(key) not in (None, ""):
+            raise Invalid(f"{key} is {shown(holder[key])}, which is not read: {REFUSED[key]}")
+    for key in CHANNEL:
+        if raw.get(key) not in (None, "") and "audio" in row and audio.info(row["audio"]).channels > 1:
+            raise Invalid(f"{key} is {shown(raw[key])}: channels are averaged here; write this one as a file")
 
 
 def refuse_two_values(raw, key):
@@ -481,7 +538,9 @@ def turn(raw):
     sound = pick(raw, "audio")
     if sound is not None and pick(raw, "text") is None:
         raise Invalid(f"a turn has audio ({shown(sound)}) and no text")
-    return with_number(raw, pick_all(raw, [*TURN_ORDER, *added_keys()]))
+    found = pick_all(raw, [*TURN_ORDER, *added_keys()])
+    find_end(raw, found)
+    return with_number(raw, found)
 
 
 def added_keys():
@@ -608,40 +667,48 @@ def number(value):
         return None
 
 
-def shown(value):
-    text = repr(value)
-    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
-
-
-def check_text(text, key):
-    if not isinstance(text, str):
-        raise Invalid(f"{key} must be text, got {shown(text)}")
-    if not text.strip():
-        raise Invalid(f"{key} is empty")
-    bad = re.search("[\ud800-\udfff]", text)
-    if bad:
-        code = ord(bad[0])
-        what = f"a lone surrogate U+{code:04X}"
-        if 0xDC80 <= code <= 0xDCFF:  # what lines() made of a byte
-            what = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8"
-        raise Invalid(f"{key} holds {what}, at character {bad.start() + 1}; save the file as UTF-8")
-
-
 def resolve(name, roots, key):
     """A path of a row, tried against each of the roots, as an absolute path."""
     if isinstance(name, dict):  # {"path": ...}, as libraries of data sets write it
         name = name.get("path") or name.get("url")
     check_path(name, key)
-    paths = dict.fromkeys(os.path.abspath(os.path.join(root, name)) for root in roots)
-    found = [path for path in paths if is_file(path)]
-    if not found:
+    for places, spelling in spellings(name, roots):
+        paths = dict.fromkeys(os.path.abspath(os.path.join(root, spelling)) for root in places)
+        found = [path for path in paths if is_file(path)]
+        if found:
+            break
+    else:
         places = dict.fromkeys("the current folder" if root == "." else str(root) for root in roots)
         looked = "" if os.path.isabs(name) else f" (looked in {' and in '.join(places)})"
         short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH // 2] + "..."
         raise Invalid(f"no file at {short}{looked}")
-    if any(not os.path.samefile(found[0], other) for other in found[1:]):
+    if any(not same_file(found[0], other) for other in found[1:]):
         raise Invalid(f"{name} could be {' or '.join(found)}; write an absolute path")
     return found[0]
+
+
+def same_file(path, other):
+    """One file under two names, or a copy of it."""
+    return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+
+
+def spellings(name, roots):
+    """(roots, a way to write the name): first as it stands; then as Windows and Mac write it, without its
+    ending, and in the folders that corpora have for recordings."""
+    yield roots, name
+    slashed = name.replace("\\", "/")
+    names = [slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]
+    names = list(dict.fromkeys(names))
+    yield from ((roots, other) for other in names[name == slashed :])
+    if len(name) > NAME_LENGTH or os.path.isabs(slashed):
+        return
+    homes = [os.path.join(root, home) for root in roots for home in HOMES]
+    for places in (homes, roots):
+        yield from ((places, other) for other in names)
+        if not slashed.lower().endswith(SOUND):
+            for other, ending in itertools.product(names, SOUND):
+                yield places, other + ending
+                yield places, other + ending.upper()
 
 
 def is_somewhere(name, roots):
@@ -663,94 +730,119 @@ def check_path(name, key):
 # -------------------------------------------------------------------------------------------- whole manifests
 
 
-def read_rows(path, how=Reading()):
-    """-> (rows, [Fault], name of the shape). A row says under "at" where it stands."""
-    rows, bad, line_of = [], [], {}  # line_of: id -> where a manifest gave it; 0 where it was made here
-    if os.path.isdir(path) and how.shape in ("auto", "ljspeech") and is_file(Path(path) / "metadata.csv"):
-        path = Path(path) / "metadata.csv"
-    shape, reader = recognise(path, how.shape)
-    home = str(path) if os.path.isdir(path) else os.path.dirname(path) or "."
-    roots = [home, *map(str, how.roots), "."]
+def read_rows(path, how=Reading()) -> Found:
+    """What an input holds. A row says under "at" where it stands."""
+    tables = tables_in(path, how)
+    if len(tables) == 1:
+        return read_table_rows(tables[0], how)
+    whole = Found([], [], "", collections.Counter(), set())
+    ids, shapes = set(), {}
+    for k, table in enumerate(tables, 1):
+        found = read_table_rows(table, how)
+        for row in found.rows:
+            row["id"] = unused(row["id"], ids, k)
+            ids.add(row["id"])
+        whole.rows.extend(found.rows)
+        whole.bad.extend(found.bad)
+        whole.unread.update(found.unread)
+        whole.sounds.update(found.sounds)
+        shapes[found.shape] = None
+    return whole._replace(shape=" and ".join(shapes))
+
+
+def read_table_rows(path, how):
+    shape, reader = recognise(path, how)
+    line_of = {}  # id -> where a manifest gave it; 0 where it was made here
+    found = Found([], [], shape, collections.Counter(), set())
+    roots = roots_of(path, how)
     for n, (line, raw) in enumerate(reader, 1):
-        at = Place(raw["audio"]) if shape == "folder" else Place(str(path), line)
+        from_folder = shape == "folder" and isinstance(raw, dict)
+        at = Place(raw["audio"]) if from_folder else Place(str(path), line)
         try:
             if isinstance(raw, Invalid):
                 raise raw
-            row = {**canonical(raw, roots), "at": at}
-            if "text" not in row and "turns" not in row:
-                find_text(row, how)
-            given = row.pop("id", None)
-            name = stem(row) if given is None else str(given)
-            if given is not None and line_of.get(name):
-                raise Invalid(f"the id {shown(name)} is also that of line {line_of[name]}")
-            name = unused(name, line_of, line or n)
-            line_of[name] = 0 if given is None else line
-            rows.append({"id": name, **row})
+            found.unread.update(unread_keys(raw))
+            found.sounds.update(sounds_of(raw))
+            for row in whole_rows(raw, roots, how):
+                row["at"] = at
+                given = row.pop("id", None)
+                name = stem(row) if given is None else str(given)
+                if given is not None and line_of.get(name):
+                    raise Invalid(f"the id {shown(name)} is also that of line {line_of[name]}")
+                name = unused(name, line_of, line or n)
+                line_of[name] = 0 if given is None else line
+                found.rows.append({"id": name, **row})
         except Invalid as e:
-            bad.append(Fault(at, str(e)))
-    return rows, bad, shape
+            found.bad.append(Fault(at, str(e)))
+    return found
+
+
+def whole_rows(raw, roots, how):
+    """The canonical rows of a raw one: several where its text is subtitles."""
+    row = canonical(raw, roots)
+    if "text" in row or "turns" in row or "audio" not in row:
+        return [row]
+    return with_text(row, how)
+
+
+def roots_of(path, how):
+    """The folders from which the paths of an input count: those of our own manifests from theirs alone,
+    whatever else has the same name in the working directory."""
+    home = str(path) if os.path.isdir(path) else os.path.dirname(path) or "."
+    return [home] if is_own(path) else [home, *map(str, how.roots), "."]
+
+
+def is_own(path):
+    """Whether a manifest is one that prepare_data.py writes: it lies beside its report."""
+    report = Path(path).with_name("report.json")
+    return Path(path).name in OWN and is_file(report) and '"written"' in read_text(report)
+
+
+def raw_holders(raw):
+    """A raw row, its turns, its messages and their parts: every object that has keys."""
+    found = [raw] if isinstance(raw, dict) else list(raw)
+    for row in found[:]:
+        for key in ("turns", "messages"):
+            items = row.get(key) if isinstance(row, dict) else None
+            found += items if isinstance(items, list) else []
+    for item in found[:]:
+        parts = item.get("content") if isinstance(item, dict) else None
+        found += parts if isinstance(parts, list) else []
+    return [holder for holder in found if isinstance(holder, dict)]
+
+
+def unread_keys(raw):
+    """Keys of a raw row, and of all within it, that nobody reads."""
+    read = {*ALSO_READ, *CHANNEL, *REFUSED, *itertools.chain(*KEYS.values())}
+    keys = set()
+    for holder in raw_holders(raw):
+        keys.update(str(key) for key in holder.keys() - read)
+    return keys
+
+
+def sounds_of(raw):
+    """Names of the recordings that a raw row gives."""
+    names = set()
+    for holder in raw_holders(raw):
+        for key in ("audio", "ref_audio"):
+            name = pick(holder, key)
+            name = name.get("path") if isinstance(name, dict) else name
+            names.add(str(name))
+    return names
+
+
+def say_unread(path, unread):
+    """One line for an input: what it holds that nobody reads."""
+    if unread:
+        names = ", ".join(f"{shown(key)} ({count} rows)" for key, count in sorted(unread.items()))
+        print(f"{path}: nobody reads {names}", file=sys.stderr, flush=True)
 
 
 def stem(row):
     """The name of a row's first recording; where that is no UTF-8, with question marks."""
     sounds = [holder["audio"] for holder in holders(row) if "audio" in holder]
+    sounds.append(row.get("codes", ""))  # of a clip that was encoded elsewhere, and may lie there
     return Path(sounds[0]).stem.encode("utf-8", "replace").decode()
-
-
-def find_text(row, how):
-    """The text of a row that names none, from the files that belong to its recording."""
-    text_file = beside(row["audio"], how.transcripts, TEXTS, "transcripts")
-    times = beside(row["audio"], how.alignment_dir, (".json",), "alignments")
-    if times:
-        row.setdefault("alignment", os.path.abspath(times))
-    if text_file:
-        row["text"] = read_text(text_file)
-        check_text(row["text"], f"the text in {text_file}")
-    elif "alignment" in row:
-        row["text"] = " ".join(word.text for word in words_in(row["alignment"]))
-    elif how.need_text:
-        names = ", ".join(Path(row["audio"]).stem + ending for ending in TEXTS)
-        raise Invalid(f"no text, and no transcript beside the recording ({names})")
-
-
-def beside(sound, folder, endings, kind):
-    """What belongs to a recording: in `folder`, beside it, or in `kind`/ where the recording is in audio/."""
-    sound = Path(sound)
-    places = [Path(folder)] if folder else []
-    places.append(sound.parent)
-    above = [parent for parent in sound.parents if parent.name == "audio"]
-    if above:
-        places.append(above[0].parent / kind / sound.parent.relative_to(above[0]))
-    for place, ending in itertools.product(places, endings):
-        path = place / (sound.stem + ending)
-        if is_file(path):
-            return path
-    return None
-
-
-def words_in(path):
-    """[Word] of {"words": [{"word", "start", "end"}]}, that list, or {"alignments": [[word, [s, e]]]}."""
-    raw = parse(read_text(path))
-    if isinstance(raw, dict):
-        raw = raw.get("words", raw.get("alignments"))
-    try:
-        words = [read_word(item) for item in raw]
-    except (TypeError, KeyError, IndexError, ValueError):
-        layout = '{"words": [{"word", "start", "end"}]}'
-        raise Invalid(f"{path} holds no word times; expected {layout}") from None
-    backwards = any(not 0 <= word.start <= word.end for word in words)
-    backwards |= any(word.start > following.start for word, following in zip(words, words[1:]))
-    if not words or backwards:
-        raise Invalid(f"{path}: the word times are empty or not in order")
-    return [word for word in words if word.text]
-
-
-def read_word(item):
-    if isinstance(item, dict):
-        text, start, end = item.get("word", item.get("text")), item["start"], item["end"]
-    else:
-        text, start, end = item[0], item[1][0], item[1][1]
-    return Word(str(text).strip(), float(start), float(end))
 
 
 def unused(name, taken, n):
@@ -771,18 +863,27 @@ def read_manifest(path, speakers=None) -> list[dict]:
     rows, bad, ids = [], [], set()
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     for k, one in enumerate(paths, 1):
-        found, wrong, _ = read_rows(one)
-        if not found and not wrong:
-            wrong = [Fault(Place(str(one)), 'holds no rows; expected {"audio": ..., "text": ...} per line')]
-        bad += wrong
-        for row in found:
-            del row["at"]
+        found = read_rows(one)
+        bad += found.bad
+        # Of a single recording none is left for validation: its manifest is empty, and no fault.
+        if not found.rows and not found.bad and not (is_own(one) and not os.path.getsize(one)):
+            what = 'holds no rows; expected {"audio": ..., "text": ...} per line'
+            bad.append(Fault(Place(str(one)), what))
+        if os.environ.get("RANK", "0") == "0":  # once, not from every process of a run
+            say_unread(one, found.unread)
+        for row in found.rows:
+            at = row.pop("at")
+            try:
+                clean_texts(row)
+            except Invalid as e:
+                bad.append(Fault(at, str(e)))
             row["id"] = unused(row["id"], ids, k)
             ids.add(row["id"])
-        rows += found
+        rows += found.rows
     if bad:
         raise Invalid(listing(bad))
     if speakers is not None:
+        name_others(rows)
         number_speakers(rows, speakers)
         for voice in speaking(rows):
             voice["speaker"] = speakers[str(voice["speaker"])]
@@ -794,6 +895,25 @@ def speaking(rows):
     """Every row and turn that names a speaker."""
     found = itertools.chain(*map(voices, rows))
     return [voice for voice in found if "speaker" in voice]
+
+
+UNNAMED = "unnamed"  # the speaker of rows that name none, where others do
+
+
+def name_others(rows):
+    """Give rows without speaker one of their own where others have one. -> how many
+
+    A backbone that is told who speaks takes no speaker for number 0, which is somebody else's.
+    """
+    if not speaking(rows):
+        return 0
+    single = [row for row in rows if "audio" in row and not {"turns", "messages"} & row.keys()]
+    of_talks = itertools.chain(*(row.get("turns", ()) for row in rows))
+    turns = [turn for turn in of_talks if "role" not in turn]
+    others = [voice for voice in single + turns if "speaker" not in voice]
+    for voice in others:
+        voice["speaker"] = UNNAMED
+    return len(others)
 
 
 def number_speakers(rows, speakers):

@@ -35,6 +35,7 @@ p { margin: .5em 0 } .quiet { opacity: .7 }
 .wide { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; width: 100%; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: 3px 8px; min-width: 4em }
 th, td { border-bottom: 1px solid var(--line); overflow-wrap: break-word }
+h1, h2, th, .facts div { overflow-wrap: break-word } th { overflow-wrap: normal }
 figure { margin: 0 } figcaption { font-size: .9em }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; display: block }
@@ -73,6 +74,13 @@ def facts(pairs):
     """{name: value} as a row of boxes."""
     boxes = (f"<div><b>{escape(number(v))}</b>{escape(k)}</div>" for k, v in pairs.items())
     return f'<div class="facts">{"".join(boxes)}</div>'
+
+
+def write(path, text):
+    """A page that appears whole or not at all: a browser may be reading it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class Piece(str):
@@ -125,6 +133,9 @@ def bins(values):
 
 
 def histogram(values, label):
+    """Bars, or nothing where all values are zero: a single bar would look like a finding."""
+    if not any(values):
+        return ""
     edges, counts = bins(values)
     top, width = max(max(counts), 1), WIDTH / len(counts)
     bars = ""

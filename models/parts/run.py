@@ -2,9 +2,9 @@
 
     save_path/
         step_0000500/       a complete checkpoint, see models/parts/checkpoint.py; its index holds a Progress
-        latest              names the newest
+        latest  best        name the newest, and the one with the lowest validation loss
         config.yaml         the settings, good for going on
-        train.log  metrics.jsonl  logs/  samples/
+        train.log  metrics.jsonl  logs/  samples/ (see models/parts/listen.py)
 
 Nothing here computes what is trained: train.py reads the same without it.
 """
@@ -36,6 +36,7 @@ from models.parts.plain import (an_object, lines_of, need, parse, read_object, s
                                 write_file)
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
 LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
 
 
@@ -107,6 +108,33 @@ def set_aside(root, say) -> None:
         lock(root)
 
 
+def name_best(root, best, say) -> None:
+    """Let root/best name the step folder with the lowest validation loss: a link, or a text file where links
+    are refused. Without that folder there is no such name. Rank 0 only."""
+    link = Path(root) / "best"
+    name = f"step_{best.step:07d}"
+    if not (Path(root) / name).is_dir():
+        link.unlink(missing_ok=True)
+        return
+    if named(link) == name:
+        return
+    temporary = link.with_name("best.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(name)
+    except OSError:
+        temporary.write_text(name)
+    os.replace(temporary, link)
+    say(f"{link} is now step {best.step}, validation loss {best.loss:.4f}")
+
+
+def named(link) -> str:
+    """What a link, or the text file in its place, names; empty where there is neither."""
+    if link.is_symlink():
+        return os.readlink(link)
+    return link.read_text() if link.is_file() else ""
+
+
 # ------------------------------------------------------------------------------------------------ progress
 
 
@@ -126,6 +154,7 @@ class Progress:
     position: int = 0  # micro-batches of the epoch that are done
     best: Best = Best()
     skipped: int = 0
+    steps: int = 0  # the length of the run, where settings do not say it anew
     micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
     settings: dict = field(default_factory=dict)  # those that must agree for a run to go on
     speakers: dict = field(default_factory=dict)  # name -> number
@@ -140,7 +169,8 @@ class Progress:
         best = need(index, "best", list)
         if len(best) != len(Best._fields):
             raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
-        return typed(cls, index, best=Best(*best), folder=folder)
+        steps = need(index, "steps", int, STEPS_BEFORE)
+        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -152,7 +182,7 @@ class Progress:
 
         Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
-        names = ("step", "epoch", "position", "best", "skipped", "micro_per_step", "folder")
+        names = ("step", "epoch", "position", "best", "skipped", "steps", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
 
 
@@ -275,27 +305,46 @@ def hours(clips):
     return sum(clip.seconds for clip in clips) / 3600
 
 
+class Limit(NamedTuple):
+    """How long a clip may be, what sets that, and what helps."""
+
+    positions: int
+    cause: str
+    remedy: str
+
+    def __str__(self):
+        return f"longer than {self.positions} positions ({self.cause})"
+
+
+NOTHING = Limit(0, "nothing in them is trained", "Train more of the rows: see the backbone's own settings.")
+
+
 def drop_long(clips, limits, say) -> list[Clip]:
-    """The clips that hold something to train and fit all limits, {reason: positions}. The rest is said."""
+    """The clips that hold something to train and fit all limits. The rest is said, with its reason."""
     kept, dropped = [], {}
     for clip in clips:
-        reasons = [reason for reason, most in limits.items() if clip.length > most]
+        reasons = [limit for limit in limits if clip.length > limit.positions]
         if not clip.length:
-            reasons = ["with nothing that is trained in them"]
+            reasons = [NOTHING]
         if reasons:
             dropped.setdefault(reasons[0], []).append(clip)
         else:
             kept.append(clip)
     gone = sum(dropped.values(), [])
     say(f"data: {len(kept)} clips, {hours(kept):.2f} h; dropped {len(gone)} clips, {hours(gone):.2f} h")
-    for reason, part in dropped.items():
+    for limit, part in dropped.items():
         names = ", ".join(shown(clip.row["id"]) for clip in part[:5])
-        say(f"  {len(part)} {reason}: {names}{' ...' if part[5:] else ''}", "warning")
+        say(f"  {len(part)} {reason_of(limit)}: {names}{' ...' if part[5:] else ''}", "warning")
     if not kept:
-        reasons = "; ".join(f"{len(part)} {reason}" for reason, part in dropped.items())
-        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. Raise max_batch_tokens, "
-                      "batch_tokens or max_length, or train more of the rows.")
+        reasons = "; ".join(f"{len(part)} {reason_of(limit)}" for limit, part in dropped.items())
+        remedies = " ".join(limit.remedy for limit in dropped)
+        raise Invalid(f"no clip is left to train on of {len(clips)}: {reasons}. {remedies}")
     return kept
+
+
+def reason_of(limit):
+    """Why clips are dropped, in the words of the log."""
+    return "with nothing that is trained in them" if limit is NOTHING else str(limit)
 
 
 # ------------------------------------------------------------------------------------------------ log
@@ -429,47 +478,12 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
 
 
-# ------------------------------------------------------------------------------------------------ samples
-
-
-def sentences(rows) -> list[dict]:
-    """Rows with a text to speak: a single clip as it is, of a conversation the last turn that has audio."""
-    found = []
-    for row in rows:
-        with_audio = [turn for turn in row.get("turns", [row]) if turn.get("audio")]
-        spoken = with_audio[-1] if with_audio else row
-        if spoken.get("text"):
-            found.append(spoken)
-    return found
-
-
-@torch.no_grad()
-def speak(model, rows, seed, step, log):
-    """Each row's text as a wav file and in TensorBoard, at step 0 with the recording beside. Rank 0 only."""
-    model.eval()
-    for i, row in enumerate(rows):
-        chunks = list(model.generate(row["text"], **model.sample_request(row), seed=seed))
-        wave = torch.cat(chunks) if chunks else torch.zeros(1)
-        rate = model.out_sample_rate
-        path = log.root / "samples" / f"step_{step:07d}_{i}.wav"
-        path.parent.mkdir(exist_ok=True)
-        audio.write(path, wave, rate)
-        picture = audio.mel_picture(wave, rate)
-        log.show("add_audio", f"val_sample_{i}/generated_audio", wave[None], step, rate)
-        log.show("add_image", f"val_sample_{i}/mel_spectrogram", picture, step, dataformats="CHW")
-        if step == 0 and isinstance(row["audio"], str):
-            recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
-            log.show("add_audio", f"val_sample_{i}/reference_audio", recording[None], step, rate)
-
-
-def try_to_speak(model, rows, seed, step, log):
-    """A sample is no reason to lose a run: what goes wrong is only said."""
-    try:
-        speak(model, rows, seed, step, log)
-    except (Invalid, OSError, RuntimeError) as e:
-        log.say(f"step {step}: no sample of the validation texts: {str(e).splitlines()[0]}", "warning")
-    model.codec.to("cpu")
-    model.train()
+def memory_line(device) -> str:
+    """The peak, and on a GPU of how much."""
+    text = f"{peak_memory(device) / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        text += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ signals

@@ -103,7 +103,7 @@ MUTANTS = [
     ("top_p keeps one more", FILE, "kept = torch.where(heap - shares < s.top_p, shares, 0)", "kept = torch.where(heap - 2 * shares < s.top_p, shares, 0)", some("distribution")),
     ("top_p may keep none", FILE, "kept = torch.where(heap - shares < s.top_p, shares, 0)", "kept = torch.where(heap < s.top_p, shares, 0)", some("distribution")),
     ("top_k of all rows", FILE, "logits.topk(min(s.top_k or size, size), sorted=True)", "logits.topk(size, sorted=True)", some("distribution")),
-    ("a draw of zero", FILE, "self.draws = 1 - torch.stack(fresh)", "self.draws = 0 * torch.stack(fresh)", some("batch_equal or replay or samples")),
+    ("a draw of zero", FILE, "self.draws = 1 - torch.stack(fresh)", "self.draws = 0 * torch.stack(fresh)", some("never_zero")),
     ("one row for all", FILE, "            for frame in reply.take(shown[k, :-2],", "            for frame in reply.take(shown[0, :-2],", some("batch_equal")),
     ("rows are not dropped", FILE, "            part.keep(rows)\n", "            pass\n", some("batch_equal")),
     ("keys without their padding", FILE, "caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]", "caches = [PromptCache(cache, Packing(place, B, L)) for cache in self.caches]", some("batch_equal")),

@@ -9,6 +9,7 @@ def seen_by(words):
 
 LOSSES, LATENTS, TEXT = seen_by("losses_equal"), seen_by("generated_latents"), seen_by("token_ids")
 CODEC_TEST, ADAPTER, SETTINGS = seen_by("codec_encodes"), seen_by("adapter_acts"), seen_by("other_settings")
+HISTORY = seen_by("noise_on_the_past")
 GRADIENTS, ROUNDING, DRAWS = seen_by("gradients_equal"), seen_by("bfloat16_rounds"), seen_by("distributions")
 
 MUTANTS = [
@@ -47,7 +48,7 @@ MUTANTS = [
     # 4: the shift
     ("9.4 no shift", MODEL, "place[target] - 1", "place[target]", LOSSES),
     ("9.4 shift by two", MODEL, "place[target] - 1", "place[target] - 2", LOSSES),
-    ("9.4 condition not shifted", MODEL, "cond.append(torch.cat([torch.zeros_like(latents[:1]), latents[:-1]]))", "cond.append(latents)", LOSSES),
+    ("9.4 condition not shifted", MODEL, "torch.cat([torch.zeros_like(past[:1]), past[:-1]]) for", "past for", LOSSES),
     ("9.4 last prompt patch forgotten", MODEL, 'if request["ids"][-1] == PATCH:', "if False:", LATENTS),
     ("9.4 reference taken for a prompt", MODEL, 'if request["ids"][-1] == PATCH:', 'if len(request["patches"]):', LATENTS),
     ("9.4 stop from the residual state", MODEL, "logits = self._stop_logits(lm_h)", "logits = self._stop_logits(res_h)", LOSSES),
@@ -114,6 +115,16 @@ MUTANTS = [
     ("9.11 prompt and target apart", MODEL, "ids += self.encode_text(transcripts + text)", "ids += self.encode_text(transcripts) + self.encode_text(text)", LATENTS),
     ("9.11 cap counts the prompt", MODEL, "tokens=len(target), seed=seed", "tokens=len(ids), seed=seed", LATENTS),
     ("9.11 cap off by one", MODEL, '* request["tokens"] + MORE_PATCHES)', '* request["tokens"] + MORE_PATCHES + 1)', LATENTS),
+    # options of this project's own
+    ("noise on what is wanted", MODEL, '"patches": patches, "place"', '"patches": history, "place"', HISTORY),
+    ("noise alike for every channel", MODEL, "latents.std((0, 1), correction=0)", "latents.std()", HISTORY),
+    ("noise alike for every clip", MODEL, "most * torch.rand(1, generator=generator)", "most * torch.ones(1)", HISTORY),
+    ("noise in validation", MODEL, "history_noise and seed is not None", "history_noise", HISTORY),
+    ("condition without noise", MODEL, "for *_, past in draws]", "for past in [e['latents'].float() for e in examples]]", HISTORY),
+    ("guess in validation", MODEL, "if self.training:  # validation", "if True:  # validation", seen_by("the_guess")),
+    ("guess without weight", MODEL, "diff + weight * wrong", "diff + wrong", seen_by("the_guess")),
+    ("guess that teaches nothing", MODEL, "torch.cat([lm_h, res_h], -1).float() @", "torch.cat([lm_h, res_h], -1).float().detach() @", seen_by("the_guess")),
+    ("noise at its full strength", MODEL, "s.noise_scale * noise.to", "noise.to", seen_by("scaled_noise")),
     # 12: files
     ("9.12 safetensors only", MODEL, '("model.safetensors", "pytorch_model.bin")', '("model.safetensors",)', seen_by("wrapped_or_bare")),
     ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
