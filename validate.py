@@ -232,13 +232,13 @@ def weigh(model):
 
 
 def first_frames(model, request, sampling, seed):
-    """The first steps of a sentence before the codec, (T, ...)."""
+    """The first steps of a sentence before the codec, one behind the other, flat: some yield whole segments."""
     frames = []
-    for frame in model.frames(**request, seed=seed, **sampling):
-        frames.append(frame)
+    for frame in model.frames(**{**sampling, **request}, seed=seed):
+        frames.append(frame.flatten())
         if len(frames) == COMPARED_FRAMES:
             break
-    return torch.stack(frames) if frames else torch.zeros(0)
+    return torch.cat(frames) if frames else torch.zeros(0)
 
 
 def difference(frames, base):
@@ -286,16 +286,30 @@ class Sentence:
 
 def sentences(cfg, model, rows):
     """The sentences of --text and of the first rows; of a conversation the last spoken turn."""
-    prompts = [(None, cfg.reference_audio, None)] if cfg.reference_audio else []
-    own = dict(prompts=prompts, speaker=cfg.speaker or None)
-    out = [Sentence(text, {"text": text, **own}) for text in cfg.text]
-    for row in rows[: cfg.rows]:
-        turn = next((t for t in reversed(row.get("turns", [row])) if t.get("audio") and t.get("text")), None)
+    turns = [turn for turn in map(last_spoken, rows) if turn]
+    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in cfg.text]
+    for turn in map(last_spoken, rows[: cfg.rows]):
         if turn is None:
             continue
         recording = audio.read(turn["audio"], None, turn.get("start"), turn.get("end"))
         out.append(Sentence(turn["text"], {"text": turn["text"], **model.sample_request(turn)}, recording))
     return out
+
+
+def last_spoken(row):
+    """The row itself, or the last turn of a conversation, with audio and text; None where there is none."""
+    turns = row.get("turns", [row])
+    return next((turn for turn in reversed(turns) if turn.get("audio") and turn.get("text")), None)
+
+
+def voice_for(cfg, model, turns, text):
+    """Who speaks a sentence of --text: as the flags say, else the voice of the first row."""
+    request = model.sample_request({**turns[0], "text": text}) if turns else {}
+    if cfg.reference_audio:
+        request["prompts"] = [(None, cfg.reference_audio, None)]
+    if cfg.speaker:
+        request["speaker"] = cfg.speaker
+    return request
 
 
 def take(model, sentence, sampling, cfg):
