@@ -324,7 +324,9 @@ def wrong_name(output):
 
 def outside(target, folder):
     """What is wrong with a file that is to lie in a folder, or None."""
-    return None if folder.resolve() in target.resolve().parents else f"output {str(target)!r} lies outside {folder}"
+    if folder.resolve() in target.resolve().parents:
+        return None
+    return f"output {str(target)!r} lies outside {folder}"
 
 
 def wrong_request(item, output):

@@ -46,7 +46,7 @@ from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
-from models.parts.plain import (LARGEST, LAYERS, as_record, checked, count, need, read_object, shown,
+from models.parts.plain import (LARGEST, as_record, checked, layers, need, read_object, shown,
                                 written)
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
@@ -64,16 +64,16 @@ LEAST_ROOM, ROOM_PER_TOKEN = 25, 4
 class TowerConfig:
     """Numbers of one of the two Llamas, under transformers' names."""
 
-    hidden_size: int = count()
-    intermediate_size: int = count()
-    num_hidden_layers: int = count(LAYERS)
-    num_attention_heads: int = count()
-    num_key_value_heads: int = count()
-    head_dim: int = count()
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int = layers()
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: dict | None = None  # the four numbers of LLAMA3
-    max_position_embeddings: int = count(default=2048)
+    max_position_embeddings: int = 2048
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Config:
 
     backbone: TowerConfig
     depth_decoder_config: TowerConfig
-    text_vocab_size: int = count()
-    vocab_size: int = count()  # of one codebook, three special ids included
-    num_codebooks: int = count()
+    text_vocab_size: int
+    vocab_size: int  # of one codebook, three special ids included
+    num_codebooks: int
     codec_config: dict
 
 
@@ -141,7 +141,8 @@ def read_tower(section, base, shapes, prefix, where):
     checked(TowerConfig, section)
     for key, value in FIXED.items():
         if section.get(key, value) != value:
-            raise Invalid(f"{where}: {key} is {shown(written(section[key]))}; every published CSM has {value!r}, "
+            found = shown(written(section[key]))
+            raise Invalid(f"{where}: {key} is {found}; every published CSM has {value!r}, "
                           "and nothing else is read")
     layer = f"{prefix}.layers.0."
     query_shape = shapes.get(layer + "self_attn.q_proj.weight")

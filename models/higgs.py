@@ -43,7 +43,7 @@ from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
 from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
-from models.parts.plain import LAYERS, as_record, checked, count, need
+from models.parts.plain import as_record, checked, layers, need
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
 from models.parts.tokenizer import Tokenizer
@@ -59,15 +59,15 @@ NONE = -100  # label of a position that is not trained
 class Config:
     """What config.json says, under transformers' names."""
 
-    vocab_size: int = count()
-    hidden_size: int = count()
-    intermediate_size: int = count()
-    audio_ffn_intermediate_size: int = count()
-    num_hidden_layers: int = count(LAYERS)
-    num_attention_heads: int = count()
-    num_key_value_heads: int = count()
-    head_dim: int = count()
-    num_codebooks: int = count()
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    audio_ffn_intermediate_size: int
+    num_hidden_layers: int = layers()
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_codebooks: int
     codebook_size: int  # of one codebook, with the two ids that begin and end a stream
     audio_stream_bos_id: int
     audio_stream_eos_id: int

@@ -54,6 +54,7 @@ from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
 from models.parts.layers import Cache, Packing
+from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 
@@ -141,7 +142,7 @@ class Sampling:
     length_penalty: float = opt(0.0, "a beam's score is divided by its length to this power; 0: the sum counts")
     mel_positions: str = opt("", "of codes: upstream 0, 2, 3 .., training 0, 1, 2 ..; empty: training once tuned",
                              choices=("", "upstream", "training"))
-    diffusion_steps: int = opt(25, "Euler steps from noise to mel")
+    diffusion_steps: int = opt(25, "Euler steps from noise to mel", most=1000)
     cfg_rate: float = opt(0.7, "weight of the guidance by prompt and content; 0: none, in half the time")
     duration_factor: float = opt(1.0, "1.1 speaks a tenth slower: 1.72 mel frames per code times this")
     max_text_tokens_per_segment: int = opt(120, "longer texts are cut at sentence ends into segments of so many pieces")
@@ -1301,11 +1302,9 @@ def check_version(config, where):
 
 def read_config(config, shapes, where):
     """Config from config.yaml and {name: shape} of gpt.pth."""
-    section = config["gpt"]
-    missing = [key for key in SECTION if key not in section]
-    if missing:
-        raise Invalid(f"{where}: gpt lacks {', '.join(missing)}")
-    values = {key: int(section[key]) for key in SECTION}
+    section = need(as_record(config, where), "gpt", dict)
+    values = {key: need(section, key, int, at_least=0, at_most=LARGEST) for key in SECTION}
+    need(section, "layers", int, at_most=LAYERS)
     try:
         for part in ("conditioning_encoder", "emo_conditioning_encoder"):
             values[part] = conformer_size(shapes, part + ".")
@@ -1349,7 +1348,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     if not where.is_file():
         raise Invalid(f"{folder} has no config.yaml, which says what the weights are. Run\n"
                       f"    hf download IndexTeam/IndexTTS-2 --local-dir {folder}")
-    config = yaml.safe_load(where.read_text(encoding="utf-8"))
+    config = read_yaml(where)
     check_version(config, where)
     if weights == "scratch":
         raise Invalid("from_scratch: nobody published how IndexTTS2 is trained from nothing; start from "

@@ -45,7 +45,7 @@ from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
-from models.parts.plain import LAYERS, count, need, read_object, shown, typed
+from models.parts.plain import layers, need, read_object, shown, sized
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
@@ -68,17 +68,17 @@ WARM_PATCHES, WARM_PATCHES_FUSED = 2, 3
 class LMConfig:
     """Numbers of the base LM, whose kind all four transformers are."""
 
-    hidden_size: int = count()
-    intermediate_size: int = count()
-    num_hidden_layers: int = count(LAYERS)
-    num_attention_heads: int = count()
-    num_key_value_heads: int = count()
-    vocab_size: int = count()
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int = layers()
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
-    max_position_embeddings: int = count(default=32768)
-    kv_channels: int | None = count(default=None)  # head size; hidden / heads where absent
+    max_position_embeddings: int = 32768
+    kv_channels: int | None = None  # head size; hidden / heads where absent
     use_mup: bool = True  # the class default of the original; every published config says false
     scale_emb: float = 1.0
     scale_depth: float = 1.0
@@ -92,11 +92,11 @@ class LMConfig:
 class LocalConfig:
     """Numbers of the local encoder or of the DiT; the others are the base LM's."""
 
-    hidden_dim: int = count()
-    ffn_dim: int = count()
-    num_heads: int = count()
-    num_layers: int = count(LAYERS)
-    kv_channels: int | None = count(default=None)
+    hidden_dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int = layers()
+    kv_channels: int | None = None
 
     @property
     def head_size(self):
@@ -111,13 +111,13 @@ class Config:
     encoder_config: LocalConfig
     dit_config: LocalConfig
     architecture: str = "voxcpm"
-    patch_size: int = count(default=2)
-    feat_dim: int = count(default=64)
-    residual_lm_num_layers: int = count(LAYERS, default=6)
+    patch_size: int = 2
+    feat_dim: int = 64
+    residual_lm_num_layers: int = layers(default=6)
     residual_lm_no_rope: bool = False
-    scalar_quantization_latent_dim: int = count(default=256)
-    scalar_quantization_scale: int = count(default=9)
-    max_length: int = count(default=4096)
+    scalar_quantization_latent_dim: int = 256
+    scalar_quantization_scale: int = 9
+    max_length: int = 4096
     t_scheduler: str = "log-norm"  # of dit_config.cfm_config
     audio_vae_config: dict | None = None
 
@@ -132,20 +132,23 @@ def read_config(raw):
     where = raw.where
     dit = need(raw, "dit_config", dict)
     flow = need(dit, "cfm_config", dict, {})
-    if dit.get("dit_mean_mode") or dit.get("mean_mode"):
+    mean_mode = dit.get("dit_mean_mode") or dit.get("mean_mode")
+    if mean_mode:
         raise Invalid(f"{where}: dit_config asks for mean mode, which no published checkpoint uses "
                       "and which is not built")
     for key, choices in (("solver", ("euler",)), ("t_scheduler", ("log-norm", "uniform"))):
-        if need(flow, key, str, choices[0]) not in choices:
-            raise Invalid(f"{where}: cfm_config.{key} is {shown(flow[key])}; known are {', '.join(choices)}")
-    if need(raw, "architecture", str, "voxcpm") not in ("voxcpm", "voxcpm2"):
-        raise Invalid(f"{where}: architecture is {shown(raw['architecture'])}; known are voxcpm and voxcpm2")
-    return typed(
-        Config, raw,
-        lm_config=typed(LMConfig, need(raw, "lm_config", dict)),
-        encoder_config=typed(LocalConfig, need(raw, "encoder_config", dict)),
-        dit_config=typed(LocalConfig, dit),
-        t_scheduler=need(flow, "t_scheduler", str, "log-norm"))
+        found = need(flow, key, str, choices[0])
+        if found not in choices:
+            known = ", ".join(choices)
+            raise Invalid(f"{where}: cfm_config.{key} is {shown(found)}; known are {known}")
+    found = need(raw, "architecture", str, "voxcpm")
+    if found not in ("voxcpm", "voxcpm2"):
+        raise Invalid(f"{where}: architecture is {shown(found)}; known are voxcpm and voxcpm2")
+    lm = sized(LMConfig, need(raw, "lm_config", dict))
+    encoder = sized(LocalConfig, need(raw, "encoder_config", dict))
+    scheduler = need(flow, "t_scheduler", str, "log-norm")
+    sections = dict(lm_config=lm, encoder_config=encoder, dit_config=sized(LocalConfig, dit))
+    return sized(Config, raw, t_scheduler=scheduler, **sections)
 
 
 TINY = Config(
@@ -171,7 +174,7 @@ class Sampling:
     """What `generate` takes besides text, prompts, seed and noise."""
 
     cfg_value: float = opt(2.0, "strength of classifier-free guidance; 1 to 3 is the usual range")
-    inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range")
+    inference_timesteps: int = opt(10, "steps of the flow-matching solver; 4 to 30 is the usual range", most=1000)
     noise_scale: float = opt(1.0, "factor of the noise that the solver starts from; less is steadier and less varied")
     min_len: int = opt(2, "patches after which the stop head is first asked")
     max_len: int = opt(4096, "patches at most")

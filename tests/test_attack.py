@@ -19,7 +19,7 @@ import infer
 import lora
 import models
 from models import csm, voxcpm
-from models.parts import Invalid, adapters, checkpoint, plain, run
+from models.parts import Invalid, adapters, audio, checkpoint, plain, run
 from models.parts import cache as cache_part
 from models.parts.cache import ClipCache
 from models.parts.manifests import read_manifest
@@ -673,3 +673,44 @@ def test_weights_of_a_full_step_are_checked_once_when_they_are_loaded(tmp_path, 
     (step / "model.safetensors").write_bytes(data)
     with pytest.raises(Invalid, match="checksum.*earlier step"):
         checkpoint.read(step / "model.safetensors")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": 1e400}', '{"step": ' + "9" * 5000 + "}", '{"step": null}', "[1]", "", '{"step": "1"}', '{"step": true}'])
+def test_a_damaged_line_of_metrics_has_no_step(line):
+    assert run.step_of(line) == -1
+
+
+def test_an_earlier_run_on_a_mount_point_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mine").touch()
+
+    def busy(path, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(Invalid, match="cannot be moved aside .Device or resource busy.; choose another"):
+        run.set_aside(tmp_path, quiet)
+    assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".wav", "é" * 125 + ".wav", "a.flac"])
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path, name):
+    audio.write(tmp_path / name, torch.zeros(1600), 16000)
+    plain.write_file(tmp_path / (name + "x")[-200:], b"x")
+    assert (tmp_path / name).is_file() and not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_disk_that_is_full_keeps_no_half_of_a_file(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "f").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Invalid, match="No space left"):
+        plain.write_file(tmp_path / "f", b"after")
+    assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("value", ["1001", "1000000000", "-1", "1e300"])
+def test_a_solver_of_a_thousand_million_steps_is_wrong_use(home, tmp_path, value):
+    code, _, said = here("infer", ("--ckpt_dir", home / "base", "--text", "a", "--inference_timesteps", value, "--output", tmp_path / "o.wav"))
+    assert code == 2 and "inference_timesteps" in said and len(said) < 400

@@ -14,7 +14,7 @@ def opt(default, help="", **meta):
     """A dataclass field with the one sentence that --help shows; the other marks are for configs.parse.
 
     config=True is the settings file, positional=True a flag that needs no name, repeat=True a list flag that
-    may come several times, choices=(...) the only values allowed.
+    may come several times, choices=(...) the only values allowed, most=1000 the largest number for `check`.
     """
     meta = {"help": help, **meta}
     compare = not meta.get("config")  # two runs with equal settings are equal, whatever their file was called
@@ -32,6 +32,9 @@ def check(options, **least):
             wrong.append(f"{name} is {value}, expected at least {minimum}")
     for f in fields(options):
         value, choices = getattr(options, f.name), f.metadata.get("choices")
+        most = f.metadata.get("most")
+        if most is not None and value is not None and not value <= most:
+            wrong.append(f"{f.name} is {value}, expected at most {most}")
         if choices and value not in choices:
             wrong.append(f"{f.name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
     if wrong:

@@ -109,8 +109,9 @@ def _read_settings(config, record, kind, weights):
         return SETTINGS[kind](read_object(config))
     if "settings" in record:
         return _recorded_settings(need(record, "settings", dict))
-    raise Invalid(f"{weights} comes without {CONFIGS[kind]}, so its alpha is unknown and its strength would be "
-                  "a guess; put the file beside the weights, or write it with what it was trained with, such "
+    raise Invalid(f"{weights} comes without {CONFIGS[kind]}, so its alpha is unknown and its "
+                  "strength would be a guess; put the file beside the weights, or write it with what it "
+                  "was trained with, such "
                   'as {"r": 8, "alpha": 16}')
 
 
@@ -153,13 +154,14 @@ def _peft_settings(raw):
     kind = need(raw, "peft_type", str, "LORA")
     if kind != "LORA":
         raise Invalid(f"{raw.where} is of type {shown(kind)}; only LORA is supported")
-    start = str(raw.get("init_lora_weights", True)).lower()
-    why = f"was started by {shown(start)}, which moves the base weights" if start.startswith(MOVED_BASES) else ""
+    start = shown(raw.get("init_lora_weights", True)).lower()
+    moved = start.startswith(MOVED_BASES)
+    why = f"was started by {start}, which moves the base weights" if moved else ""
     if raw.get("alora_invocation_tokens"):
         why = "works from certain tokens on (aLoRA)"
     if why:
-        raise Invalid(f"{raw.where}: this adapter {why}; that is not supported. PEFT can save it as plain LoRA "
-                      "(path_initial_model_for_weight_conversion).")
+        raise Invalid(f"{raw.where}: this adapter {why}; that is not supported. PEFT can save it as plain "
+                      "LoRA (path_initial_model_for_weight_conversion).")
     r, alpha = _rank(raw, "r"), need(raw, "lora_alpha", float)
     rslora = need(raw, "use_rslora", bool, False)
     rank_of = _by_pattern(raw, "rank_pattern", int, r)

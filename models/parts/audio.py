@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from models.parts import Invalid, containers
+from models.parts.plain import temporary_name
 
 # ------------------------------------------------------------------------------------------------ files
 
@@ -143,7 +144,7 @@ def write(path, wave, rate):
         at = int((~finite).int().argmax())
         raise Invalid(f"{path}: not written, sample {at} is {float(wave[at])}")
     data = pcm16(wave)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         soundfile.write(str(temporary), data, int(rate), subtype="PCM_16", format=kind)
         os.replace(temporary, path)

@@ -212,10 +212,11 @@ class ClipCache:
 
     def _shards(self):
         """Files that are named as we name shards, in the order in which they were written."""
-        return [path for path in sorted(self.folder.glob("*.safetensors")) if re.fullmatch(SHARD_NAME, path.name)]
+        files = sorted(self.folder.glob("*.safetensors"))
+        return [path for path in files if re.fullmatch(SHARD_NAME, path.name)]
 
     def _judge(self, shard, whole):
-        """What is broken is ours if we wrote down that we made it, or if its records are those of its name."""
+        """What is broken is ours if we wrote down that we made it, or its records are those of its name."""
         if shard.name in whole or shard in self.proven:
             self.bad.append(shard)
         else:

@@ -101,7 +101,8 @@ def _read_safetensors(path):
                 dtype = DTYPES.get(part.get_dtype())
                 out[name] = Stored(part.get_shape(), dtype, lambda name=name: load(name))
     except (OSError, safetensors.SafetensorError) as e:
-        raise Invalid(f"{path} is damaged or not a safetensors file ({shown(e, 200)}). Copy it again.") from None
+        why = shown(e, 200)
+        raise Invalid(f"{path} is damaged or not a safetensors file ({why}). Copy it again.") from None
     return out
 
 
@@ -172,7 +173,8 @@ def read_metadata(path) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as f:
             return f.metadata() or {}
     except (OSError, safetensors.SafetensorError) as e:
-        raise Invalid(f"{path} is damaged or not a safetensors file ({shown(e, 200)}). Copy it again.") from None
+        why = shown(e, 200)
+        raise Invalid(f"{path} is damaged or not a safetensors file ({why}). Copy it again.") from None
 
 
 # {pattern of the length g's name: name of the direction v}, as torch wrote them before and since 2.0
@@ -411,7 +413,8 @@ def write_step(root, step, write, state) -> Path:
 
 def _replace(tmp, folder):
     """Rename tmp to folder; an old one stays readable under another name until the new one is in place."""
-    old = put_aside(folder) if os.path.lexists(folder) else None  # a free name: what lies under others may be a user's
+    # A free name: what lies under others may be a user's.
+    old = put_aside(folder) if os.path.lexists(folder) else None
     os.rename(tmp, folder)
     if old:
         shutil.rmtree(old, ignore_errors=True)
@@ -439,7 +442,7 @@ def sweep(path):
 
 
 def _names_a_step(latest):
-    """Whether it is the text file of `point`; a folder is a copy that followed the link, the rest a user's."""
+    """Whether it is the text file of `point`; a folder is a copy that followed the link, others a user's."""
     return latest.is_file() and re.fullmatch(rb"step_\d+", latest.read_bytes()[:30]) is not None
 
 

@@ -1,7 +1,7 @@
-"""Files of other people, read without trust: JSON, values of a wanted type, names for a terminal; and our writes.
+"""Files of other people, read without trust: JSON, values of a wanted type, names for a terminal; our writes.
 
     config = read_object(folder / "adapter_config.json")      # a Record: a dict that knows its place
-    r = need(config, "r", int, at_least=1)                    # or an Invalid with file, key, value, expectation
+    r = need(config, "r", int, at_least=1)                    # or an Invalid with file, key and value
 """
 import dataclasses
 import json
@@ -65,13 +65,13 @@ def an_object(value, where):
 
 
 def read_bytes(path, most):
-    """All bytes of a regular file of at most so many: a pipe would never end, a device would fill the memory."""
+    """All bytes of a regular file of at most so many: a pipe never ends, a device would fill the memory."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise Invalid(f"{path} is no file, expected one")
         if status.st_size > most:
-            raise Invalid(f"{path} has {status.st_size} bytes, at most {most} are read; is it the right file?")
+            raise Invalid(f"{path} has {status.st_size} bytes, at most {most} are read; is it the right one?")
         return Path(path).read_bytes()
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         if isinstance(e, Invalid):
@@ -107,45 +107,51 @@ def need(record, key, kind, default=REQUIRED, **bounds):
         raise Invalid(f"{where} does not say {shown(key)}, expected {wanted}. Copy the file again from where "
                       "it came from.")
     if not fits(value, kind) or not within(value, **bounds):
-        raise Invalid(f"{where}: {shown(key)} is {shown(written(value))}, expected {wanted}. Was it changed by "
-                      "hand? Copy the file again from where it came from.")
+        raise Invalid(f"{where}: {shown(key)} is {shown(written(value))}, expected {wanted}. Was it changed "
+                      "by hand? Copy the file again from where it came from.")
     return as_record(value, f"{where}: {key}") if isinstance(value, dict) else value
 
 
 def typed(cls, record, **given):
     """A dataclass from a record: every field as its declared type; what else the record holds is left.
 
-    given: values of fields that the caller has read. Bounds stand in a field's metadata.
+    given: values of fields that the caller has read.
     """
     kinds = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        if f.name in given:
-            continue
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         default = REQUIRED if default is dataclasses.MISSING else default
-        bounds = {bound: f.metadata[bound] for bound in BOUNDS if bound in f.metadata}
-        given[f.name] = need(record, f.name, kinds[f.name], default, **bounds)
+        if f.name not in given:
+            given[f.name] = need(record, f.name, kinds[f.name], default)
     return cls(**given)
 
 
 def checked(cls, record):
-    """The record, once every field of the dataclass that it states was found to have its declared type."""
+    """The record, once the fields of a checkpoint's Config that it states were found to be of their types.
+
+    A whole number is a size; that of the layers is marked by `layers`.
+    """
     kinds = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        bounds = {bound: f.metadata[bound] for bound in BOUNDS if bound in f.metadata}
         kind = dict if dataclasses.is_dataclass(kinds[f.name]) else kinds[f.name]
+        is_size = int in alternatives(kind)
+        bounds = {"at_least": 1, "at_most": f.metadata.get("at_most", LARGEST)} if is_size else {}
         need(record, f.name, kind, None, **bounds)
     return record
 
 
-BOUNDS = ("at_least", "at_most")
+def sized(cls, record, **given):
+    """The Config of a record that states all of it, but what was given."""
+    return typed(cls, checked(cls, record), **given)
+
+
 LARGEST = 1 << 24  # of a width or a vocabulary: products of two still count as bytes
 LAYERS = 1000  # of a stack: a file that says 10**9 would keep us building for hours
 
 
-def count(at_most=LARGEST, default=dataclasses.MISSING):
-    """A field of a checkpoint's Config that is a number of things."""
-    return dataclasses.field(default=default, metadata={"at_least": 1, "at_most": at_most})
+def layers(default=dataclasses.MISSING):
+    """A field of a checkpoint's Config that is a number of layers."""
+    return dataclasses.field(default=default, metadata={"at_most": LAYERS})
 
 
 def alternatives(kind):
@@ -247,7 +253,7 @@ def repeats_a_choice(tokens):
 
 
 def shown(text, most=SHOWN):
-    """Somebody else's text inside a line of ours: no control character can forge a line, none goes on for ever."""
+    """Somebody else's text inside a line of ours: no control character forges a line, none is endless."""
     text = str(text)
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:most + 1])
     return text if len(text) <= most else text[:most - 4] + " ..."
@@ -291,8 +297,9 @@ TEMPORARY = r"\.{name}\.(\d+)\.tmp"  # the number is the process
 def temporary_name(name):
     """Where a process writes what will be `name`; a name that is as long as names may be is cut for it."""
     behind = f".{os.getpid()}.tmp"
-    kept = os.fsencode(name)[:LONGEST_NAME - len(behind) - 1]
-    return "." + os.fsdecode(kept) + behind
+    while len(os.fsencode(name)) > LONGEST_NAME - len(behind) - 1:
+        name = name[:-1]
+    return f".{name}{behind}"
 
 
 def forget(path):

@@ -32,7 +32,8 @@ import torch
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.manifests import holders
-from models.parts.plain import lines_of, need, read_object, shown, typed, write_file
+from models.parts.plain import (an_object, lines_of, need, parse, read_object, shown, typed,
+                                write_file)
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
@@ -77,7 +78,7 @@ WRITTEN = (".lock", "train.log", "metrics.jsonl", "logs", "samples")
 
 
 def leads_outside(root) -> str | None:
-    """A run folder that came from elsewhere may hold links; what is written into them would change other files."""
+    """A run folder from elsewhere may hold links; what is written through them would change other files."""
     for name in WRITTEN:
         path = Path(root) / name
         if path.is_symlink() and Path(root).resolve() not in path.resolve().parents:
@@ -98,7 +99,12 @@ def sweep(root):
 def set_aside(root, say) -> None:
     """What --overwrite does to an earlier run: it gets another name, nothing is deleted. Rank 0 only."""
     if any(path.name != ".lock" for path in Path(root).iterdir()):
-        say(f"--overwrite: moved the earlier {root} to {checkpoint.put_aside(root)}")
+        try:
+            place = checkpoint.put_aside(root)
+        except OSError as e:  # a mount point stays where it is
+            raise Invalid(f"--overwrite: {root} cannot be moved aside ({e.strerror}); choose another "
+                          "save_path, such as a folder inside of it") from None
+        say(f"--overwrite: moved the earlier {root} to {place}")
         lock(root)
 
 
@@ -347,8 +353,8 @@ def reason_of(limit):
 def step_of(line) -> int:
     """The step of a line of metrics.jsonl; -1 where it was cut off or damaged."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        return need(an_object(parse(line, "the line"), "the line"), "step", int)
+    except Invalid:
         return -1
 
 

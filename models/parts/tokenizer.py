@@ -122,8 +122,8 @@ class Tokenizer:
             needed |= {a, b, a + b}
         missing = sorted(needed - self.model_vocab.keys() - {None})
         if missing:
-            raise Invalid(f"{self.name}: {shown(repr(missing[0]))} occurs in a merge or as unknown token, but not in "
-                          "the vocabulary. The file is damaged; copy it from the checkpoint again.")
+            raise Invalid(f"{self.name}: {shown(repr(missing[0]))} occurs in a merge or as unknown token, "
+                          "but not in the vocabulary. The file is damaged; copy it again.")
         self.unk_id = self.model_vocab.get(self.unk_token)
         self.fuse_unk, self.ignore_merges = model.get("fuse_unk"), model.get("ignore_merges")
         usable = self.model_vocab if model.get("byte_fallback") else {}
@@ -195,7 +195,8 @@ class Tokenizer:
     def _allow(self, what, value, allowed, choices=None):
         if value not in allowed:
             choices = choices or ", ".join(map(str, allowed))
-            raise Invalid(f"{self.name}: {what} is {shown(repr(value))}, which is not supported; known: {choices}. "
+            found = shown(written(value))
+            raise Invalid(f"{self.name}: {what} is {found}, which is not supported; known: {choices}. "
                           "Is this the tokenizer of a model that is supported?")
 
     def _steps(self, step, part) -> list[dict]:
@@ -266,8 +267,8 @@ class Tokenizer:
             elif step["type"] == "Replace":
                 old, new = step["pattern"]["String"], step["content"]
                 if len(text) + text.count(old) * (len(new) - len(old)) > most:
-                    raise Invalid(f"{self.name}: its normalizer makes {len(text)} characters more than {most} "
-                                  "long. Is it the tokenizer of this model?")
+                    raise Invalid(f"{self.name}: its normalizer makes {len(text)} characters more than "
+                                  f"{most} long. Is it the tokenizer of this model?")
                 text = text.replace(old, new)
             else:  # the library's table is of Unicode 9; it may order newer combining marks differently
                 text = unicodedata.normalize("NFC", text)

@@ -36,7 +36,7 @@ MUTANTS = [
     (0, "infer.py", "RETRIES = 3", "RETRIES = 2", only("infer", "test_a_runaway_take_is_tried_again_with_the_next_seeds")),
     (0, "infer.py", 'item = {"prompt_audio": "", "prompt_text": "", **item}', "pass", only("infer", "test_a_line_with_its_own_recording_does_not_take_the_words_of_another")),
     (0, "infer.py", "names = [Path(request.output).resolve() for request in requests]", "names = [request.output for request in requests]", only("infer", "test_every_wrong_line_is_named_before_anything_is_loaded")),
-    (0, "infer.py", "if folder.resolve() not in target.resolve().parents:", "if '..' in target.parts:", only("infer", "test_every_wrong_line_is_named_before_anything_is_loaded")),
+    (0, "infer.py", "if folder.resolve() in target.resolve().parents:", "if '..' not in target.parts:", only("infer", "test_every_wrong_line_is_named_before_anything_is_loaded")),
     (0, "infer.py", '.split("\\n")', ".splitlines()", only("infer", "test_a_text_file_becomes_one_file_per_line")),
     (0, "infer.py", "        if len(requests) == 1:\n", "        if True:\n", only("infer", "test_a_line_that_fails_is_counted_and_the_others_are_written")),
     (0, "infer.py", "        sys.exit(1)\n", "        pass\n", only("infer", "test_a_line_that_fails_is_counted_and_the_others_are_written")),

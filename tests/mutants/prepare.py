@@ -53,7 +53,7 @@ MUTANTS = [
     ("cache: tokenizer is no part of the key", K, 'sha("example", self.model.encode_key, ', 'sha("example", ', GOOD),
     ("cache: text in the key of the codec's output", K, "if self.memo.get(path, ())[:2] != now:", "if path not in self.memo:", GOOD),
     ("cache: half a record is written", K, "        record = {}\n        for name, tensor in output.items():", "        record = self.records[key] = {}\n        for name, tensor in output.items():", GOOD),
-    ("cache: records that changed are taken in", K, 'if sha(records)[:SHARD_DIGITS] != shard.stem.rpartition("-")[2]:', "if False:", GOOD),
+    ("cache: records that changed are taken in", K, 'if sha(records)[:SHARD_DIGITS] != re.fullmatch(SHARD_NAME, shard.name)[2]:', "if False:", GOOD),
     ("speakers: two names with one number", M, "(name.isdecimal() or given not in used)", "True", GOOD),
     ("cache: a damaged shard is taken in", K, "if any(hash_of(tensor) != name for name, tensor in", "if any(False for name, tensor in", GOOD),
     ("cache: damage is not seen on reading", K, "if hash_of(flat) != tensor:", "if not tensor:", GOOD),

@@ -24,8 +24,8 @@ MUTANTS = [
     (5, "models/parts/run.py", "int(path.name[5:]) > past.step", "False", only("test_a_run_goes_on_from_before_the_damage_and_ends_alike")),
     (5, "train.py", "stay = [held, progress.best.step] if cfg.keep_best else [held]", "stay = [progress.best.step]", only("test_what_is_kept_and_that_a_full_run_outlives_the_folder_it_came_from")),
     (5, "train.py", 'dataclasses.replace(cfg, overwrite=False, resume_from="")', "cfg", only("test_a_run_stays_what_it_is_under_its_own_config")),
-    (5, "models/parts/checkpoint.py", 'if f"{zlib.crc32(text.replace(stated, NO_SUM).encode()):08x}" != stated:', "if False:", only("test_one_flipped_byte_anywhere_in_the_index_is_noticed")),
-    (5, "models/parts/checkpoint.py", "        if checksum(path) != entry[\"crc32\"]:", "        if False:", only("test_damage_to_any_file_of_a_checkpoint_is_noticed")),
+    (5, "models/parts/checkpoint.py", 'if len(stated) != 8 or f"{zlib.crc32(text.replace(stated, NO_SUM).encode()):08x}" != stated:', "if False:", only("test_one_flipped_byte_anywhere_in_the_index_is_noticed")),
+    (5, "models/parts/checkpoint.py", "        if checksum(path) != crc:", "        if False:", only("test_damage_to_any_file_of_a_checkpoint_is_noticed")),
     (5, "models/parts/checkpoint.py", "    os.rename(tmp, folder)\n", "    shutil.copytree(tmp, folder)\n",
      only("test_killed_while_saving_it_goes_on_from_the_last_complete_step")),
     # settings that must agree
