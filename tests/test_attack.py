@@ -714,3 +714,22 @@ def test_a_disk_that_is_full_keeps_no_half_of_a_file(tmp_path, monkeypatch):
 def test_a_solver_of_a_thousand_million_steps_is_wrong_use(home, tmp_path, value):
     code, _, said = here("infer", ("--ckpt_dir", home / "base", "--text", "a", "--inference_timesteps", value, "--output", tmp_path / "o.wav"))
     assert code == 2 and "inference_timesteps" in said and len(said) < 400
+
+
+@pytest.mark.parametrize("name, stays", [(".f.json.99999999.tmp", False), (f".f.json.{os.getpid()}.tmp", True), (".f.json.notes.tmp", True), (".g.json.99999999.tmp", True), ("f.json.99999999.tmp", True)])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path, name, stays):
+    (tmp_path / name).write_text("half")
+    os.utime(tmp_path / name, (1, 1))
+    if str(os.getpid()) in name:  # somebody else's that runs
+        (tmp_path / name).rename(tmp_path / f".f.json.{os.getppid()}.tmp")
+        name = f".f.json.{os.getppid()}.tmp"
+    plain.write_file(tmp_path / "f.json", b"new")
+    assert (tmp_path / name).exists() == stays and (tmp_path / "f.json").read_bytes() == b"new"
+
+
+def test_speaking_removes_what_a_killed_run_was_writing(tmp_path):
+    for name in (".a.wav.99999999.tmp", ".b.wav.99999999.tmp", ".a.wav.tmp", f".a.wav.{os.getppid()}.tmp"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (1, 1))
+    infer.make_folders([infer.Request(str(tmp_path / "a.wav"), {}), infer.Request(str(tmp_path / "c.wav"), {})])
+    assert sorted(os.listdir(tmp_path)) == sorted([".b.wav.99999999.tmp", ".a.wav.tmp", f".a.wav.{os.getppid()}.tmp"])
