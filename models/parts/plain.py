@@ -142,6 +142,14 @@ def checked(cls, record):
     return record
 
 
+def alike(record, examples):
+    """The record, once the values that it states were found to be of the types of {key: example}."""
+    for key, example in examples.items():
+        kind = list[type(example[0])] if isinstance(example, list) else type(example)
+        need(record, key, kind, None)
+    return record
+
+
 def sized(cls, record, **given):
     """The Config of a record that states all of it, but what was given."""
     return typed(cls, checked(cls, record), **given)
