@@ -1059,6 +1059,9 @@ def gather(work):
     """The rows of all inputs, with unique ids, data set numbers and speakers."""
     cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
+    for flag, place in (("transcripts", texts), ("alignment_dir", cfg.alignment_dir)):
+        if place and not os.path.exists(place):
+            raise configs.Usage(f"--{flag} {place}: no such file or folder")
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
     for k, path in enumerate(inputs):
@@ -1092,8 +1095,8 @@ def gather(work):
 def folders_to_skip(work, path):
     """What this script writes is no input, unless it is asked for: pieces would be cut once more."""
     own = [os.path.realpath(work.out / name) for name in ("clips", "cache")]
-    inside = os.path.realpath(path)
-    return tuple(folder for folder in own if os.path.commonpath([folder, inside]) != folder)
+    inside = Path(os.path.realpath(path))
+    return tuple(folder for folder in own if not inside.is_relative_to(folder))
 
 
 def find_recordings_without_row(work, names):
@@ -1139,7 +1142,11 @@ def folder_speakers(rows, cfg):
     if cfg.speaker_level:
         return [folder_above(row["audio"], cfg.speaker_level) for row in rows]
     homes = [path if os.path.isdir(path) else os.path.dirname(path) for path in cfg.input]
-    base = Path(os.path.commonpath([os.path.abspath(home) for home in homes]))
+    homes = [os.path.abspath(home) for home in homes]
+    try:
+        base = Path(os.path.commonpath(homes))
+    except ValueError:  # on several drives
+        base = Path(homes[0])
     folders = [folders_below(base, row["audio"]) for row in rows]
     # Corpora begin the names of their files with the speaker, 19_198_000001.wav: that settles it.
     by_file = [folder_in_name(names, row["audio"]) for names, row in zip(folders, rows)]

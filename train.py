@@ -985,6 +985,8 @@ def pass_gate(cfg, trainee, data, place, log):
         log.say("gate: losses of the first rows, beside those of shuffled texts and of a constant answer ...")
         found = gate.look(trainee.model, data.train, data.cache, trainee.lambdas, place.device)
         log.say(found.line)
+        if found.note:
+            log.say(found.note)
         wrong = found.wrong
     # A sum over ranks, although only one has looked: else the others would go on without it.
     refused = all_sum({"wrong": len(wrong)}, place.device)["wrong"] and cfg.gate == "stop"

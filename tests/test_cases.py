@@ -14,7 +14,7 @@ import soundfile
 import configs
 import models
 import prepare_data
-from models.parts import Invalid, clips as measuring
+from models.parts import Invalid, clips as measuring, corpora
 from models.parts.manifests import read_manifest, read_rows
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
@@ -50,7 +50,7 @@ def test_the_same_part_within_a_turn(tmp_path):
 def test_a_key_that_chooses_the_sound_is_refused_where_it_cannot_be_followed(tmp_path, key, value):
     soundfile.write(tmp_path / "two.wav", np.random.default_rng(0).normal(0, 0.1, (16000, 2)), 16000)
     row = {"audio": "two.wav", "text": "x", key: value}
-    for one in (row, {"turns": [row]})[: 1 if key == "channel" else 2]:
+    for one in (row, {"turns": [row]}):
         with pytest.raises(Invalid, match=rf"m.jsonl line 1: {key} is {value}"):
             read_manifest(put(tmp_path / "m.jsonl", lines_of(one)))
     tone(tmp_path / "one.wav")
@@ -81,12 +81,18 @@ def test_speakers_by_the_names_that_tables_have(tmp_path, header, cell):
 
 
 @pytest.mark.parametrize("cell, text", [('"He said ""hi"""', 'He said "hi"'), ('"Hello," she said', '"Hello," she said'), ('"Hello," she said "so"', '"Hello," she said "so"'),
-                                        ('"I said', '"I said'), ('"Hello."', '"Hello."'), ('"""Hello."""', '"Hello."')])
+                                        ('"A ""b"" c" d"', '"A ""b"" c" d"'), ('"I said', '"I said'), ('"Hello."', '"Hello."'), ('"""Hello."""', '"Hello."')])
 @pytest.mark.parametrize("delimiter, header", [("|", "audio|text\n"), ("\t", "path\tsentence\n"), (";", "audio;text\n"), ("\t", ""), ("|", "")])
 def test_quotes_of_pandas_and_quotes_of_authors(tmp_path, cell, text, delimiter, header):
     tone(tmp_path / "a.wav")
     path = put(tmp_path / "t.csv", f"{header}a.wav{delimiter}{cell}\n")
     assert said(read_manifest(path), "text") == [(text,)]
+
+
+def test_a_line_that_is_too_long_for_quotes(tmp_path):
+    tone(tmp_path / "0.wav"), tone(tmp_path / "1.wav")
+    found = read_rows(put(tmp_path / "t.csv", f'0|"short"\n1|"{"long " * 40000}"|x\n'), corpora.Reading("ljspeech"))
+    assert said(found.rows, "id") == [("0",)] and [fault.at.line for fault in found.bad] == [2]
 
 
 def test_a_delimiter_within_quotes(tmp_path):
@@ -167,6 +173,28 @@ def test_words_of_a_textgrid_are_an_alignment(tmp_path):
         prepared(tmp_path, "--input", tmp_path / "in", "--overwrite")
 
 
+@pytest.mark.parametrize("delimiter", ["|", "\t", ";"])
+def test_tables_in_which_every_cell_is_quoted(tmp_path, delimiter):
+    tone(tmp_path / "a.wav")
+    path = put(tmp_path / "t.csv", f'"audio"{delimiter}"text"\n"a.wav"{delimiter}"One two"\n"a.wav"{delimiter}"He said ""hi{delimiter}"""\n')
+    assert said(read_manifest(path), "text") == [("One two",), (f'He said "hi{delimiter}"'.replace("\t", " "),)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.6, 0.9])
+def test_a_textgrid_that_is_cut_off(tmp_path, share):
+    text = GRID % "said"
+    put(tone(tmp_path / "in/a.wav", 3).with_suffix(".TextGrid"), text[: round(len(text) * share)])
+    with pytest.raises(Invalid, match="a.wav: .*a.TextGrid: .*(cut off|has: none)"):
+        prepared(tmp_path, "--input", tmp_path / "in")
+
+
+@pytest.mark.parametrize("flag", ["--transcripts", "--alignment_dir"])
+def test_a_place_of_texts_that_is_not_there(tmp_path, flag):
+    put(tone(tmp_path / "in/a.wav").with_suffix(".txt"), "Words.")
+    with pytest.raises(configs.Usage, match=f"{flag} .*gone: no such"):
+        prepared(tmp_path, "--input", tmp_path / "in", flag, tmp_path / "gone")
+
+
 # ------------------------------------------------------------------------------------------------ folders
 
 
@@ -192,6 +220,15 @@ def test_every_ending_that_can_be_read_is_looked_for(tmp_path, ending, kind):
     for n in range(3):
         put(tone(tmp_path / f"in/{n}{ending}", 1, 300 + 50 * n, format=kind, **sub).with_suffix(".txt"), f"Number {n}.")
     assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 3
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    folder_of_three(tmp_path / "in/anna")
+    monkeypatch.chdir(tmp_path / "in")
+    rows, report = prepared(tmp_path, "--input", ".", "--speaker_from_folder")
+    assert said(rows, "speaker") == [("anna",)] * 3 and report["recordings without a row"] == []
+    monkeypatch.chdir(tmp_path / "out")
+    assert len(prepared(tmp_path, "--input", "train.jsonl", "--encode_only")[0]) == 3
 
 
 def test_what_a_mac_leaves_is_no_recording(tmp_path):

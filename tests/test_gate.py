@@ -81,7 +81,9 @@ def test_texts_that_are_one_row_off_are_told(rows, tmp_path):
 def test_the_constant_is_the_logarithm_of_the_number_of_codes(rows, tmp_path):
     found = look(Reader(1.0), rows, tmp_path)
     assert all(losses["loss/code"] == pytest.approx(math.log(8)) for losses in found.constant)
-    assert not look(Reader(1.0, -9.0), rows, tmp_path).wrong  # a voice that it does not know, but it reads the text
+    unknown = look(Reader(1.0, -9.0), rows, tmp_path)  # a voice that it does not know, but it reads the text
+    assert not unknown.wrong and "loss/code is above that of a constant answer although the text is heard" in unknown.note
+    assert not found.note and not look(Reader(0.0, -9.0), rows, tmp_path).note
     worse = look(Reader(0.0, -9.0), rows, tmp_path)  # the true code is the least likely
     assert "loss/code of the base is" in worse.wrong[-1] and "worse than" in worse.wrong[-1] and f"{math.log(8):.4f}" in worse.wrong[-1]
 

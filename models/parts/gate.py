@@ -58,6 +58,22 @@ class Findings:
         return {name: average([losses[name] for losses in kind if name in losses]) for name in names}
 
     @property
+    def reads_text(self):
+        return len(self.gains) >= LEAST_ROWS and signed_ranks(self.gains) >= SURE
+
+    @property
+    def note(self):
+        """What is odd although the text is heard; empty where nothing is.
+
+        It is no fault: so hard may a voice be that the base has never met, and is to learn.
+        """
+        names = ", ".join(name for name, _, _ in self.worse_than_constant)
+        if not self.reads_text or not names:
+            return ""
+        return (f"gate: {names} is above that of a constant answer although the text is heard: a voice that "
+                "the base has never met, or clips that are noisy, clipped or played backwards. Listen to some.")
+
+    @property
     def worse_than_constant(self):
         """[(loss, the base's, the constant's)] where the base is worse in nearly all rows."""
         right, constant = self.means(self.right), self.means(self.constant)
@@ -92,9 +108,7 @@ class Findings:
                         "text has to do with a recording; look at the column that was read as text.")
         if len(self.gains) < LEAST_ROWS:
             return told
-        if signed_ranks(self.gains) >= SURE:
-            # It hears what is said. That a constant is no worse is no fault then: so hard may a voice be that
-            # the base has never heard, and that is what it is to learn.
+        if self.reads_text:
             return told
         better = sum(gain > 0 for gain in self.gains)
         told.append("gate: the base does no better with the right texts than with those of other rows (in "

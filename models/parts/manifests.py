@@ -199,15 +199,19 @@ def cells_of(line, delimiter, count=None):
     """The cells of a line; `count`: how many it should have.
 
     Between commas, quotes count. Anywhere else a quote is a letter, unless a cell was quoted as pandas does
-    it: because it holds quotes, which are doubled then, or the delimiter. Raises csv.Error.
+    it: because it holds quotes, which are doubled then, or the delimiter, or with all others of its line.
+    Raises csv.Error.
     """
     if delimiter == ",":
         return [cell.strip() for cell in next(csv.reader([line], strict=True))]
     cells = [cell.strip() for cell in line.split(delimiter)]
-    if count and len(cells) > count and '"' in line:
-        quoted = next(csv.reader([line], delimiter=delimiter))
-        if len(quoted) == count:
-            return [cell.strip() for cell in quoted]
+    try:
+        quoted = next(csv.reader([line], delimiter=delimiter)) if '"' in line else cells
+    except csv.Error:  # a cell of more than 128 kB: no quotes that a table writer put there
+        quoted = cells
+    rejoined = count and len(cells) > count == len(quoted)
+    if rejoined or all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells):
+        return [cell.strip() for cell in quoted]
     return [unquoted(cell) for cell in cells]
 
 
@@ -505,9 +509,12 @@ def refuse_cuts(raw, row):
     for holder, key in itertools.product(raw_holders(raw), REFUSED):
         if holder.get(key) not in (None, ""):
             raise Invalid(f"{key} is {shown(holder[key])}, which is not read: {REFUSED[key]}")
-    for key in CHANNEL:
-        if raw.get(key) not in (None, "") and "audio" in row and audio.info(row["audio"]).channels > 1:
-            raise Invalid(f"{key} is {shown(raw[key])}: channels are averaged here; write this one as a file")
+    pairs = [(raw, row), *zip(raw.get("turns") or (), row.get("turns", ()))]
+    for (holder, voice), key in itertools.product(pairs, CHANNEL):
+        given = holder.get(key) not in (None, "") and "audio" in voice
+        if given and audio.info(voice["audio"]).channels > 1:
+            what = "channels are averaged here; write this one as a file"
+            raise Invalid(f"{key} is {shown(holder[key])}: {what}")
 
 
 def refuse_two_values(raw, key):
@@ -794,7 +801,7 @@ def roots_of(path, how):
 
 def is_own(path):
     """Whether a manifest is one that prepare_data.py writes: it lies beside its report."""
-    report = Path(path).with_name("report.json")
+    report = Path(path).parent / "report.json"
     return Path(path).name in OWN and is_file(report) and '"written"' in read_text(report)
 
 

@@ -123,8 +123,13 @@ def read_textgrid(text):
     tiers = {}
     for at, token in enumerate(tokens):
         if token == '"IntervalTier"':
-            name, count = tokens[at + 1].strip('"'), int(tokens[at + 4])
+            try:
+                name, count = tokens[at + 1].strip('"'), int(tokens[at + 4])
+            except (IndexError, ValueError):
+                raise Invalid("the TextGrid is cut off, or damaged") from None
             triples = tokens[at + 5 : at + 5 + 3 * count]
+            if len(triples) < 3 * count:
+                raise Invalid(f"the TextGrid is cut off: its tier {name} should have {count} intervals")
             tiers[name] = read_tier(triples)
     tiers = {name: spans for name, spans in tiers.items() if spans}
     words = [name for name in tiers if WORD_TIERS.match(name)]
