@@ -14,7 +14,7 @@ import soundfile
 import configs
 import models
 import prepare_data
-from models.parts import Invalid, clips as measuring, corpora
+from models.parts import Invalid, adapters, clips as measuring, corpora
 from models.parts.manifests import read_manifest, read_rows
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
@@ -602,3 +602,15 @@ def test_a_terminal_that_is_not_utf8(tmp_path, monkeypatch, capsysbinary):
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "größe")
     prepare_data.sys.stdout.seek(0)
     assert prepare_data.sys.stdout.read().endswith("gr\\xf6\\xdfe/report.html\n")
+
+
+def test_latest_as_a_text_file_is_followed_by_every_reader(tmp_path):
+    step = tmp_path / "run/step_0000002"
+    weights = put(step / "lora_weights.safetensors", "")
+    put(tmp_path / "run/latest", "step_0000002")
+    assert adapters.locate(tmp_path / "run/latest")[0] == weights and models.folder_of(tmp_path / "run/latest") == step
+    with pytest.raises(Invalid, match="this is a run, give .*run/latest"):
+        adapters.locate(tmp_path / "run")
+    put(tmp_path / "other/latest", "a file of somebody's")
+    with pytest.raises(Invalid, match="no adapter at"):
+        adapters.locate(tmp_path / "other/latest")
