@@ -23,7 +23,7 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio
-from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown
+from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
 
 
 @dataclass
@@ -364,6 +364,9 @@ def make_folders(requests):
     for folder in {Path(request.output).parent for request in requests if request.output != "-"}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            names = [re.escape(Path(request.output).name) for request in requests]
+            for temporary in folder.glob(".*.tmp"):  # what a killed run was writing
+                sweep_one(temporary, "(?:" + "|".join(names) + ")")
         except OSError as e:
             raise Invalid(f"{folder}: cannot be made ({e.strerror}); choose another place with --output or "
                           "--output_dir") from None

@@ -1298,7 +1298,7 @@ class Higgs(nn.Module):
 
     def _generation_config(self, naming):
         file = self.files.get("generation_config.json")
-        raw = checkpoint.read_json(file) if file and naming == self.naming else {}
+        raw = checkpoint.read_object(file) if file and naming == self.naming else {}
         end = self.marks.get("<|end_of_text|>", self.marks["<|eot_id|>"])
         ids = {"bos_token_id": self.marks["<|begin_of_text|>"], "eos_token_id": end, "pad_token_id": end}
         if naming == "transformers":
@@ -1489,7 +1489,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     path, extra = Path(folder), extra or {}
     folder = path if path.is_dir() else path.parent
     where = folder / "config.json"
-    raw = checkpoint.read_json(where) if where.is_file() else {}
+    raw = checkpoint.read_object(where) if where.is_file() else {}
     if weights == "scratch":
         stored, naming, source = {}, "original" if "text_config" in raw else "transformers", path
     else:
@@ -1598,7 +1598,7 @@ def _codec_inside(folder):
     """The place of a codec in a folder, by what it holds; None if there is none."""
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         config = path / "config.json"
-        if config.is_file() and is_codec(checkpoint.read_json(config)):
+        if config.is_file() and is_codec(checkpoint.read_object(config)):
             return path
     file = folder / "model.pth"
     if file.is_file() and is_codec({"tensors": list(checkpoint.read(file))}):

@@ -45,7 +45,7 @@ from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
-from models.parts.plain import layers, need, read_object, shown, sized
+from models.parts.plain import alike, layers, need, read_object, shown, sized
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.tokenizer import Tokenizer
 
@@ -144,6 +144,7 @@ def read_config(raw):
     found = need(raw, "architecture", str, "voxcpm")
     if found not in ("voxcpm", "voxcpm2"):
         raise Invalid(f"{where}: architecture is {shown(found)}; known are voxcpm and voxcpm2")
+    alike(need(raw, "audio_vae_config", dict, {}), audiovae.V2)
     lm = sized(LMConfig, need(raw, "lm_config", dict))
     encoder = sized(LocalConfig, need(raw, "encoder_config", dict))
     scheduler = need(flow, "t_scheduler", str, "log-norm")

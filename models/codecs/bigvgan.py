@@ -142,7 +142,7 @@ def load(path, device="cpu", allow_unused=False):
     folder = path.parent
     if not (folder / "config.json").is_file():
         raise Invalid(f"{folder} has no config.json, which says at what rates BigVGAN upsamples")
-    published = checkpoint.read_json(folder / "config.json")
+    published = checkpoint.read_object(folder / "config.json")
     for key, value in FIXED.items():
         if published.get(key, value) != value:
             raise Invalid(f"{folder / 'config.json'}: {key} is {published[key]!r}; only {value!r} is supported, as in BigVGAN v2")

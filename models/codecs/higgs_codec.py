@@ -677,7 +677,7 @@ def load(path, device="cpu", weights=None, allow_unused=False):
         if len(found) > 1:
             raise Invalid(f"{path} holds both {' and '.join(names)}; say which with weights=")
         path = path / found[0]
-    config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    config = checkpoint.read_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     stored = checkpoint.fold_weight_norm(checkpoint.read(path))
     codec = build(stored, config, str(path))
     checkpoint.fill(codec, stored, rename, UNUSED, device=device, allow_unused=allow_unused, what=str(path))

@@ -169,7 +169,7 @@ def load(path, layers=17, device="cpu", allow_unused=False):
     """w2v-BERT up to hidden state `layers`, from its folder or weight file; config.json is looked for beside it."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     path = checkpoint.find(path, names, "a copy of facebook/w2v-bert-2.0")
-    config = checkpoint.read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    config = checkpoint.read_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     stored = checkpoint.read(path)
     model = build(stored, config, layers, str(path))
     known = unused(stored, layers)

@@ -8,7 +8,6 @@ Rows are those of models.parts.manifests. The model offers encode, encode_audio,
 sample_rate; and encode_audio_batch, several waves in and as many codec outputs out, where its codec can take
 more than one at a time.
 """
-import contextlib
 import copy
 import hashlib
 import json
@@ -27,7 +26,7 @@ import torch
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
 from models.parts.manifests import CUT, FEATURES, Fault, Place, for_encode, holders, listing, voices
-from models.parts.plain import TEMPORARY, is_alive, parse, shown, write_file
+from models.parts.plain import parse, shown, sweep_one, write_file
 
 # A shard is written when it has one of these: little is lost by a kill, and the files stay few.
 SHARD_BYTES = 64 << 20
@@ -38,7 +37,6 @@ SHARD_RECORDS = 4096
 BATCH_SECONDS = {"cpu": 0, "cuda": 120}
 # Audio in the passes of all threads: a second takes some 6 MB in each layer (24 kHz, 64 channels).
 MEMORY_SECONDS = 240
-STALE_SECONDS = 60  # without a byte written, by a process that does not run here: it was killed
 SAY_SECONDS = 5  # between two lines of progress
 MOST_GAIN = 1e3  # dB: makes any wave infinite, which is refused, and is no power that Python cannot compute
 HASH_DIGITS = 32  # of 64: 128 bits never meet by accident
@@ -46,7 +44,6 @@ SHARD_DIGITS = 12  # of those, in the name of a shard: enough to show damage
 # The only names that are read, written or deleted in the folder: somebody else's files may lie beside them.
 SHARD_NAME = rf"(\d{{5,}})-([0-9a-f]{{{SHARD_DIGITS}}})\.safetensors"
 MEMOS = {"files.json": 3, "shards.json": 2}  # how many values an entry has
-TEMPORARIES = TEMPORARY.format(name=rf"(?:{SHARD_NAME}|files\.json|shards\.json)")
 
 
 # ------------------------------------------------------------------------------------------- files and hashes
@@ -401,12 +398,7 @@ class ClipCache:
     def _sweep(self):
         """Delete what a killed process was writing, if it is named as we name that."""
         for temporary in self.folder.glob(".*.tmp"):
-            name = re.fullmatch(TEMPORARIES, temporary.name)
-            if not name or is_alive(int(name.groups()[-1])):
-                continue
-            with contextlib.suppress(OSError):  # another process may have swept it
-                if time.time() - temporary.lstat().st_mtime > STALE_SECONDS:
-                    temporary.unlink()
+            sweep_one(temporary, rf"(?:{SHARD_NAME}|files\.json|shards\.json)")
 
     def _refuse_failed(self):
         """Name each reason once, with the first row that has it."""

@@ -4,11 +4,13 @@
     r = need(config, "r", int, at_least=1)                    # or an Invalid with file, key and value
 """
 import dataclasses
+import glob
 import json
 import math
 import os
 import re
 import stat
+import time
 import types
 import typing
 from pathlib import Path
@@ -137,6 +139,14 @@ def checked(cls, record):
         is_size = int in alternatives(kind)
         bounds = {"at_least": 1, "at_most": f.metadata.get("at_most", LARGEST)} if is_size else {}
         need(record, f.name, kind, None, **bounds)
+    return record
+
+
+def alike(record, examples):
+    """The record, once the values that it states were found to be of the types of {key: example}."""
+    for key, example in examples.items():
+        kind = list[type(example[0])] if isinstance(example, list) else type(example)
+        need(record, key, kind, None)
     return record
 
 
@@ -278,6 +288,7 @@ def write_file(path, data):
     temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as f:
             f.write(data)
@@ -300,6 +311,26 @@ def temporary_name(name):
     while len(os.fsencode(name)) > LONGEST_NAME - len(behind) - 1:
         name = name[:-1]
     return f".{name}{behind}"
+
+
+STALE_SECONDS = 60  # without a byte written, by a process that does not run here: it was killed
+
+
+def sweep(path):
+    """Delete what killed processes were writing in place of a file."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        sweep_one(temporary, re.escape(path.name))
+
+
+def sweep_one(temporary, names):
+    """Delete a file if it is the temporary one of a killed process for a name of that pattern."""
+    match = re.fullmatch(TEMPORARY.format(name=names), temporary.name)
+    if match and not is_alive(int(match.groups()[-1])):
+        try:
+            if time.time() - temporary.lstat().st_mtime > STALE_SECONDS:
+                temporary.unlink()
+        except OSError:  # another process has swept it, or it cannot be deleted
+            pass
 
 
 def forget(path):
