@@ -44,7 +44,7 @@ from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
-from models.parts.textfiles import check_text, is_control, is_file, plain
+from models.parts.textfiles import check_text, is_control, is_file, one_line
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -350,7 +350,7 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 
 def clean(text, normalise=None):
     """NFC, and what every script does to a text."""
-    text = plain(unicodedata.normalize("NFC", text))
+    text = one_line(unicodedata.normalize("NFC", text))
     return clean(normalise(text)) if normalise else text
 
 

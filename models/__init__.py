@@ -129,8 +129,9 @@ def folder_of(path):
 
     Nothing is ever downloaded.
     """
-    if Path(path).expanduser().exists():
-        return Path(path).expanduser()
+    place = checkpoint.follow(Path(path).expanduser())
+    if place.exists():
+        return place
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
         raise Invalid(f"no checkpoint at {path}; "

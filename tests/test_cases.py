@@ -14,7 +14,7 @@ import soundfile
 import configs
 import models
 import prepare_data
-from models.parts import Invalid, clips as measuring, corpora
+from models.parts import Invalid, adapters, clips as measuring, corpora
 from models.parts.manifests import read_manifest, read_rows
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
@@ -163,6 +163,26 @@ def test_whisper_with_speakers(tmp_path):
     assert said(prepared(tmp_path, "--input", tmp_path / "in")[0], "text", "speaker", "start", "end") == [("Hi.", "S0", 0, 1), ("Ho.", "S1", 1, 2)]
 
 
+HOSTILE = [[1, 2], [None], [{"start": 0, "end": 10**400, "text": "x"}], [{"start": 0, "end": "x", "text": "x"}], [{"words": 5, "start": 0, "end": 1}], [{"words": ["a"], "start": 0, "end": 1}],
+           [{"start": 0, "end": float("nan"), "text": "x"}], [{"start": -1, "end": 1, "text": "x"}], {"a": 1}, "x"]
+
+
+@pytest.mark.parametrize("speaker", [{}, {"speaker": "S"}, {"speaker": [1]}])
+@pytest.mark.parametrize("segments", HOSTILE)
+def test_word_times_that_are_none_are_told(tmp_path, segments, speaker):
+    if isinstance(segments, list):
+        segments = [{**segment, **speaker} if isinstance(segment, dict) else segment for segment in segments]
+    put(tone(tmp_path / "in/a.wav", 3).with_suffix(".json"), {"segments": segments})
+    with pytest.raises(Invalid, match="a.wav: "):
+        prepared(tmp_path, "--input", tmp_path / "in")
+
+
+def test_a_speaker_that_is_no_text_is_told(tmp_path):
+    put(tone(tmp_path / "in/a.wav", 3).with_suffix(".json"), {"segments": [{"start": 0, "end": 1, "text": "x", "speaker": [1]}]})
+    with pytest.raises(Invalid, match="the speaker of the text at 0 s must be text"):
+        prepared(tmp_path, "--input", tmp_path / "in")
+
+
 def test_words_of_a_textgrid_are_an_alignment(tmp_path):
     two = GRID % "phones" + (GRID % "anna - words").split("item []:\n")[1]
     put(tone(tmp_path / "in/a.wav", 3).with_suffix(".TextGrid"), two)
@@ -220,6 +240,20 @@ def test_every_ending_that_can_be_read_is_looked_for(tmp_path, ending, kind):
     for n in range(3):
         put(tone(tmp_path / f"in/{n}{ending}", 1, 300 + 50 * n, format=kind, **sub).with_suffix(".txt"), f"Number {n}.")
     assert len(prepared(tmp_path, "--input", tmp_path / "in")[0]) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder_of_three(tmp_path / "in/closed"), folder_of_three(tmp_path / "in/open")
+    list_folder = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(Invalid, match="in/closed cannot be read: Permission denied"):
+        read_rows(tmp_path / "in")
 
 
 def test_the_current_folder(tmp_path, monkeypatch):
@@ -568,3 +602,15 @@ def test_a_terminal_that_is_not_utf8(tmp_path, monkeypatch, capsysbinary):
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "größe")
     prepare_data.sys.stdout.seek(0)
     assert prepare_data.sys.stdout.read().endswith("gr\\xf6\\xdfe/report.html\n")
+
+
+def test_latest_as_a_text_file_is_followed_by_every_reader(tmp_path):
+    step = tmp_path / "run/step_0000002"
+    weights = put(step / "lora_weights.safetensors", "")
+    put(tmp_path / "run/latest", "step_0000002")
+    assert adapters.locate(tmp_path / "run/latest")[0] == weights and models.folder_of(tmp_path / "run/latest") == step
+    with pytest.raises(Invalid, match="this is a run, give .*run/latest"):
+        adapters.locate(tmp_path / "run")
+    put(tmp_path / "other/latest", "a file of somebody's")
+    with pytest.raises(Invalid, match="no adapter at"):
+        adapters.locate(tmp_path / "other/latest")

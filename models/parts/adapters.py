@@ -14,6 +14,7 @@ tools look past it.
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Adapter:
 
 def locate(path):
     """(weights file, config file or None, format) of an adapter folder or file."""
-    path = Path(path)
+    path = checkpoint.follow(path)
     for kind, names in FILES.items():
         for name in names:
             if path.name == name and path.is_file():
@@ -74,7 +75,8 @@ def locate(path):
     if path.is_file() and path.suffix == ".safetensors":
         return path, _config_beside(path, "voxcpm"), "voxcpm"
     names = ", ".join(sum(FILES.values(), ()))
-    raise Invalid(f"no adapter at {path}; expected a folder with one of {names}")
+    hint = f"; this is a run, give {path / 'latest'}" if os.path.lexists(path / "latest") else ""
+    raise Invalid(f"no adapter at {path}; expected a folder with one of {names}{hint}")
 
 
 def _config_beside(weights, kind):

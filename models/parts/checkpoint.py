@@ -441,6 +441,14 @@ def sweep(path):
             remove(temporary)
 
 
+def follow(path):
+    """The step folder that a text file `latest` names, as it stands where links are refused; else the path."""
+    path = Path(path)
+    if path.name == "latest" and _names_a_step(path):
+        return path.with_name(path.read_text().strip())
+    return path
+
+
 def _names_a_step(latest):
     """Whether it is the text file of `point`; a folder is a copy that followed the link, others a user's."""
     return latest.is_file() and re.fullmatch(rb"step_\d+", latest.read_bytes()[:30]) is not None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.parts import Invalid
-from models.parts.textfiles import check_text, is_file, lines, parse, plain, read_text, refuse_foreign
+from models.parts.textfiles import check_text, is_file, lines, parse, one_line, read_text, refuse_foreign
 from models.parts.transcripts import read_timed, speakers_of, words_of
 
 SOUND = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma", ".mp4", ".webm",
@@ -49,7 +49,7 @@ class Reading:
 def walk(folder, skip=()):
     """Every file below a folder, in order; links are followed, and each folder is read once."""
     files, visited = [], set(skip)
-    for home, folders, names in os.walk(folder, followlinks=True):
+    for home, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         real = os.path.realpath(home)
         if real in visited or os.path.basename(home) == "__MACOSX":
             folders.clear()
@@ -59,6 +59,10 @@ def walk(folder, skip=()):
         # A Mac leaves "._a.wav" beside a.wav on foreign disks: no sound, in spite of its name.
         files += [Path(home) / name for name in names if not name.startswith("._")]
     return sorted(files)
+
+
+def refuse_folder(error):
+    raise Invalid(f"{error.filename} cannot be read: {error.strerror}")
 
 
 def recordings_in(path, how=Reading()):
@@ -225,7 +229,7 @@ def spans_of(path):
     if path.suffix == ".json":
         try:
             timed = speakers_of(parse(text))
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, TypeError, OverflowError, ValueError):
             timed = None  # no segments as Whisper has them; words_in says what is wrong where it matters
     else:
         timed = timed_text(text, path)
@@ -240,8 +244,9 @@ def row_for_each(row, spans):
     rest = {key: value for key, value in row.items() if key not in ("duration", "alignment")}
     name = row.get("id", Path(row["audio"]).stem)
     for k, span in enumerate(spans, 1):
-        piece = {"text": plain(span.text), "start": span.start, "end": span.end, "id": f"{name}_{k:04d}"}
+        piece = {"text": one_line(span.text), "start": span.start, "end": span.end, "id": f"{name}_{k:04d}"}
         if span.speaker is not None:
+            check_text(span.speaker, f"the speaker of the text at {span.start:g} s")
             piece["speaker"] = span.speaker
         rows.append({**rest, **piece})
     return rows
@@ -291,7 +296,7 @@ def words_in(path):
         else:
             words = words_of(parse(read_text(path)))
         words = list(words)
-    except (TypeError, KeyError, IndexError, ValueError) as e:
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError, ValueError) as e:
         if isinstance(e, Invalid):
             raise
         layout = '{"words": [{"word", "start", "end"}]}'

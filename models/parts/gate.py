@@ -71,7 +71,7 @@ class Findings:
         if not self.reads_text or not names:
             return ""
         return (f"gate: {names} is above that of a constant answer although the text is heard: a voice that "
-                "the base has never met, or clips that are noisy, clipped or played backwards. Listen to some.")
+                "the base has never met, or clips that are noisy, clipped or played backwards. Listen.")
 
     @property
     def worse_than_constant(self):

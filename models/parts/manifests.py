@@ -26,7 +26,7 @@ from models.parts.corpora import (
     HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
     words_in)
 from models.parts.textfiles import (
-    check_text, is_file, lines, parse, plain, read_text, refuse_foreign, shown)
+    check_text, is_file, lines, parse, one_line, read_text, refuse_foreign, shown)
 
 CHAT_ROLES = ("system", "user", "assistant")
 SHAPES = ("jsonl", "json", "csv", "ljspeech", "list", "tsv", "kaldi", "folder")
@@ -500,7 +500,7 @@ def clean_texts(row):
     for voice in voices(row):
         for key in ("text", "ref_text"):
             if key in voice:
-                voice[key] = plain(voice[key])
+                voice[key] = one_line(voice[key])
                 check_text(voice[key], f"{key} after cleaning")
 
 

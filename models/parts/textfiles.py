@@ -1,7 +1,7 @@
 """Text files as they lie on people's disks: encodings, line ends, JSON, and what only looks like a text file.
 
     for number, line in lines("metadata.csv"): ...    # no BOM, no line ends, no blank lines
-    plain(" What is\\r\\nsaid.\\n")                      # "What is  said.", as every script reads it
+    one_line(" What is\\r\\nsaid.\\n")                      # "What is  said.", as every script reads it
 """
 import json
 import os
@@ -68,7 +68,7 @@ def parse(text):
         return Invalid(f"not valid JSON: {e}")
 
 
-def plain(text):
+def one_line(text):
     """A text as it is trained on and spoken: one line, without BOM, control characters and outer blanks.
 
     Letters stay as they were typed: which of two ways to write an accent a tokenizer saw in training differs

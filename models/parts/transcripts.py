@@ -33,7 +33,8 @@ class Timed(NamedTuple):
     spans: list[Word]
 
 
-CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{2}(?:[.,]\d{1,3})?)"
+LARGEST = 1e9  # seconds; no time comes near it
+CLOCK = r"(?:(\d{1,3}):)?(\d{1,2}):(\d{2}(?:[.,]\d{1,3})?)"
 CUE = re.compile(rf"\[?\s*{CLOCK}\s*-->\s*{CLOCK}(\]?)(.*)")
 LYRICS = re.compile(r"\s*\[\d+:\d\d([.:]\d+)?\]")
 LABEL = re.compile(r"\s*(\d+[.,]\d+)\t(\d+[.,]\d+)(?:\t(.*))?$")
@@ -63,7 +64,7 @@ def in_order(spans):
     for span in spans:
         if not span.text:
             raise Invalid(f"the text at {span.start:g} s is empty")
-        if span.end <= span.start:
+        if not 0 <= span.start < span.end < LARGEST:  # NaN, too
             raise Invalid(f"the text at {span.start:g} s ends at {span.end:g} s: it has no length")
     return spans
 
@@ -201,4 +202,6 @@ def read_word(item):
         text, start, end = item.get("word", item.get("text")), item["start"], item["end"]
     else:
         text, start, end = item[0], item[1][0], item[1][1]
-    return Word(str(text).strip(), float(start), float(end))
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no word")
+    return Word(text.strip(), float(start), float(end))
