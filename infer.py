@@ -173,7 +173,7 @@ def trained_speakers(chosen):
     """{name: number} of the speakers that the adapters record."""
     speakers = {}
     for path, _ in chosen:
-        speakers |= need(adapters.read_record(path), "speakers", dict[str, int], {})
+        speakers |= need(adapters.read_record(path), "speakers", dict[str, int | None], {})
     return speakers
 
 

@@ -232,7 +232,7 @@ def weigh(model):
 
 
 def first_frames(model, request, sampling, seed):
-    """The first steps of a sentence before the codec, one behind the other, flat: some yield whole segments."""
+    """The first steps of a sentence before the codec, flat, since some models yield whole segments."""
     frames = []
     for frame in model.frames(**{**sampling, **request}, seed=seed):
         frames.append(frame.flatten())

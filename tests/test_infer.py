@@ -484,7 +484,7 @@ def test_what_is_not_there_exits_1(home, flags, words):
     ("audiovae.pth", None, "has no audiovae.safetensors or audiovae.pth, so the codec cannot be loaded"),
     ("config.json", 0.5, "config.json is not valid JSON"),
     ("config.json", None, "no backbone recognizes it (without config.json"),
-    ("tokenizer.json", 0.5, "tokenizer.json cannot be read as JSON"),
+    ("tokenizer.json", 0.5, "tokenizer.json is not valid JSON"),
     ("tokenizer.json", None, "has no tokenizer.json"),
 ])
 def test_a_torn_checkpoint_names_the_file(home, name, share, words):

@@ -442,7 +442,7 @@ def sweep(path):
 
 
 def follow(path):
-    """The step folder that a text file `latest` names, as it stands where links are refused; else the path."""
+    """The step folder that a text file `latest` names, as where links are refused; else the path."""
     path = Path(path)
     if path.name == "latest" and _names_a_step(path):
         return path.with_name(path.read_text().strip())

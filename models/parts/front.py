@@ -105,7 +105,7 @@ def split(pieces, marks, most):
             segments += split(current, DASHES, most)
         elif len(current) > most:
             segments += [current[j : j + most] for j in range(0, len(current), most)]
-            warnings.warn(f"a sentence has more than {most} pieces and no mark to cut it at; cut in the middle")
+            warnings.warn(f"a sentence of over {most} pieces has no mark to cut it at; cut in the middle")
         elif piece in marks and len(current) > 2:
             # The original's slip, kept since everybody speaks with it: a quote behind the mark closes this
             # segment and opens the next one as well.

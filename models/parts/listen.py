@@ -115,16 +115,16 @@ class Samples:
         """Files and TensorBoard; the first time with the recording."""
         for kind in ("wav", "flac"):
             audio.write(self.folder / f"step_{step:07d}_{number}.{kind}", wave, rate)
-        tag, writer = f"val_sample_{number}", self.log.writer
-        writer.add_audio(f"{tag}/generated_audio", wave[None], step, rate)
-        writer.add_image(f"{tag}/mel_spectrogram", audio.mel_picture(wave, rate), step, dataformats="CHW")
+        tag, picture = f"val_sample_{number}", audio.mel_picture(wave, rate)
+        self.log.show("add_audio", f"{tag}/generated_audio", wave[None], step, rate)
+        self.log.show("add_image", f"{tag}/mel_spectrogram", picture, step, dataformats="CHW")
         sentence = self.sentences[number]
         if self.steps or not sentence.has_recording:
             return
         row = sentence.row
         recording, rate = audio.read(row["audio"], None, row.get("start"), row.get("end"))
         audio.write(self.folder / f"recording_{number}.flac", recording, rate)
-        writer.add_audio(f"{tag}/reference_audio", recording[None], step, rate)
+        self.log.show("add_audio", f"{tag}/reference_audio", recording[None], step, rate)
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -172,6 +172,8 @@ def alternatives(kind):
 
 def fits(value, kind):
     """Whether a value of JSON has a type: true is no number, 2 is a float, infinity and 10**400 are none."""
+    if value is None:
+        return type(None) in typing.get_args(kind)
     several = alternatives(kind)
     if len(several) > 1:
         return any(fits(value, one) for one in several)
