@@ -44,6 +44,10 @@ class Writer:
     def add_image(self, tag, picture, step, dataformats):
         self.tags.append((tag, step))
 
+    def __call__(self, method, *values, **more):
+        """As the log of a run passes it on."""
+        getattr(self, method)(*values, **more)
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -55,7 +59,8 @@ def clock(monkeypatch):
 @pytest.fixture
 def log(tmp_path):
     log = Heard()
-    log.root, log.writer = tmp_path, Writer()
+    log.root = tmp_path
+    log.writer = log.show = Writer()
     return log
 
 
