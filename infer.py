@@ -7,6 +7,7 @@ With --lora alone the base is the one that the adapter records. Fields of the ba
 too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
 """
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -22,7 +23,7 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from models.parts import Invalid, adapters, audio
+from models.parts import Invalid, adapters, audio, sentences
 from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
 
 
@@ -40,6 +41,8 @@ class Infer:
                          "reference_audio, speaker, seed, context")
     output_dir: str = opt("", "folder for the files of --input: output_001.wav and so on, or the names in the JSONL")
     batch_size: int = opt(4, "sentences of --input that are generated together")
+    max_chars_per_piece: int = opt(0, "texts that are longer are cut between sentences and spoken in pieces; 0: never")
+    pause: float = opt(0.2, "seconds of silence between the pieces of a text")
     prompt_audio: str = opt("", "recording to continue in the same voice; needs prompt_text")
     prompt_text: str = opt("", "transcript of prompt_audio")
     context: str = opt("", "JSON list or JSONL of earlier turns, oldest first: {text, audio, speaker}; for backbones that "
@@ -54,6 +57,9 @@ class Infer:
     compile: bool = opt(False, "torch.compile every layer: faster after a slow start")
     ignore_base: bool = opt(False, "load an adapter although it was trained on another base")
     allow_unused_tensors: bool = opt(False, "load a checkpoint although some of its tensors have no place in the model")
+
+
+LONGEST_PAUSE = 60  # seconds between two pieces of a text; more is a slip
 
 
 class Request(NamedTuple):
@@ -221,6 +227,9 @@ def read_requests(cfg):
     if cfg.batch_size < 1 or cfg.max_audio_length_ms < 0:
         raise Usage(f"batch_size is {cfg.batch_size}, expected at least 1; max_audio_length_ms is "
                     f"{cfg.max_audio_length_ms}, at least 0")
+    if cfg.max_chars_per_piece < 0 or not 0 <= cfg.pause <= LONGEST_PAUSE:
+        raise Usage(f"max_chars_per_piece is {cfg.max_chars_per_piece}, expected at least 0; "
+                    f"pause is {cfg.pause}, expected 0 to {LONGEST_PAUSE} seconds")
     keys = ("prompt_audio", "prompt_text", "reference_audio", "speaker", "seed")
     flags = {key: getattr(cfg, key) for key in keys}
     flags["context"] = read_context(cfg.context)
@@ -411,6 +420,28 @@ def speak(model, requests, sampling):
     return [Take(request.output, *rest) for request, *rest in zip(requests, waves, model.finish)]
 
 
+def pieces_of(request, most):
+    """A request for each piece of a long text, with the same output and prompts; else the request itself."""
+    text = request.item["text"]
+    if not most or len(text) <= most:
+        return [request]
+    items = [{**request.item, "text": piece.strip()} for piece in sentences.pieces(text, most)]
+    return [request._replace(item=item) for item in items]
+
+
+def joined(takes, rate, pause):
+    """One take of those of a text's pieces, with silence between them, or the first that failed."""
+    failed = [take for take in takes if take.error]
+    if failed:
+        return failed[0]
+    silence = torch.zeros(round(pause * rate))
+    waves = [takes[0].wave]
+    for take in takes[1:]:
+        waves += [silence, take.wave]
+    finish = "cap" if "cap" in [take.finish for take in takes] else takes[-1].finish
+    return Take(takes[0].output, torch.cat(waves), finish)
+
+
 def write(take, rate):
     """Write a take and print its path; what keeps it from being written is printed, and False returned."""
     try:
@@ -430,14 +461,16 @@ def say_cap(output, finish):
         print(f"{output}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
 
 
-def stream(model, item, sampling):
-    """Raw 16-bit samples to stdout as they come. Returns the seconds of audio."""
-    samples = 0
-    for chunk in model.generate(**to_generate(item), **sampling):
-        sys.stdout.buffer.write(audio.pcm16(chunk).tobytes())
-        sys.stdout.buffer.flush()
-        samples += len(chunk)
-    say_cap("-", model.finish[0])
+def stream(model, pieces, sampling, pause):
+    """Raw 16-bit samples of a text's pieces to stdout as they come. Returns the seconds of audio."""
+    samples, silence = 0, torch.zeros(round(pause * model.out_sample_rate))
+    for number, piece in enumerate(pieces):
+        chunks = model.generate(**to_generate(piece.item), **sampling)
+        for chunk in itertools.chain([silence] if number else [], chunks):
+            sys.stdout.buffer.write(audio.pcm16(chunk).tobytes())
+            sys.stdout.buffer.flush()
+            samples += len(chunk)
+        say_cap("-", model.finish[0])
     return samples / model.out_sample_rate
 
 
@@ -469,21 +502,28 @@ def main():
 
     # One sentence, piece by piece to whoever listens at the other end of the pipe.
     started = time.perf_counter()
+    pieces = [pieces_of(request, cfg.max_chars_per_piece) for request in requests]
     if cfg.output == "-":
-        seconds = stream(model, requests[0].item, sampling)
+        seconds = stream(model, pieces[0], sampling, cfg.pause)
         print(f"{progress(1, 1, seconds, started)} | {model.out_sample_rate} Hz", file=sys.stderr)
         return
 
-    # Or files, some sentences at a time. What fails is counted, the others are written.
-    failed, seconds = 0, 0.0
-    for start in range(0, len(requests), cfg.batch_size):
-        part = requests[start:start + cfg.batch_size]
-        for take in speak(model, part, sampling):
-            if write(take, model.out_sample_rate):
-                seconds += len(take.wave) / model.out_sample_rate
+    # Or files, some sentences at a time. What fails is counted, the others are written. A text of several
+    # pieces is written once the last of them was spoken, which may be in a later batch.
+    jobs = list(itertools.chain(*pieces))
+    rate, takes, failed, seconds = model.out_sample_rate, [], 0, 0.0
+    for start in range(0, len(jobs), cfg.batch_size):
+        part = jobs[start:start + cfg.batch_size]
+        takes += speak(model, part, sampling)
+        while takes and len(takes) >= len(pieces[0]):
+            count = len(pieces.pop(0))
+            take = joined(takes[:count], rate, cfg.pause)
+            del takes[:count]
+            if write(take, rate):
+                seconds += len(take.wave) / rate
             else:
                 failed += 1
-        print(progress(start + len(part), len(requests), seconds, started), file=sys.stderr)
+        print(progress(start + len(part), len(jobs), seconds, started), file=sys.stderr)
     if failed:
         print(f"{failed} of {len(requests)} failed", file=sys.stderr)
         sys.exit(1)

@@ -696,3 +696,31 @@ def test_without_a_seed_every_take_is_another(home):
     c = frames(model, seed=None, max_len=1)
     torch.manual_seed(0)
     assert len({x.numpy().tobytes() for x in (a, b, c, frames(model, seed=None, max_len=1))}) == 4, "the script's own seed plays no part"
+
+
+def test_a_long_text_is_spoken_in_pieces_with_pauses(home, tmp_path):
+    """The same sound as its sentences one by one, silence between them, whatever the batches."""
+    parts = ["One two three.", "Four five.", "Six seven eight nine."]
+    (tmp_path / "texts.txt").write_text(" ".join(parts) + "\nShort.\n")
+    common = ("--ckpt_dir", home.base, *SHORT, "--retries", 0)
+    for size in (2, 8):
+        flags = ("--input", tmp_path / "texts.txt", "--output_dir", tmp_path / f"out{size}", "--batch_size", size)
+        paths, _ = speak(*common, *flags, "--max_chars_per_piece", 22, "--pause", 0.1)
+        assert len(paths) == 2
+    (tmp_path / "parts.txt").write_text("\n".join([*parts, "Short."]))
+    single, _ = speak(*common, "--input", tmp_path / "parts.txt", "--output_dir", tmp_path / "single", "--batch_size", 1)
+    waves = [audio.read(path)[0] for path in single]
+    silence = torch.zeros(round(0.1 * audio.read(single[0])[1]))
+    whole = torch.cat([waves[0], silence, waves[1], silence, waves[2]])
+    for size in (2, 8):
+        long, short = (audio.read(tmp_path / f"out{size}/output_00{i}.wav")[0] for i in (1, 2))
+        assert len(long) == len(whole) and (long - whole).abs().max() < 2e-3
+        assert (short - waves[3]).abs().max() < 2e-3
+    code, out, err = here("infer", [*map(str, common), "--text", " ".join(parts), "--output", "-", "--max_chars_per_piece", "22", "--pause", "0.1"])
+    assert code == 0 and len(out) == 2 * len(whole)
+
+
+@pytest.mark.parametrize("flags, words", ((("--max_chars_per_piece", "-1"), "max_chars_per_piece is -1"), (("--pause", "1e9"), "pause is")))
+def test_wrong_pieces_are_refused(home, flags, words):
+    code, _, err = here("infer", ["--ckpt_dir", home.base, "--text", "a", *flags])
+    assert code == 2 and words in err
