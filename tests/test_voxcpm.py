@@ -13,6 +13,7 @@ import lora
 import models
 from models import voxcpm
 from models.parts import Invalid, layers
+from models.parts.plain import as_record
 from tests import tiny_voxcpm as tiny
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -260,7 +261,7 @@ def test_adapter_dropout_drops_the_update_and_not_its_input(golden):
 def test_the_published_sizes_fit_name_by_name(golden):
     cfg = tiny.published(golden.version)
     with torch.device("meta"):
-        model = voxcpm.VoxCPM(voxcpm.read_config(cfg, "config.json"))
+        model = voxcpm.VoxCPM(voxcpm.read_config(as_record(cfg, "config.json")))
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == tiny.main_shapes(cfg)
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == {"0.5": 652_287_296, "1.5": 801_729_856, "2": 2_290_004_544}[golden.version]

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.parts import Invalid, audio
+from models.parts.clips import hash_file
 from models.parts.corpora import (
     HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
     words_in)
+from models.parts.plain import read_object
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, one_line, read_text, refuse_foreign, shown)
 
@@ -800,9 +802,14 @@ def roots_of(path, how):
 
 
 def is_own(path):
-    """Whether a manifest is one that prepare_data.py writes: it lies beside its report."""
+    """Whether a manifest is one that prepare_data.py wrote: the report beside it knows its bytes."""
     report = Path(path).parent / "report.json"
-    return Path(path).name in OWN and is_file(report) and '"written"' in read_text(report)
+    if Path(path).name not in OWN or not is_file(report) or not is_file(path):
+        return False
+    try:
+        return hash_file(path) in read_object(report).get("written", [])
+    except (Invalid, OSError, TypeError):  # no report of ours
+        return False
 
 
 def raw_holders(raw):
