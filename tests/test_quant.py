@@ -52,7 +52,8 @@ def test_the_round_trip_stays_within_half_a_step(bits, shape):
         assert (error <= plain.weight.abs().amax(1, keepdim=True) / 127 / 2 + 1e-7).all()
     else:
         widest = max(b - a for a, b in zip(quant.LEVELS, quant.LEVELS[1:]))
-        assert error.max() <= plain.weight.abs().max() * widest / 2 + 1e-7
+        blocks = [torch.nn.functional.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64) for w in (error, plain.weight.abs())]
+        assert (blocks[0].amax(1) <= blocks[1].amax(1) * widest / 2 + 1e-7).all()  # by the largest value of its own block
     assert error.max() > 0
 
 

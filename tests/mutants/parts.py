@@ -9,6 +9,7 @@ MUTANTS = [
     *of("quant", None,
         ("rows share a scale", "weight.abs().amax(1, keepdim=True) / 127", "weight.abs().amax() / 127"),
         ("127 or 128", "amax(1, keepdim=True) / 127)", "amax(1, keepdim=True) / 128)"),
+        ("blocks share a scale", "scale = flat.abs().amax(1, keepdim=True)", "scale = flat.abs().amax()"),
         ("nibbles the other way", "codes[:, 0::2] << 4 | codes[:, 1::2]", "codes[:, 1::2] << 4 | codes[:, 0::2]"),
         ("block of the wrong size", "BLOCK = 64 ", "BLOCK = 128 "),
         ("backward with another weight", "gradient @ weight_of(ctx.layer, gradient.dtype)", "gradient @ (weight_of(ctx.layer, gradient.dtype) * 1.01)"),
