@@ -352,3 +352,11 @@ def test_half_a_file_is_called_cut_off(tmp_path, kind):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(Invalid, match=f"a.{kind}: cut off"):
         audio.read(path)
+
+
+def test_a_decoder_that_gives_less_than_its_container_holds_is_called_damaged(good, monkeypatch):
+    # A flipped bit in a frame: the container is whole, libsndfile skips what it cannot decode.
+    decode = audio._decode
+    monkeypatch.setattr(audio, "_decode", lambda *place: decode(*place)[:-1000])
+    with pytest.raises(Invalid, match="23000 of 24000 samples could be decoded"):
+        audio.read(good)
