@@ -25,6 +25,7 @@ import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio, sentences
 from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
+from models.parts.unknown import Unknown, is_spoken
 
 
 @dataclass
@@ -202,6 +203,28 @@ def name_the_only_speaker(requests, model):
             request.item["speaker"] = request.item["speaker"] or next(iter(speakers))
 
 
+SMALL_VOCABULARY = 500  # words that an error may list
+
+
+def check_words(requests, model):
+    """A word that the tokenizer has no token for would be babbled: an error; a sign would be left out: said."""
+    unknown = Unknown(model)
+    wrong, unsaid = [], set()
+    for request in requests:
+        pieces = dict.fromkeys(unknown.pieces(request.item["text"]))
+        unsaid |= {piece for piece in pieces if not is_spoken(piece)}
+        spoken = [repr(piece) for piece in pieces if is_spoken(piece)]
+        if spoken:
+            text = shown(request.item["text"], LONGEST_TEXT_SHOWN)
+            wrong.append(f"{text}: the tokenizer has no token for {', '.join(spoken)}")
+    if unsaid:
+        print(f"no token for {' '.join(sorted(unsaid))}: left unsaid", file=sys.stderr)
+    if wrong:
+        words = sorted(piece.strip("\u2581") for piece in model.tokenizer.vocab if piece[1:].isalpha())
+        known = f"\nIts words are: {', '.join(words)}" if len(model.tokenizer.vocab) < SMALL_VOCABULARY else ""
+        raise Invalid("\n".join(wrong) + known)
+
+
 RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a file; few would need a fifth
 
 
@@ -242,6 +265,7 @@ def read_requests(cfg):
     return [Request(cfg.output, item)]
 
 
+LONGEST_TEXT_SHOWN = 80  # characters
 LONGEST_PROBLEM = 400  # characters: a line may hold a whole book
 
 
@@ -496,6 +520,7 @@ def main():
     # The model with its adapters, and what only it can tell.
     model = load_model(cfg, path, chosen)
     name_the_only_speaker(requests, model)
+    check_words(requests, model)
     if cfg.max_audio_length_ms:
         frames = cfg.max_audio_length_ms / 1000 * model.frame_rate
         sampling["max_len"] = max(1, math.floor(frames + 1e-6))  # 0.64 s * 6.25 may come out as 3.9999999

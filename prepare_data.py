@@ -45,6 +45,7 @@ from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
 from models.parts.textfiles import check_text, is_control, is_file, one_line
+from models.parts.unknown import Unknown
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -647,20 +648,19 @@ def reference_from(pool, row, cfg):
 # ------------------------------------------------------------------------------------------------ report
 
 # Two characters for private use: a tokenizer that has neither and cannot spell bytes gives both one id.
-PRIVATE = "\ue123\uf8a7"
 WORST = 20  # clips to listen to: three minutes
 PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 7 MB and can be mailed
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
 def for_checkpoint(model, cache, rows, work):
-    """What this checkpoint makes of the rows: tokens, unknown characters, steps per epoch, hours to train on.
+    """What this checkpoint makes of the rows: tokens, unknown pieces, steps per epoch, hours to train on.
 
     Without a cache (--check) the audio positions of all rows are estimated from one clip. -> (facts, notices)
     """
     cfg = work.cfg
     texts = [text_of(row) for row in rows]
-    unknown = unknown_characters(model, texts)
+    unknown = Unknown(model)
     tokens = [len(model.encode_text(text)) for text in texts]
     if cache is not None:
         lengths = [model.length(cache.get(row)) for row in rows]
@@ -669,15 +669,15 @@ def for_checkpoint(model, cache, rows, work):
     most = cfg.max_batch_tokens // cfg.batch_size if cfg.max_batch_tokens else math.inf
     notices, kept = [], []
     for row, text in zip(rows, texts):
-        if set(text) & unknown:
-            notices.append(unknown_notice(row, text, unknown))
+        if unknown.pieces(text):
+            notices.append(unknown_notice(row, text, unknown.pieces(text)))
     for row, length in zip(rows, lengths):
         if length <= most:
             kept.append(row)
             continue
         what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
         notices.append(Notice(row, "too many tokens", what))
-    counts = collections.Counter(c for c in "".join(texts) if c in unknown)
+    counts = collections.Counter(piece for text in texts for piece in unknown.pieces(text))
     lower = [row for row in rows if row.get("sample_rate", math.inf) < model.sample_rate]
     if lower:  # one line for all: a data set has mostly one rate
         what = f"{len(lower)} clips lie below the codec's {model.sample_rate} Hz; what is above stays silent"
@@ -694,7 +694,7 @@ def for_checkpoint(model, cache, rows, work):
         "hours kept": hours(kept),
         "steps per epoch": round(micro_batches / cfg.grad_accum_steps, 2),
         "clips with a lower sample rate": len(lower),
-        "unknown characters": dict(counts.most_common()),
+        "unknown pieces": dict(counts.most_common()),
     }
     return facts, notices
 
@@ -705,20 +705,9 @@ def text_of(row):
     return " ".join(part["text"] for part in parts if "text" in part)
 
 
-def unknown_characters(model, texts):
-    """Letters, digits and signs that the tokenizer has no token for."""
-    first, second = (model.encode_text(2 * c) for c in PRIVATE)  # a single character may be a case of its own
-    if first != second:
-        return set()
-    characters = set("".join(texts))
-    letters = {c for c in characters if unicodedata.category(c)[0] in "LMNPS"}
-    return {c for c in letters if model.encode_text(2 * c) == first}
-
-
-def unknown_notice(row, text, unknown):
-    missing = sorted(set(text) & unknown)
-    names = ", ".join(f"{c} (U+{ord(c):04X})" for c in missing)
-    share = 100 * sum(c in unknown for c in text) / len(text)
+def unknown_notice(row, text, pieces):
+    names = ", ".join(f"{piece} (U+{ord(piece):04X})" if len(piece) == 1 else piece for piece in sorted(set(pieces)))
+    share = 100 * sum(map(len, pieces)) / len(text)
     return Notice(row, "unknown tokens", f"no token for {names}: {share:.1f} % of the text")
 
 
@@ -974,8 +963,8 @@ def counts_section(name, counts):
 def checkpoint_section(about):
     facts = dict(about)
     folder = facts.pop("checkpoint")
-    unknown = list(facts.pop("unknown characters").items())
-    table = page.table(["unknown character", "times"], unknown, "Every character has a token.")
+    unknown = list(facts.pop("unknown pieces").items())
+    table = page.table(["no token for", "times"], unknown, "Every character has a token.")
     return page.section(f"For {folder}", page.facts(spelled(facts)), table)
 
 

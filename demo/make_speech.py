@@ -6,8 +6,8 @@
     python demo/make_speech.py --part tokenizer --output_dir demo/base   # tokenizer.json, one piece per word
 
 Everything is a function of the seed and of flite's version. No sentence is in two of base, val, voice, held
-out and test. The base hears six robots of three synthesiser voices (ROBOTS); it never hears slt, which is
-the target.
+out and test. The base hears six robots of three synthesiser voices (ROBOTS) and, under a seventh name, many
+more of the same three; it never hears slt, which is the target.
 
 Every robot has one rendering of each word and says it like that in every sentence. That is what lets a
 model of four million parameters learn to speak within an hour of one core; prosody is what it costs.
@@ -39,6 +39,7 @@ class Robot(NamedTuple):
     voice: str  # of flite
     pitch: int  # Hz, a multiple of 25
     tract: float = 1.0  # above one: a shorter vocal tract than the synthesiser's
+    pace: str = ""  # of flite's voices, the one whose words are as long; its own by default
 
 
 # Pitch and vocal tract are crossed, so that neither tells the other nor the words. The first speaks where no
@@ -52,7 +53,12 @@ ROBOTS = {
     "Foxtrot": Robot("rms", 200, 1.16),
 }
 FIRST = "Alpha"
-TARGET = Robot("slt", 200)
+# And a name for all: behind it every clip has another robot, so that words are learned apart from voices.
+ANYONE = "Golf"
+VOICES = ("kal16", "awb", "rms")
+PITCHES = (100, 150, 200)  # Hz
+TRACTS = (0.92, 1.0, 1.08, 1.16, 1.24)
+TARGET = Robot("slt", 200, pace="kal16")
 SPEED = 1.15  # words spoken alone are slower than in a sentence
 PAUSE = Frames(np.zeros((8, robot.BANDS)), np.zeros(8))  # a block of silence: at both ends, and at a comma
 
@@ -98,6 +104,7 @@ Why was {who} {person} so {mood}?
 {who} {mood} {person} {took} {number} {things} {where} {who} {place}.
 They {adverb} {take} {who} {thing} {when}.
 {name} {went} {where} {who} {color} {thing}.""".splitlines()
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LONGEST_LIST = 8  # words without grammar; sentences have up to ten
 SHORT_LIST = 3
 
@@ -168,9 +175,11 @@ def spoken_words(voice):
 def word_bank(who):
     """{word: Frames} of a robot; every word lasts a whole number of blocks."""
     clips = []
-    for said in spoken_words(who.voice).values():
+    lengths = spoken_words(who.pace or who.voice)
+    for word, said in spoken_words(who.voice).items():
         seconds = said.end - said.start
-        blocks = max(1, round(seconds / SPEED * RATE / robot.BLOCK))
+        usual = lengths[word].end - lengths[word].start
+        blocks = max(1, round(usual / SPEED * RATE / robot.BLOCK))
         steps = blocks * robot.BLOCK // robot.HOP
         times = said.start + (np.arange(steps) + 0.5) * seconds / steps
         frames = robot.analyse(said.wave, times)
@@ -196,7 +205,8 @@ def speak(text, who):
 
 VOICE_CLIPS = 60
 POOL = 400  # sentences from which those of the target voice are chosen
-UNNAMED_SHARE = 0.3  # of base's clips: the first robot, without a name in front
+UNNAMED_SHARE = 0.25  # of base's clips: the first robot, without a name in front
+ANYONE_SHARE = 0.45  # of base's clips: a robot drawn anew; the rest is shared by the six
 FIRST_CLIPS = 1200  # short lists by the first robot alone, from which the base learns to read before all else
 
 
@@ -234,8 +244,13 @@ def clips_of(cfg):
 
 def pick_robot(rng):
     """A robot and what it is called: nothing, where it is the first one by default."""
+    draw = rng.random()
+    if draw < UNNAMED_SHARE:
+        return ROBOTS[FIRST], ""
+    if draw < UNNAMED_SHARE + ANYONE_SHARE:
+        return Robot(rng.choice(VOICES), rng.choice(PITCHES), rng.choice(TRACTS)), ANYONE
     called = rng.choice(list(ROBOTS))
-    return (ROBOTS[FIRST], "") if rng.random() < UNNAMED_SHARE else (ROBOTS[called], called)
+    return ROBOTS[called], called
 
 
 def covering(texts, count):
@@ -255,61 +270,33 @@ def covering(texts, count):
 
 
 def tokenizer():
-    """A tokenizer.json that makes one piece of every word: byte-pair encoding in the manner of Llama,
-    merged to the end.
+    """A tokenizer.json that knows whole words alone: what is none of them becomes <unk>, which infer.py and
+    prepare_data.py report.
 
     Capital letters become small and full stops vanish, so a word is the same piece wherever it stands. Ids
     101 to 104 stay free of text: the model uses those rows of its embedding as audio marks.
     """
-    mark, letters = "\u2581", "abcdefghijklmnopqrstuvwxyz"
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    for character in [mark, *",'", *letters]:
-        vocab[character] = len(vocab)
-    for i in range(len(vocab), 101):
-        vocab[f"<unused_{i}>"] = i
-    special = ["<|audio_start|>", "<|audio_end|>", "<|ref_audio_start|>", "<|ref_audio_end|>"]
-    vocab.update({name: 101 + i for i, name in enumerate(special)})
-    names = [name.lower() for name in ROBOTS]
-    merges = merge_words([tuple(mark + word) for word in vocabulary() + names])
-    vocab.update({a + b: len(vocab) + i for i, (a, b) in enumerate(merges)})
+    mark, special = "\u2581", ["<|audio_start|>", "<|audio_end|>", "<|ref_audio_start|>", "<|ref_audio_end|>"]
+    names = [name.lower() for name in (*ROBOTS, ANYONE)]
+    pieces = ["<unk>", "<s>", "</s>"] + [mark + word for word in [",", *names, *vocabulary()]]
+    pieces[101:101] = special
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     added = [{"id": vocab[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for name in ("<unk>", "<s>", "</s>", *special)]
-    changes = {" ": mark, **{mark + stop: stop for stop in ",.?!"}, **{stop: "" for stop in ".?!"}}
-    changes |= {letter.upper(): letter for letter in letters}
-    steps = [{"type": "Prepend", "prepend": mark}]
-    steps += [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in changes.items()]
+    changes = {4 * " ": " ", 3 * " ": " ", 2 * " ": " "}
+    changes |= {" " + stop: stop for stop in ",.?!"} | {stop: "" for stop in ".?!"} | {",": " ,"}
+    changes |= {letter.upper(): letter for letter in LETTERS}
+    steps = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in changes.items()]
     decoders = [{"type": "Replace", "pattern": {"String": mark}, "content": " "}, {"type": "Fuse"},
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    # Byte-pair encoding without a merge, and words that are taken whole before any would be looked for.
     model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": False,
-             "vocab": vocab, "merges": [list(pair) for pair in merges]}
+             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": True,
+             "vocab": vocab, "merges": []}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
             "normalizer": {"type": "Sequence", "normalizers": steps},
-            "pre_tokenizer": None, "post_processor": None,
-            "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
-
-
-def merge_words(words):
-    """Byte-pair merges, commonest first, until every word is one piece."""
-    rules, made = [], set()
-    while True:
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
-        if not pairs:
-            return rules
-        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
-        rules.append((a, b))
-        made.add(a + b)
-        words = [merged(word, a, b) for word in words]
-
-
-def merged(word, a, b):
-    """A word's pieces with every neighbouring a and b made one."""
-    out, i = [], 0
-    while i < len(word):
-        hit = word[i:i + 2] == (a, b)
-        out.append(a + b if hit else word[i])
-        i += 2 if hit else 1
-    return tuple(out)
+            "pre_tokenizer": {"type": "Metaspace", "replacement": mark, "prepend_scheme": "always", "split": True},
+            "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -320,7 +307,7 @@ class MakeSpeech:
     """Speak the demo's sentences."""
     output_dir: str = opt("runs/demo/speech", "folder for the clips (FLAC, 16 kHz) and their manifests")
     part: str = opt("base", "base (with first, val and test), voice, or tokenizer", choices=("base", "voice", "tokenizer"))
-    clips: int = opt(4500, "clips of base, half of them sentences and half lists of words")
+    clips: int = opt(8000, "clips of base, half of them sentences and half lists of words")
     seed: int = opt(0, "of sentences and voices")
 
 

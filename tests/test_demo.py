@@ -12,6 +12,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+import infer
 import models
 from demo import evaluate, make_codec, make_speech, pack_base, robot
 from models.codecs import audiovae
@@ -65,10 +66,24 @@ def test_a_word_is_one_piece_wherever_it_stands():
     tokenizer = Tokenizer(make_speech.tokenizer())
     for text in make_speech.sentences({"base": 300})["base"]:
         words = make_speech.plain(text).split()
-        pieces = [piece for piece in tokenizer.pieces(text) if piece != ","]
+        pieces = [piece for piece in tokenizer.pieces(text) if piece != "\u2581,"]
         assert pieces == ["\u2581" + word for word in words]
     assert tokenizer.encode("The table.") == tokenizer.encode("the TABLE!")
-    assert tokenizer.pieces("Foxtrot Yesterday, the doctor waited.")[:3] == ["\u2581foxtrot", "\u2581yesterday", ","]
+    assert tokenizer.pieces("Foxtrot Yesterday, the doctor waited.")[:3] == ["\u2581foxtrot", "\u2581yesterday", "\u2581,"]
+
+
+def test_a_word_that_the_base_does_not_know_is_refused_with_those_it_knows(tmp_path, monkeypatch, capsys):
+    model = models.load(BASE)
+    monkeypatch.setattr(model, "generate_batch", None)  # refused before anything is spoken
+    monkeypatch.setattr(infer, "load_model", lambda *args: model)
+    lines = ["Where is the cat?", "They carry the table \u263a", "Bananas, my lord"]
+    (tmp_path / "in.txt").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(Invalid) as caught:
+        run(monkeypatch, infer, "--ckpt_dir", BASE, "--input", tmp_path / "in.txt", "--output_dir", tmp_path)
+    said = str(caught.value)
+    assert "Where is the cat?: the tokenizer has no token for 'cat'" in said and "no token for 'lord'" in said
+    assert "table, teacher, the, they" in said and "They carry" not in said
+    assert "no token for \u263a: left unsaid" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ robots

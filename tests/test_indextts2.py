@@ -968,5 +968,5 @@ def test_prepare_names_the_characters_that_have_no_piece(folder, tmp_path):
     process = start("prepare_data", ("--input", "talk", "--output_dir", "data", "--ckpt_dir", folder, "--val_split", 0, "--workers", 1), tmp_path)
     assert process.wait() == 0, process.said
     report = json.loads((tmp_path / "data/report.json").read_text())
-    assert report["checkpoints"][0]["unknown characters"] == {"§": 1}
+    assert report["checkpoints"][0]["unknown pieces"] == {"§": 1}
     assert [notice["id"] for notice in report["notices"] if notice["kind"] == "unknown tokens"] == ["a1"]

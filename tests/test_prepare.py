@@ -847,7 +847,7 @@ def test_real_speech_is_clean(tmp_path, model, capsys):
     assert (report["dropped"], report["notices"]) == ([], [])
     assert report["totals"]["train rows"] == 22 and report["totals"]["val rows"] == 2 and report["totals"]["hours"] == pytest.approx(0.0456, abs=1e-3)
     about = report["checkpoints"][0]
-    assert about["unknown characters"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 2
+    assert about["unknown pieces"] == {} and about["hours kept"] == report["totals"]["hours"] and about["steps per epoch"] == 2
     assert about["clips with a lower sample rate"] == 0 and report["sample rates"] == {"22050": 24}
     assert "22 rows" in capsys.readouterr().err
     before = model.codec_calls
@@ -867,7 +867,7 @@ def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
         prepare("--output_dir", out, *flags, *check[:1])
         report = json.loads((out / "report.json").read_text())
         about = report["checkpoints"][0]
-        assert about["unknown characters"] == {"ü": 2} and about["rows dropped by max_batch_tokens"] == 2
+        assert about["unknown pieces"] == {"ü": 2} and about["rows dropped by max_batch_tokens"] == 2
         assert [(n["id"], n["kind"]) for n in report["notices"]] == [("1", "unknown tokens"), ("1", "too many tokens"), ("2", "too many tokens")]
         assert about["positions"] == pytest.approx(7 + 11 + 3 + 25 * 6, abs=3)
     assert sorted(p.name for p in (tmp_path / "check").iterdir()) == ["report.html", "report.json"]
