@@ -24,7 +24,8 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio, sentences
-from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
+from models.parts.plain import (LARGEST_JSON, exactly, lines_of, need, parse, read_bytes, read_object,
+                                shown, sweep)
 
 
 @dataclass
@@ -373,9 +374,7 @@ def make_folders(requests):
     for folder in {Path(request.output).parent for request in requests if request.output != "-"}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = [re.escape(Path(request.output).name) for request in requests]
-            for temporary in folder.glob(".*.tmp"):  # what a killed run was writing
-                sweep_one(temporary, "(?:" + "|".join(names) + ")")
+            sweep(folder, exactly(Path(request.output).name for request in requests))
         except OSError as e:
             raise Invalid(f"{folder}: cannot be made ({e.strerror}); choose another place with --output or "
                           "--output_dir") from None

@@ -6,7 +6,6 @@
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
 dtype.
 """
-import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import models
 from configs import Usage, opt
 from infer import base_of, parts_of, split_strength, trained_speakers
 from models.parts import Invalid, checkpoint
-from models.parts.plain import TEMPORARY, is_alive, temporary_name
+from models.parts.plain import exactly, is_alive, temporary_name, writer_of
 
 
 @dataclass
@@ -80,8 +79,8 @@ MARK = ".merge_lora"
 def sweep(out):
     """Delete the folders of merges into `out` that were killed."""
     for folder in out.parent.glob(".*.tmp"):
-        name = re.fullmatch(TEMPORARY.format(name=re.escape(out.name)), folder.name)
-        if name and (folder / MARK).is_file() and not is_alive(int(name[1])):
+        process = writer_of(folder, exactly([out.name]))
+        if process and (folder / MARK).is_file() and not is_alive(process):
             checkpoint.remove(folder)
 
 

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ import re
 import signal
 import statistics
 import sys
+import threading
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +46,7 @@ from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
+from models.parts.plain import lock, sweep
 from models.parts.textfiles import check_text, is_control, is_file, one_line
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -218,12 +221,19 @@ def processes(workers, count):
     if workers <= 1:
         return None
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, leave_signals_to_the_parent)
+    return ProcessPoolExecutor(workers, context, live_with_the_parent)
 
 
-def leave_signals_to_the_parent():
+def live_with_the_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent():
+    """A worker whose parent was killed would wait for its next clip for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def measure_line(progress):
@@ -245,6 +255,7 @@ def cut_long(work):
         pause=cfg.slice_min_interval,
         keep=cfg.slice_max_silence,
     )
+    sweep(work.out / "clips", r"\d{4,}_\d{4,}\.wav")
     for row in work.rows:
         try:
             seconds = seconds_to_cut(row, cfg)
@@ -322,10 +333,11 @@ def write_table(table, work):
     texts = [raw.get("text") for _, raw in lines if isinstance(raw, dict)]
     if any(texts) and not work.cfg.overwrite:
         raise Invalid(f"{path} holds transcripts already; give it as --input, or --overwrite it")
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["filename", "text", "recording", "from", "to"])
-        writer.writerows(table)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["filename", "text", "recording", "from", "to"])
+    writer.writerows(table)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
     say(f"{len(table)} clips; write what is said into the column text of {path}, then --input {path}")
 
 
@@ -778,7 +790,7 @@ def write_report(work):
     text = "{" + ",\n".join(facts) + "}\n"  # one fact per line
     write_file(work.out / "report.json", text.encode("utf-8", "backslashreplace"))
     html = report_page(work, standouts, data)
-    write_file(work.out / "report.html", html.encode("utf-8", "replace"))
+    page.write(work.out / "report.html", html)
 
 
 def in_order(work):
@@ -1037,6 +1049,16 @@ def write_manifests(work):
         write_file(work.out / name, text)
 
 
+def claim(out):
+    """Make the output folder and keep others out of it; what is wrong with it is said before the work."""
+    probe = out / ".writable"
+    write_file(probe, b"")
+    probe.unlink(missing_ok=True)
+    if not lock(out / ".lock"):
+        raise configs.Usage(f"another prepare_data.py is writing into {out}; wait for it or choose another "
+                            "--output_dir")
+
+
 def refuse_foreign(work):
     """Output that exists is only replaced when it came from the same inputs."""
     before = read_memo(work.out / "report.json")
@@ -1260,14 +1282,13 @@ def main(argv=None):
     if as_is and (as_is != cfg.input or changes_sound or changes_rows):
         raise configs.Usage(f"{as_is[0]} is encoded as it is; "
                             "to change its rows, prepare it into another --output_dir")
+    claim(work.out)
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
     if as_is:  # so that the command that made them is not refused afterwards
         work.made_of = list(before.get("inputs_of", []))
     if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
-    write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
-    (work.out / ".writable").unlink()
 
     # ---- read, cut, measure, judge
     gather(work)

@@ -30,6 +30,7 @@ from configs import Usage, opt
 from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
+from models.parts.plain import sweep, write_file
 from prepare_data import hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -394,6 +395,7 @@ def speak(model, column, plan, cfg):
     """Let a column speak every sentence: a cell with file and numbers for each, the means as its own."""
     folder = Path(cfg.output_dir) / "clips" / column.key
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, r"\d{3,}\.flac")
     waves = []
     for number, sentence in enumerate(plan.sentences):
         wave, takes, ended = take(model, sentence, plan.sampling, cfg)
@@ -555,7 +557,7 @@ def write_page(cfg, columns, plan):
         headers = ["column", "modules", "count", "still zero", "|BA| / |W|"]
         pieces.append(page.section("What the adapters change", page.table(headers, groups)))
     text = page.page("Checkpoints side by side", *pieces, LOOKS, SCRIPT)
-    write_whole(Path(cfg.output_dir) / PAGE, text)
+    page.write(Path(cfg.output_dir) / PAGE, text)
 
 
 def write_report(cfg, columns, ranking=()):
@@ -563,14 +565,7 @@ def write_report(cfg, columns, ranking=()):
     made = [dataclasses.asdict(column) for column in columns]
     report = {"ranked_by": cfg.rank_by or None, "ranking": list(ranking), "columns": made}
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_whole(Path(cfg.output_dir) / REPORT, text + "\n")
-
-
-def write_whole(path, text):
-    """A file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_file(Path(cfg.output_dir) / REPORT, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 # A listener hears two columns of one sentence without their names and votes. The tally shows how sure it is:

@@ -18,6 +18,8 @@ import configs
 import infer
 import lora
 import models
+import prepare_data
+import validate
 from models import csm, voxcpm
 from models.codecs import higgs_codec, w2vbert
 from models.parts import Invalid, adapters, audio, checkpoint, plain, run
@@ -736,9 +738,68 @@ def test_the_next_write_removes_what_a_killed_one_left(tmp_path, name, stays):
     assert (tmp_path / name).exists() == stays and (tmp_path / "f.json").read_bytes() == b"new"
 
 
+LONG = "é" * 125 + ".wav"
+GONE = 9_999_999  # no process: Linux counts to 4,194,304
+
+
+def leave(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text("half")
+        os.utime(folder / name, (1, 1))
+
+
 def test_speaking_removes_what_a_killed_run_was_writing(tmp_path):
-    for name in (".a.wav.99999999.tmp", ".b.wav.99999999.tmp", ".a.wav.tmp", f".a.wav.{os.getppid()}.tmp"):
-        (tmp_path / name).write_text("half")
-        os.utime(tmp_path / name, (1, 1))
-    infer.make_folders([infer.Request(str(tmp_path / "a.wav"), {}), infer.Request(str(tmp_path / "c.wav"), {})])
-    assert sorted(os.listdir(tmp_path)) == sorted([".b.wav.99999999.tmp", ".a.wav.tmp", f".a.wav.{os.getppid()}.tmp"])
+    stay = [f".b.wav.{GONE}.tmp", ".a.wav.tmp", f".a.wav.{os.getppid()}.tmp"]
+    leave(tmp_path, *stay, f".a.wav.{GONE}.tmp", plain.temporary_name(LONG).replace(str(os.getpid()), str(GONE)))
+    infer.make_folders([infer.Request(str(tmp_path / name), {}) for name in ("a.wav", "c.wav", LONG)])
+    assert sorted(os.listdir(tmp_path)) == sorted(stay)
+
+
+def test_every_script_removes_what_a_killed_one_was_writing_and_nothing_else(tmp_path, rows):
+    """In the folder of a run, of prepared data, of a comparison: names of ours go, others stay."""
+    stay = [f".mine.wav.{GONE}.tmp", f".notes.html.{GONE}.tmp", f".mine.flac.{GONE}.tmp"]
+    folders = {"run/samples": [f".step_0000010_0.wav.{GONE}.tmp", f".recording_1.flac.{GONE}.tmp", f".listen.html.{GONE}.tmp"],
+               "out/clips": [f".0001_0002.wav.{GONE}.tmp"], "out/cache": [f".facts.json.{GONE}.tmp", f".00001-0123456789ab.safetensors.{GONE}.tmp"],
+               "out": [f".{name}.{GONE}.tmp" for name in ("train.jsonl", "val.jsonl", "report.json", "report.html", ".writable")],
+               "report": [f".report.json.{GONE}.tmp", f".report.html.{GONE}.tmp"], "report/clips/key": [f".000.flac.{GONE}.tmp"]}
+    for folder, names in folders.items():
+        leave(tmp_path / folder, *names, *stay)
+    run.claim(tmp_path / "run")
+    here("prepare_data", ("--input", tmp_path / "m.jsonl", "--output_dir", tmp_path / "out"))
+    ClipCache(tmp_path / "out/cache", Model()).add(rows, quiet)
+    cfg, column = validate.Validate(output_dir=str(tmp_path / "report")), validate.Column("a", key="key")
+    validate.speak(None, column, validate.Plan([], {}, [], None, None, None, None, None), cfg)
+    validate.write_report(cfg, [column])
+    validate.write_page(cfg, [column], validate.Plan([], {}, [], None, None, None, None, None))
+    for folder in folders:
+        assert sorted(name for name in os.listdir(tmp_path / folder) if name.endswith(".tmp")) == sorted(stay), folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process to be killed is forked")
+def test_two_preparations_share_no_folder_and_a_killed_one_leaves_neither_lock_nor_workers(tmp_path, rows):
+    ready, pipe = os.pipe()
+    child = os.fork()
+    if not child:
+        prepare_data.claim(tmp_path / "out")
+        pool = prepare_data.processes(2, 1000)
+        assert list(pool.map(abs, range(-2, 0))) == [2, 1]
+        os.write(pipe, b".")
+        signal.pause()
+    os.close(pipe)
+    assert os.read(ready, 1) == b"."
+    flags = ("--input", tmp_path / "m.jsonl", "--output_dir", tmp_path / "out")
+    code, _, said = here("prepare_data", flags)
+    assert code == 2 and "another prepare_data.py is writing into" in said and os.listdir(tmp_path / "out") == [".lock"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.read(ready, 1) == b""  # no worker has the pipe open any more
+    os.close(ready)
+    assert here("prepare_data", flags)[0] == here("prepare_data", flags)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_lies_under_the_name_of_a_lock_is_neither_waited_for_nor_changed(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    {"pipe": os.mkfifo, "link": lambda path: os.symlink(tmp_path / "mine", path), "folder": os.mkdir}[kind](tmp_path / ".lock")
+    assert plain.lock(tmp_path / ".lock") and (tmp_path / "mine").read_text() == "mine"

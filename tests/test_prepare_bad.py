@@ -144,7 +144,7 @@ def test_every_fault_is_named_with_file_and_line_and_nothing_else_is(tmp_path):
     found = {d["line"]: d["reason"] for d in report["dropped"]}
     assert code == 1 and set(found) == set(said) and {d["file"] for d in report["dropped"]} == {str(tmp_path / "m.jsonl")}
     assert [(n, found[n]) for n, what in said.items() if what not in found[n]] == []
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cache", "report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "cache", "report.html", "report.json"]
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "lone surrogate U+D83D" in page and "cut off" in page
     report, code = run(tmp_path, rows, "--skip_bad", "--val_split", "0")
