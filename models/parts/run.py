@@ -33,6 +33,7 @@ from models.parts import Invalid, audio, checkpoint, plain
 from models.parts.manifests import holders
 from models.parts.plain import (an_object, lines_of, need, parse, read_object, shown, typed,
                                 write_file)
+from models.parts.ranks import others
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
@@ -498,4 +499,5 @@ def catch_signals() -> list[int]:
         numbers.append(hangup)
     for number in numbers:
         signal.signal(number, on_signal)
+    others.longest = 0.0  # what was waited for before the first step says nothing of steps
     return caught
