@@ -24,8 +24,9 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio, sentences
-from models.parts.plain import (LARGEST_JSON, exactly, lines_of, need, parse, read_bytes, read_object,
-                                shown, sweep)
+from models.parts.plain import (LARGEST_JSON, exactly, need, parse, read_bytes, read_object, say, shown,
+                                sweep)
+from models.parts.textfiles import LONGEST_SAID, one_line
 
 
 @dataclass
@@ -170,10 +171,10 @@ def report_adapters(model, chosen, loaded, skipped):
         scale = f"rank {max(len(module.lora_A) for module in modules.values())} together"
     names = " + ".join(f"{path} x {strength:g}" for path, strength in chosen)
     counts = f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped"
-    print(f"adapters: {names}: {counts}; {scale}", file=sys.stderr)
+    say(f"adapters: {names}: {counts}; {scale}")
     if skipped:
         more = " ..." if len(skipped) > 3 else ""
-        print(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}", file=sys.stderr)
+        say(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}")
 
 
 def trained_speakers(chosen):
@@ -356,8 +357,10 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
-    if not item["text"].strip():
+    if not one_line(item["text"]):
         return "text is blank; expected what to say"
+    if len(item["text"]) > LONGEST_SAID:
+        return f"text has {len(item['text'])} characters, at most {LONGEST_SAID} are taken"
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"
     return None
@@ -414,7 +417,7 @@ def speak(model, requests, sampling):
         return takes
     for warning in caught:  # the model counts its requests, the user knows them by their file
         text = re.sub(r"^request (\d+)", lambda m: requests[int(m[1])].output, str(warning.message))
-        print(text, file=sys.stderr)
+        say(text)
     waves = [torch.cat(chunks) if chunks else torch.zeros(0) for chunks in waves]
     return [Take(request.output, *rest) for request, *rest in zip(requests, waves, model.finish)]
 
@@ -448,7 +451,7 @@ def write(take, rate):
             raise take.error
         audio.write(take.output, take.wave, rate)
     except Invalid as e:
-        print(lines_of(f"{take.output}: {e}"), file=sys.stderr)
+        say(f"{take.output}: {e}")
         return False
     say_cap(take.output, take.finish)
     print(take.output)
@@ -457,7 +460,7 @@ def write(take, rate):
 
 def say_cap(output, finish):
     if finish == "cap":
-        print(f"{output}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
+        say(f"{output}: stopped at the length cap, the model had not ended by itself")
 
 
 def stream(model, pieces, sampling, pause):

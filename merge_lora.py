@@ -19,7 +19,7 @@ import models
 from configs import Usage, opt
 from infer import base_of, parts_of, split_strength, trained_speakers
 from models.parts import Invalid, checkpoint
-from models.parts.plain import exactly, is_alive, temporary_name, writer_of
+from models.parts.plain import exactly, is_alive, say, temporary_name, writer_of
 
 
 @dataclass
@@ -109,7 +109,7 @@ def main():
     model = load_base(cfg, base, extra)
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     modules = lora.lora_modules(model)
-    print(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped", file=sys.stderr)
+    say(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped")
     speakers = trained_speakers(chosen)
     model.speakers = {**getattr(model, "speakers", {}), **speakers}
 
@@ -136,7 +136,7 @@ def main():
         checkpoint.remove(tmp)
         signal.signal(signal.SIGTERM, before)
     out = cfg.output_dir
-    print(f"{out}: {checkpoint.megabytes(out):.1f} MB", file=sys.stderr)
+    say(f"{out}: {checkpoint.megabytes(out):.1f} MB")
     print(out)
 
 

@@ -46,7 +46,7 @@ from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
-from models.parts.plain import lock, sweep
+from models.parts.plain import lock, say, shown, sweep
 from models.parts.textfiles import check_text, is_control, is_file, one_line
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -67,7 +67,8 @@ class Prepare:
     alignment_dir: str = opt("", "folder of word times (<name>.json) when they do not lie beside the recordings")
     speaker: str = opt("", "speaker of rows that name none")
     speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
-    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
+    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off",
+                             least=0)
     mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
     normalizer: str = opt("", "module:function from text to text, called on every text")
     min_seconds: float = opt(0.3, "shorter clips are bad rows")
@@ -76,11 +77,11 @@ class Prepare:
     trim: float = opt(-1.0, "cut silence at both ends down to this many seconds; negative leaves it")
     loudness: str = opt("", "bring every clip to a level by a factor: rms:-23 or peak:-1 (dB of full scale)")
     slice: bool = opt(False, "cut recordings without text at silences into clips/, and those with word times into rows")
-    slice_min_seconds: float = opt(4.0, "shortest piece")
-    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at")
-    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds")
-    slice_hop: float = opt(0.01, "seconds between two looks at the level")
-    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds")
+    slice_min_seconds: float = opt(4.0, "shortest piece", least=0)
+    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at", least=0)
+    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds", least=0)
+    slice_hop: float = opt(0.01, "seconds between two looks at the level", least=0.001, most=1)
+    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds", least=0)
     ref: str = opt("none", "write ref_audio: the clip itself, another one of the speaker, or nothing",
                    choices=("same", "other", "none"))
     val_split: float = opt(0.1, "share of each speaker's rows that goes into val.jsonl")
@@ -89,10 +90,11 @@ class Prepare:
     encode_only: bool = opt(False, "check and encode the manifests as they are; nothing is split, cleaned or written anew")
     skip_bad: bool = opt(False, "leave bad rows out and go on; without it they end the run")
     overwrite: bool = opt(False, "replace a train.jsonl and val.jsonl that came from elsewhere")
-    batch_size: int = opt(16, "of the training to come; for the report")
-    grad_accum_steps: int = opt(1, "of the training to come; for the report")
-    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none")
-    workers: int = opt(0, "processes that check audio; 0 takes one per core")
+    batch_size: int = opt(16, "of the training to come; for the report", least=1)
+    grad_accum_steps: int = opt(1, "of the training to come; for the report", least=1)
+    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none",
+                               least=0)
+    workers: int = opt(0, "processes that check audio; 0 takes one per core", least=0)
     device: str = opt("auto", "where the codec runs: auto, cpu, cuda, cuda:1, mps")
 
 
@@ -142,10 +144,6 @@ class Work:
             side = val if row["id"] in self.val_ids else train
             side.append(row)
         return dict(zip(MANIFESTS, (train, val)))
-
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ measure
@@ -363,7 +361,18 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 def clean(text, normalise=None):
     """NFC, and what every script does to a text."""
     text = one_line(unicodedata.normalize("NFC", text))
-    return clean(normalise(text)) if normalise else text
+    return clean(called(normalise, text, "normalizer")) if normalise else text
+
+
+def called(function, text, flag):
+    """The text that somebody's function makes of one; where it fails, that costs this text alone."""
+    try:
+        made = function(text)
+    except Exception as e:
+        raise Invalid(f"--{flag}: {type(e).__name__}: {shown(e, 200)}") from None
+    if not isinstance(made, str):
+        raise Invalid(f"--{flag} gave {shown(repr(made))}, expected a text")
+    return made
 
 
 def hook(name, flag="normalizer", example="my_text:expand"):
@@ -371,8 +380,11 @@ def hook(name, flag="normalizer", example="my_text:expand"):
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
+    except Exception as e:  # somebody else's module may do anything
         what = f"expected module:function, such as {example}"
         raise configs.Usage(f"--{flag} {name}: {e}; {what}") from None
     finally:
@@ -1082,7 +1094,7 @@ def gather(work):
     cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
     for flag, place in (("transcripts", texts), ("alignment_dir", cfg.alignment_dir)):
-        if place and not os.path.exists(place):
+        if place and not os.path.isfile(place) and not os.path.isdir(place):
             raise configs.Usage(f"--{flag} {place}: no such file or folder")
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
@@ -1255,7 +1267,7 @@ def settings(argv):
     cfg = configs.parse(Prepare, argv, script="prepare")
     if not cfg.input or not cfg.output_dir:
         raise configs.Usage("--input and --output_dir are needed; --help lists every setting")
-    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d+(\.\d+)?", cfg.loudness):
+    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d{1,3}(\.\d+)?", cfg.loudness):
         raise configs.Usage(f"--loudness {cfg.loudness}: expected rms:-23 or peak:-1")
     if not 0 <= cfg.val_split < 1:
         what = "expected a share from 0 up to, but not including, 1"
@@ -1270,7 +1282,7 @@ def main(argv=None):
     if cfg.normalizer:
         work.normalise = hook(cfg.normalizer)
     if cfg.device != "auto":
-        work.device = cfg.device
+        work.device = str(models.pick_device(cfg.device))
     elif torch.cuda.is_available():
         work.device = "cuda"
 
@@ -1325,7 +1337,7 @@ def main(argv=None):
     if not rows:
         raise Invalid(f"no rows left of {', '.join(cfg.input)}; {report} says why")
     if bad:
-        say(f"{listing(bad, 10)}\n{len(bad)} bad rows left out")
+        say(*listing(bad, 10).split("\n"), f"{len(bad)} bad rows left out")
     if not as_is and not cfg.check:
         write_manifests(work)
 

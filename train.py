@@ -62,12 +62,12 @@ class Train:
     out_sample_rate: int = opt(0, "rate the codec writes; 0 takes the checkpoint's, anything else must equal it")
 
     # How many clips at once: the memory of the device decides the first, the learning rate the last
-    batch_size: int = opt(1, "clips per micro-batch and rank")
+    batch_size: int = opt(1, "clips per micro-batch and rank", most=65536)
     batch_tokens: int = opt(0, "positions per micro-batch, padding included, instead of batch_size clips; 0 is off")
     max_batch_tokens: int = opt(0, "drop clips longer than this divided by batch_size positions; 0 keeps all")
     max_length: int = opt(0, "drop clips longer than this many positions; 0 takes the checkpoint's limit")
-    grad_accum_steps: int = opt(1, "micro-batches per step and rank")
-    num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line")
+    grad_accum_steps: int = opt(1, "micro-batches per step and rank", most=65536)
+    num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line", most=1024)
 
     # How long, and what happens on the way
     num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else what suits the amount of data")

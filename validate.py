@@ -15,7 +15,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -30,8 +29,8 @@ from configs import Usage, opt
 from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
-from models.parts.plain import sweep, write_file
-from prepare_data import hook, read_manifest
+from models.parts.plain import say, sweep, write_file
+from prepare_data import called, hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -407,7 +406,7 @@ def speak(model, column, plan, cfg):
         if ours is not None and plan.speaker is not None:
             cell["campplus_similarity"] = float(ours @ plan.speaker)
         if plan.transcriber:
-            transcript = plan.transcriber(str(file))
+            transcript = called(plan.transcriber, str(file), "transcriber")
             cell["transcript"] = transcript
             cell["word_error_rate"] = measures.word_error_rate(sentence.text, transcript)
             cell["character_error_rate"] = measures.character_error_rate(sentence.text, transcript)
@@ -702,7 +701,7 @@ def main():
         column.key = key_of(cfg, column, sampling, model.fingerprint if cfg.lora else base)
         if column.key in done:
             finished.append(dataclasses.replace(done[column.key], name=column.name, path=column.path))
-            print(f"{number}/{len(columns)} {column.name}: as it was measured before", file=sys.stderr)
+            say(f"{number}/{len(columns)} {column.name}: as it was measured before")
             continue
         check_files(column)
         if column.kind == "adapter":
@@ -715,7 +714,7 @@ def main():
         write_report(cfg, [*finished, *columns[number:]])
         seconds = sum(cell["seconds"] for cell in column.cells)
         line = progress(number, len(columns), seconds, started)
-        print(f"{column.name}: {verdict(column)} | {line}", file=sys.stderr)
+        say(f"{column.name}: {verdict(column)} | {line}")
 
     ranking = [column.name for column in order_of(finished, cfg.rank_by)] if cfg.rank_by else []
     if cfg.rank_by and not ranking:
@@ -724,11 +723,11 @@ def main():
     write_report(cfg, finished, ranking)
     write_page(cfg, finished, plan)
     if ranking:
-        print(f"by {cfg.rank_by}: {', '.join(ranking)}", file=sys.stderr)
+        say(f"by {cfg.rank_by}: {', '.join(ranking)}")
     if cfg.copy_best:
         best = next(column for column in finished if column.name == ranking[0])
         shutil.copytree(Path(best.path).resolve(), cfg.copy_best)
-        print(f"copied {best.path} to {cfg.copy_best}", file=sys.stderr)
+        say(f"copied {best.path} to {cfg.copy_best}")
     print(Path(cfg.output_dir) / PAGE)
     return 1 if any(column.problems for column in finished) else 0
 

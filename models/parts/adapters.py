@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from models.parts import Invalid, checkpoint
-from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
+from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, say, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
          "peft": ("adapter_model.safetensors", "adapter_model.bin"),
@@ -261,7 +260,7 @@ def _refuse(weights, stored, model):
 
 def _check_base(path, record, model, ignore_base):
     if not record:
-        print(f"{path} does not record its base (another tool wrote it); taken on trust", file=sys.stderr)
+        say(f"{path} does not record its base (another tool wrote it); taken on trust")
         return
     backbone, fingerprint = need(record, "backbone", str), need(record, "fingerprint", str)
     if backbone != model.backbone:

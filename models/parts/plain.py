@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+import sys
 import time
 import types
 import typing
@@ -276,6 +277,12 @@ def shown(text, most=SHOWN):
 
 
 LONGEST_LINE = 4000  # characters of a message: a path has at most as many
+
+
+def say(*lines):
+    """Lines to stderr, each of them one whatever names it holds."""
+    for line in lines:
+        print(shown(line, LONGEST_LINE), file=sys.stderr, flush=True)
 
 
 def lines_of(text):

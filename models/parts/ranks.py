@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from models.parts import Invalid
+from models.parts.plain import say
 
 LIMIT = timedelta(minutes=30)  # the others wait while rank 0 saves or speaks, on a slow disk for long
 TELL_SECONDS = 120  # of waiting, after which the missing ranks are named: a slow disk takes as long
@@ -99,24 +99,24 @@ class Others:
             # In a step the others may come as late as they came before, and then the step is saved.
             patience = max(LEAVE_SECONDS, 2 * self.longest)
             if caught and not self.patient and now - max(since, asked) > patience:
-                self.say("was asked to stop while it waited for", number)
+                self.tell("was asked to stop while it waited for", number)
                 os._exit(128 + caught)
             if now - since > TELL_SECONDS and told != number:
                 told = number
-                self.say(f"has waited for {now - since:.0f} s, and goes on waiting, for", number)
+                self.tell(f"has waited for {now - since:.0f} s, and goes on waiting, for", number)
 
     def announce(self, number):
         """In a thread of its own, as all that asks the store: its host may be the rank that hangs."""
         with contextlib.suppress(RuntimeError):  # the host has ended, as the sum itself will say
             self.store.set(f"waits {self.rank}", str(number))
 
-    def say(self, text, number):
+    def tell(self, text, number):
         """A line with the missing ranks, from the lowest of those that wait."""
         late = self.missing(number)
         waiting = [rank for rank in range(self.world) if rank not in late]
         if self.rank == min(waiting):
             names = ", ".join(f"rank {rank}" for rank in late)
-            print(f"rank {self.rank} {text} {names or 'all others'}", file=sys.stderr, flush=True)
+            say(f"rank {self.rank} {text} {names or 'all others'}")
 
     def missing(self, number):
         """The ranks that do not wait as this one does."""

@@ -17,6 +17,7 @@ from array import array
 
 from models.parts import Invalid
 from models.parts.plain import as_record, need, read_object, shown, written
+from models.parts.textfiles import LONGEST_SAID
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,7 +40,6 @@ VALUES = {  # what a step must hold beside its type
 EDGES = {"at_least": 0, "at_most": 1000}  # characters that are stripped
 FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
 MOST_GROWTH = 32  # times: the published ones put three bytes in place of a space; doubling in turn has no end
-LONGEST_TEXT = 1 << 20  # characters: some twenty hours of speech
 CACHED_WORDS, CACHED_LENGTH = 1 << 16, 256  # a longer word is merged anew each time; a full cache starts over
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
@@ -409,8 +409,8 @@ def merge_pairs(symbols, rank) -> list[str]:
 
 def check_characters(text):
     """Raise Invalid for half of a surrogate pair, which has no UTF-8, and for what nobody can speak."""
-    if len(text) > LONGEST_TEXT:
-        raise Invalid(f"a text has {len(text)} characters, at most {LONGEST_TEXT} are taken; is it the right "
+    if len(text) > LONGEST_SAID:
+        raise Invalid(f"a text has {len(text)} characters, at most {LONGEST_SAID} are taken; is it the right "
                       "file? Cut a long text into sentences.")
     try:
         text.encode()
