@@ -1518,7 +1518,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     codec, files = _load_codec(folder, extra.get("codec"))
     files["tokenizer"] = tokenizer
     files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    model.equip(codec, Tokenizer(tokenizer), files, options or {})
+    model.equip(codec, Tokenizer(tokenizer, config.vocab_size), files, options or {})
     return model.eval()
 
 

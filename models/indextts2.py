@@ -1367,7 +1367,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         print(f"{file}: {len(model.left_unused)} tensors are left out, such as {model.left_unused[0]}: "
               "copies that trainers leave, or unknown names that were allowed", file=sys.stderr)
     files = places.files()
-    model.equip(Chain(places), SentencePiece(files["tokenizer"]), files, options or {})
+    tokenizer = SentencePiece(files["tokenizer"], model.config.text_rows)
+    model.equip(Chain(places), tokenizer, files, options or {})
     return model.eval()
 
 

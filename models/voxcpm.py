@@ -1036,7 +1036,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
                       f"config.json says feat_dim {config.feat_dim}")
     files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
     files = {"codec": codec_path, "tokenizer": tokenizer_path, **files}
-    model.equip(codec, Tokenizer(tokenizer_path), files, options or {})
+    tokenizer = Tokenizer(tokenizer_path, config.lm_config.vocab_size)
+    model.equip(codec, tokenizer, files, options or {})
     return model.eval()
 
 

@@ -26,8 +26,9 @@ from models.parts import Invalid, adapters, audio, checkpoint, plain, run
 from models.parts import cache as cache_part
 from models.parts.cache import ClipCache
 from models.parts.manifests import read_manifest
+from models.parts.sentencepiece import SentencePiece
 from models.parts.tokenizer import Tokenizer
-from tests import tiny_csm, tiny_voxcpm
+from tests import tiny_csm, tiny_higgs, tiny_indextts2, tiny_voxcpm
 from tests.conftest import ROOT
 from tests.running import here
 from tests.test_prepare import Model, put, tone
@@ -429,6 +430,25 @@ def test_every_value_of_a_tokenizer_may_be_wrong():
 def test_ids_are_whole_numbers_of_the_table(ids):
     with pytest.raises(Invalid):
         Tokenizer({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).decode(ids)
+
+
+def test_an_id_beyond_the_table_is_named(home, tmp_path):
+    for tokenizer in (Tokenizer({"model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}, 9), SentencePiece(tiny_indextts2.bpe_model(), 9)):
+        with pytest.raises(Invalid, match="table has 9 rows"):
+            tokenizer.encode("abyzABYZ")
+    shutil.copytree(home / "base", tmp_path / "base")
+    spec = json.loads((tmp_path / "base/tokenizer.json").read_text())
+    spec["added_tokens"].append({"id": 10**9, "content": "hello", "special": False, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False})
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(spec))
+    code, _, said = here("infer", ("--ckpt_dir", tmp_path / "base", "--text", "hello", "--output", tmp_path / "o.wav"))
+    assert code == 1 and "gives the id 1000000000" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("tiny, rows", [(tiny_csm, lambda c: c.text_vocab_size), (tiny_higgs, lambda c: c.vocab_size), (tiny_indextts2, lambda c: c.text_rows)])
+def test_every_backbone_tells_its_tokenizer_how_many_rows_it_has(tmp_path, tiny, rows):
+    tiny.write(tmp_path / "base")
+    model = models.load(tmp_path / "base")
+    assert model.tokenizer.rows == rows(model.config) > 60
 
 
 @pytest.mark.parametrize("steps", [

@@ -97,9 +97,11 @@ class Tokenizer:
     """A tokenizer.json, given as a path or as the parsed dictionary.
 
     `vocab` maps piece -> id, added tokens included; `unk_id` is None where the file names no unknown token.
+    rows: of the model's table, beyond which no text may lead.
     """
 
-    def __init__(self, source):
+    def __init__(self, source, rows=None):
+        self.rows = rows
         is_path = not isinstance(source, dict)
         self.name = str(source) if is_path else "tokenizer.json"
         spec = read_object(source) if is_path else as_record(source, self.name)
@@ -155,6 +157,7 @@ class Tokenizer:
         for step in self.post_processors:
             if template and step["type"] == "TemplateProcessing":
                 ids = in_template(ids, step)
+        check_ids(ids, self.rows, self.name)
         return ids
 
     def _encode_part(self, part, start, special):
@@ -418,6 +421,13 @@ def check_characters(text):
         code = f"U+{ord(text[e.start]):04X}"
         raise Invalid(f"character {e.start} of the text is {code}, half of a surrogate pair and no "
                       "character. Read the text in the encoding that it was written in.") from None
+
+
+def check_ids(ids, rows, name):
+    """Raise Invalid for an id that the model's table has no row for: on a GPU it would end the process."""
+    if rows and ids and max(ids) >= rows:
+        raise Invalid(f"{name} gives the id {max(ids)} for this text, and the model's table has {rows} rows. "
+                      "Do tokenizer and weights come from the same checkpoint?")
 
 
 def find_longest(texts):
