@@ -54,7 +54,8 @@ from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
 from models.parts.layers import Cache, Packing
-from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
+from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml, shown, written
+from models.parts.textfiles import is_file
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 
@@ -542,9 +543,9 @@ class IndexTTS2(nn.Module):
             parts = []
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
                 path = places.file(key, default)
-                values = torch.load(path, map_location="cpu", weights_only=True)
-                numbers = list(places.config.get("emo_num", ()))
-                counted = len(numbers) == len(EMOTIONS)
+                values = checkpoint.read_pickle(path)
+                numbers = need(places.config, "emo_num", list[int], [])
+                counted = len(numbers) == len(EMOTIONS) and min(numbers) >= 0
                 if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):
                     raise Invalid(f"{path}: expected a table whose rows are the emo_num of config.yaml, "
                                   f"which is {numbers}")
@@ -1293,7 +1294,7 @@ def check_version(config, where):
         wrong = []
         for key, value in FIXED.items():
             if section.get(key, value) != value:
-                wrong.append(f"{key} {section[key]!r}")
+                wrong.append(f"{key} {shown(written(section[key]))}")
         if not wrong:
             return
         found = f"a form of IndexTTS2 that was never published ({', '.join(wrong)})"
@@ -1367,8 +1368,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         print(f"{file}: {len(model.left_unused)} tensors are left out, such as {model.left_unused[0]}: "
               "copies that trainers leave, or unknown names that were allowed", file=sys.stderr)
     files = places.files()
-    tokenizer = SentencePiece(files["tokenizer"], model.config.text_rows)
-    model.equip(Chain(places), tokenizer, files, options or {})
+    model.equip(Chain(places), SentencePiece(files["tokenizer"]), files, options or {})
     return model.eval()
 
 
@@ -1388,24 +1388,24 @@ class IndexPlaces(Places):
 
     @property
     def gpt(self):
-        return str(self.config.get("gpt_checkpoint", "gpt.pth"))
+        return need(self.config, "gpt_checkpoint", str, "gpt.pth")
 
     @property
     def vocabulary(self):
-        return str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))
+        return need(need(self.config, "dataset", dict, {}), "bpe_model", str, "bpe.model")
 
     def files(self):
         """{role: path} of what belongs to the folder and is there. The vocabulary must be."""
         name = self.vocabulary
         path = Path(self.extra.get("tokenizer") or self.folder / name)
-        path = path / name if path.is_dir() else path
-        if not path.is_file():
-            raise Invalid(f"no {name} at {path.parent}, which cuts text into pieces. Run\n"
-                          f"    hf download IndexTeam/IndexTTS-2 {name} --local-dir {self.folder}")
+        path = path / name if os.path.isdir(path) else path
+        if not is_file(path):
+            raise Invalid(f"no {shown(name)} at {path.parent}, which cuts text into pieces. Run\n"
+                          f"    hf download IndexTeam/IndexTTS-2 {shown(name)} --local-dir {self.folder}")
         found = {"tokenizer": path}
         for role, key, usual in OWN_FILES:
-            path = self.folder / str(self.config.get(key, usual))
-            if path.is_file():
+            path = self.folder / need(self.config, key, str, usual)
+            if is_file(path):
                 found[role] = path
         return found
 

@@ -71,7 +71,7 @@ def read(path) -> dict[str, Stored]:
         raise Invalid(f"{damage}. Take an earlier step.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    state = _unwrap(_read_pickle(path), path)
+    state = _unwrap(read_pickle(path), path)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
@@ -115,7 +115,7 @@ MALFORMED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError
              AssertionError, MemoryError, ArithmeticError)
 
 
-def _read_pickle(path):
+def read_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:  # torch's own text tells how to open it all the same

@@ -147,6 +147,15 @@ def checked(cls, record):
     return record
 
 
+def fixed(record, values):
+    """Refuse a record that states another value than the one, or those in a tuple, that were ever published."""
+    for key, value in values.items():
+        known = value if isinstance(value, tuple) else (value,)
+        if record.get(key, known[0]) not in known:
+            where, stated = getattr(record, "where", "JSON"), shown(written(record[key]))
+            raise Invalid(f"{where}: {key} is {stated}; only {known[0]!r} was ever published and is supported")
+
+
 def alike(record, examples):
     """The record, once the values that it states were found to be of the types of {key: example}."""
     for key, example in examples.items():

@@ -13,7 +13,7 @@ from array import array
 
 from models.parts import Invalid
 from models.parts.plain import read_bytes
-from models.parts.tokenizer import check_characters, check_ids, find_longest, merge_pairs
+from models.parts.tokenizer import check_characters, find_longest, merge_pairs
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 UNIGRAM, BPE = 1, 2
@@ -29,12 +29,10 @@ UNKNOWN_COST = 10  # the library's: an unknown character scores this much below 
 class SentencePiece:
     """A .model file, given as a path or as its bytes.
 
-    unk_id, bos_id, eos_id and pad_id are None where the model has no such piece. rows: of the model's table,
-    beyond which no text may lead.
+    unk_id, bos_id, eos_id and pad_id are None where the model has no such piece.
     """
 
-    def __init__(self, source, rows=None):
-        self.rows = rows
+    def __init__(self, source):
         self.name = "the SentencePiece model" if isinstance(source, bytes) else str(source)
         try:
             self._read(source if isinstance(source, bytes) else read_bytes(source, LARGEST_FILE))
@@ -43,9 +41,7 @@ class SentencePiece:
                           "Copy it from the checkpoint again.") from None
 
     def encode(self, text) -> list[int]:
-        ids = [i for i, _ in self._tokens(text)]
-        check_ids(ids, self.rows, self.name)
-        return ids
+        return [i for i, _ in self._tokens(text)]
 
     def pieces(self, text) -> list[str]:
         """The pieces of encode's ids; a run of unknown characters is one, spelled as normalised."""
