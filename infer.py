@@ -83,6 +83,9 @@ class Take(NamedTuple):
 # ------------------------------------------------------------------------------------ checkpoint and adapters
 
 
+MOST_STRENGTH = 1e6  # beyond it no bit of the base is left
+
+
 def split_strength(spec):
     """'folder:0.5' -> ('folder', 0.5); a path that exists as it stands has strength 1."""
     path, colon, number = spec.rpartition(":")
@@ -92,8 +95,8 @@ def split_strength(spec):
         strength = float(number)
     except ValueError:  # a colon in a path
         return spec, 1.0
-    if not math.isfinite(strength):
-        raise Usage(f"--lora {spec}: the strength is {number}, expected a number such as 0.5")
+    if not abs(strength) <= MOST_STRENGTH:
+        raise Usage(f"--lora {shown(spec)}: the strength is {number}, expected a number such as 0.5")
     return path, strength
 
 

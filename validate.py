@@ -10,6 +10,7 @@ number here is a quality: the loss often points at another checkpoint than ears 
 
 Interrupted, the same command goes on: a column that is done is not made again.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,8 @@ from configs import Usage, opt
 from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
-from models.parts.plain import say, sweep, write_file
+from models.parts.plain import an_object, need, read_object, say, sweep, typed, write_file
+from models.parts.textfiles import is_file
 from prepare_data import called, hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -95,11 +97,11 @@ class Column:
     is_base: bool = False  # what the others are compared with
     step: int = -1
     key: str = ""  # of the files and settings; a column with the same key need not be made again
-    problems: list = field(default_factory=list)  # texts; empty means sound
-    notes: list = field(default_factory=list)
-    groups: list = field(default_factory=list)  # [group of modules, modules, still zero, |BA| / |W|]
-    numbers: dict = field(default_factory=dict)  # {name: mean over the sentences, or loss}
-    cells: list = field(default_factory=list)  # one dict per sentence: file, numbers
+    problems: list[str] = field(default_factory=list)  # texts; empty means sound
+    notes: list[str] = field(default_factory=list)
+    groups: list[list] = field(default_factory=list)  # [group of modules, modules, still zero, |BA| / |W|]
+    numbers: dict[str, float] = field(default_factory=dict)  # {name: mean over the sentences, or loss}
+    cells: list[dict] = field(default_factory=list)  # one dict per sentence: file, numbers
 
 
 def check_settings(cfg):
@@ -134,10 +136,8 @@ def check_settings(cfg):
 def step_of(path):
     """The step that a folder says it is of, -1 where it says nothing."""
     index = Path(path) / checkpoint.INDEX
-    if index.is_file():
-        state = checkpoint.read_json(index)
-        if isinstance(state, dict) and isinstance(state.get("step"), int):
-            return state["step"]
+    with contextlib.suppress(Invalid):  # without it, or with a damaged one, the name tells
+        return need(read_object(index), "step", int)
     number = re.search(r"(\d+)$", Path(path).resolve().name)
     return int(number[1]) if number else -1
 
@@ -648,10 +648,14 @@ def earlier_columns(cfg):
     report = checkpoint.read_json(path)
     if not isinstance(report, dict) or not isinstance(report.get("columns"), list):
         raise Usage(f"{path} is no report of validate.py; give another output_dir")
-    fields = {f.name for f in dataclasses.fields(Column)}
-    columns = [Column(**c) for c in report["columns"] if isinstance(c, dict) and set(c) == fields]
-    there = [c for c in columns if all((Path(cfg.output_dir) / cell["file"]).is_file() for cell in c.cells)]
-    return {c.key: c for c in there if c.key}
+    done = {}
+    for stated in report["columns"]:
+        with contextlib.suppress(Invalid):  # another version wrote it, or a hand
+            column = typed(Column, an_object(stated, path))
+            files = [need(cell, "file", str) for cell in column.cells]
+            if column.key and all(is_file(Path(cfg.output_dir) / file) for file in files):
+                done[column.key] = column
+    return done
 
 
 def make_plan(cfg, model, rows, sampling, ears):

@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -304,7 +305,10 @@ def read(path):
     """A YAML file -> (map, errors). Keys know their place; values stay texts until a field decides."""
     path, errors = Path(path), []
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return {}, [f"{path}: is no file; expected a YAML file of settings, such as those in configs/"]
+        size = status.st_size
         if size > LARGEST_FILE:
             most = f"at most {LARGEST_FILE}"
             return {}, [f"{path}: {size} bytes is too long for settings ({most}); is it the right file?"]

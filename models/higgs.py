@@ -159,7 +159,8 @@ def check_config(raw, where):
     for section in (raw, text):
         for key, (values, meaning) in ONLY.items():
             if section.get(key, values[0]) not in values:
-                raise Invalid(f"{where}: {key} is {shown(written(section[key]))}, expected {values[0]!r}: it would mean "
+                stated = shown(written(section[key]))
+                raise Invalid(f"{where}: {key} is {stated}, expected {values[0]!r}: it would mean "
                               f"{meaning}, which is not supported. Use the published checkpoint, or one "
                               "trained from it.")
     layers = need(raw, "audio_dual_ffn_layers", list[int], None)

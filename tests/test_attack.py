@@ -1,5 +1,6 @@
 """What other people's files, full disks and kills may not do: delete, hang, end in a traceback, forge a line."""
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -803,6 +804,40 @@ def test_what_cannot_be_written_is_one_line_of_every_script(capsys, error, said)
     with pytest.raises(SystemExit) as ended:
         configs.run(main)
     assert ended.value.code == 1 and capsys.readouterr().err == said
+
+
+REPORTS = ["[" * 100_000, "{", "[]", '{"columns": 1}', '{"columns": [1, null, [], {}]}'] + [
+    json.dumps({"columns": [{**dataclasses.asdict(validate.Column("a", key="k")), name: value}]})
+    for name, value in (("cells", 11), ("cells", [1]), ("cells", [{"file": 1}]), ("cells", [{"file": "a\0b"}]), ("cells", [{"file": "none.flac"}]), ("numbers", {"a": "b"}), ("groups", 1), ("notes", [1]), ("key", 1), ("key", ""))]
+
+
+@pytest.mark.parametrize("text", REPORTS, ids=range(len(REPORTS)))
+def test_a_damaged_report_is_made_anew_or_refused(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    try:
+        assert validate.earlier_columns(validate.Validate(output_dir=str(tmp_path))) == {}
+    except (Invalid, configs.Usage) as e:
+        assert "report.json" in str(e)
+    (tmp_path / checkpoint.INDEX).write_text(text)
+    assert validate.step_of(tmp_path / "step_0000007") == 7
+
+
+@pytest.mark.parametrize("script, flags", [("train", ["pipe"]), ("infer", ["--text", "a", "--config", "pipe"]), ("infer", ["--text", "a", "--ckpt_dir", "x", "--lora", "a:1e308"]),
+                                           ("infer", ["--text", "a", "--ckpt_dir", "x", "--lora", "a:-1e7"]), ("merge_lora", ["--lora", "a:nan", "--output_dir", "o"])])
+def test_neither_a_pipe_nor_a_strength_without_measure_is_taken(tmp_path, monkeypatch, script, flags):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    code, _, said = here(script, flags)
+    assert code == 2 and ("is no file" in said or "the strength is" in said)
+
+
+def test_a_tensor_name_in_an_adapter_forges_no_line(home, tmp_path):
+    shutil.copytree(home / "adapter", tmp_path / "a")
+    weights = next((tmp_path / "a").glob("*.safetensors"))
+    safetensors.torch.save_file({**safetensors.torch.load_file(weights), "x\x1b[2J\ndone: all good": torch.zeros(1)}, weights)
+    for script, *flags in (("infer", "--text", "a", "--output", tmp_path / "o.wav"), ("merge_lora", "--output_dir", tmp_path / "m")):
+        code, _, said = here(script, ("--ckpt_dir", home / "base", "--lora", tmp_path / "a", *flags))
+        assert code == 1 and "\\ndone" in said and not any(line.startswith("done") for line in said.splitlines()) and "\x1b" not in said
 
 
 def test_an_earlier_run_on_a_mount_point_is_one_line(tmp_path, monkeypatch):

@@ -238,8 +238,9 @@ def read(path, model, ignore_base=False) -> Adapter:
     wrong = _Fitting(adapter, model, stored, kind, meaning).run()
     if wrong:
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        some = "; ".join(shown(text, 300) for text in wrong[:NAMED])
         raise Invalid(f"{weights}: {len(wrong)} of {len(stored)} tensors do not fit this {model.backbone} "
-                      f"model: {'; '.join(wrong[:NAMED])}{more}")
+                      f"model: {some}{more}")
     if not adapter.pairs and not adapter.full:
         raise Invalid(f"{weights} holds no adapter tensors")
     _check_numbers(adapter)

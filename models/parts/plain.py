@@ -148,12 +148,12 @@ def checked(cls, record):
 
 
 def fixed(record, values):
-    """Refuse a record that states another value than the one, or those in a tuple, that were ever published."""
+    """Refuse a record that states another value than the only one, or those of a tuple, ever published."""
     for key, value in values.items():
         known = value if isinstance(value, tuple) else (value,)
         if record.get(key, known[0]) not in known:
             where, stated = getattr(record, "where", "JSON"), shown(written(record[key]))
-            raise Invalid(f"{where}: {key} is {stated}; only {known[0]!r} was ever published and is supported")
+            raise Invalid(f"{where}: {key} is {stated}; only {known[0]!r} was ever published, and is read")
 
 
 def alike(record, examples):
