@@ -870,6 +870,15 @@ def test_a_disk_that_is_full_keeps_no_half_of_a_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"before"
 
 
+def test_a_sound_on_a_disk_that_may_only_be_read_costs_that_sound_alone(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(audio.soundfile, "write", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert infer.write(infer.Take(str(tmp_path / "a.wav"), torch.zeros(9), "end", None), 16000) is False
+
+
 @pytest.mark.parametrize("value", ["1001", "1000000000", "-1", "1e300"])
 def test_a_solver_of_a_thousand_million_steps_is_wrong_use(home, tmp_path, value):
     code, _, said = here("infer", ("--ckpt_dir", home / "base", "--text", "a", "--inference_timesteps", value, "--output", tmp_path / "o.wav"))
