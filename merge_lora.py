@@ -85,7 +85,8 @@ def sweep(out):
 
 
 def end(number, frame):
-    """SIGTERM ends the script as an exception does, so that what was begun is taken away."""
+    """SIGTERM ends the script as an exception does, so that what was begun is taken away; a second one waits."""
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

@@ -31,7 +31,7 @@ from models.parts.manifests import read_manifest
 from models.parts.tokenizer import Tokenizer
 from tests import test_bigvgan, test_higgs_codec, test_mimi, test_s2mel, test_w2vbert, tiny, tiny_csm, tiny_higgs, tiny_indextts2, tiny_voxcpm
 from tests.conftest import ROOT
-from tests.running import here
+from tests.running import here, start
 from tests.test_prepare import Model, put, tone
 
 
@@ -217,7 +217,9 @@ def test_a_merge_removes_what_a_killed_one_left_and_nothing_else(home, tmp_path,
 
 
 def test_a_merge_that_is_ended_leaves_nothing(home, tmp_path, monkeypatch):
+    remove = checkpoint.remove
     monkeypatch.setattr(voxcpm.VoxCPM, "save", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    monkeypatch.setattr(checkpoint, "remove", lambda path: os.kill(os.getpid(), signal.SIGTERM) or remove(path))  # a second one, in the middle of it
     before = signal.getsignal(signal.SIGTERM)
     assert merge(home, tmp_path / "out")[0] == 143
     assert tree(tmp_path) == {} and not os.listdir(tmp_path) and signal.getsignal(signal.SIGTERM) == before
@@ -829,6 +831,18 @@ def test_neither_a_pipe_nor_a_strength_without_measure_is_taken(tmp_path, monkey
     os.mkfifo("pipe")
     code, _, said = here(script, flags)
     assert code == 2 and ("is no file" in said or "the strength is" in said)
+
+
+def test_ids_speakers_and_keys_of_others_forge_no_line_of_a_training(home, tmp_path):
+    name = "\x1b[2J\n2026-01-01 00:00:00 error forged\x9b31m"
+    lines = [json.dumps({"id": f"{n}{name}", "audio": str(tone(tmp_path / f"{n}.wav", 0.5 + n, 200 + 20 * n)), "text": f"number {n}", "speaker": f"{n}{name}", name: 1}) for n in range(3)]
+    put(tmp_path / "m.jsonl", "\n".join(lines))
+    flags = ("--num_iters", 1, "--gate", "off", "--val_samples", 0, "--num_workers", 0, "--lora.r", 2, "--max_length", 16, "--debug", "true")
+    ended = start("train", ("--pretrained_path", home / "base", "--train_manifest", "m.jsonl", "--save_path", "run", *flags), tmp_path)
+    assert ended.wait() == 0, ended.said
+    for text in (ended.said, (tmp_path / "run/train.log").read_text()):
+        assert "forged" in text and all(char.isprintable() or char == "\n" for char in text)
+        assert not any(line.startswith("2026-01-01 00:00:00") for line in text.splitlines())
 
 
 def test_a_tensor_name_in_an_adapter_forges_no_line(home, tmp_path):

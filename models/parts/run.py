@@ -414,12 +414,11 @@ class Log:
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
-        text = lines_of(text)
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        text = lines_of(text).replace("\n", "\n    ")
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        # Further lines are set in, so that no name with a line break passes for a line of ours.
-        inset = text.replace("\n", "\n    ")
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
         if self.file:
             self.put(self.file, line)
         else:
