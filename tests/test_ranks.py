@@ -34,6 +34,17 @@ def child(rank, port, says, absent, patient, longest):
         dist.barrier()
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """Also of a test that fails: they hear no signal then, and pytest would wait for them."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 class Rank:
     def __init__(self, number, port, absent=1, patient=False, longest=0.0):
         heard, says = SERVER.Pipe(duplex=False)
@@ -41,6 +52,7 @@ class Rank:
         self.process.start()
         says.close()
         self.lines = open(os.dup(heard.fileno()), encoding="utf-8")
+        STARTED.append(self.process)
 
     def until(self, words):
         """Read what it says up to a line with these words."""
@@ -75,7 +87,6 @@ def test_a_rank_in_the_middle_of_a_sum_names_the_other_and_hears_a_signal(port):
     one.until("all are here")
     assert "rank 0 has waited" in one.until("for rank 1")
     assert one.stop() == 143 and "asked to stop while it waited for rank 1" in one.lines.read()
-    other.process.kill()
 
 
 def test_a_rank_whose_store_hangs_hears_a_signal(port):
@@ -83,7 +94,6 @@ def test_a_rank_whose_store_hangs_hears_a_signal(port):
     one.until("all are here")
     os.kill(other.process.pid, signal.SIGSTOP)
     assert one.stop() == 143
-    other.process.kill()
 
 
 @pytest.mark.parametrize("patient, longest", [(True, 0.0), (False, 3600.0)])
@@ -92,8 +102,6 @@ def test_a_signal_does_not_end_a_wait_after_which_the_run_is_saved(port, patient
     one.until("all are here")
     os.kill(one.process.pid, signal.SIGTERM)
     assert "has waited" in one.until("for rank 1")  # three times as long as it takes to leave
-    one.process.kill()
-    other.process.kill()
 
 
 def test_five_seconds_are_kept():
