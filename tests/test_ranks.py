@@ -37,10 +37,18 @@ def child(rank, port, says, absent, patient, longest):
 STARTED = []
 
 
+def late(number, frame):
+    raise AssertionError("it hangs")
+
+
 @pytest.fixture(autouse=True)
 def none_is_left():
     """Also of a test that fails: they hear no signal then, and pytest would wait for them."""
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(90)
     yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     while STARTED:
         STARTED.pop().kill()
 
