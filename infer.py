@@ -25,6 +25,7 @@ import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio, sentences
 from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
+from models.parts.textfiles import check_text, one_line
 
 
 @dataclass
@@ -355,8 +356,15 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
-    if not item["text"].strip():
-        return "text is blank; expected what to say"
+    words = {"text": item["text"]}
+    if item["prompt_text"]:
+        words["prompt_text"] = item["prompt_text"]
+    words |= {f"text of turn {n} in context": turn["text"] for n, turn in enumerate(turns)}
+    try:
+        for name, text in words.items():
+            check_text(one_line(text), name)
+    except Invalid as e:
+        return str(e)
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"
     return None
@@ -385,16 +393,18 @@ def make_folders(requests):
 
 
 def to_generate(item):
-    """The arguments of model.generate from an item."""
+    """The arguments of model.generate from an item; texts are cleaned as those of training are."""
     speaker = item["speaker"] or None
     prompts = []
     if item["reference_audio"]:
         prompts.append((None, item["reference_audio"], None))
     for turn in item["context"]:
-        prompts.append((turn["text"], turn["audio"], turn.get("speaker")))
+        prompts.append((one_line(turn["text"]), turn["audio"], turn.get("speaker")))
     if item["prompt_audio"]:
-        prompts.append((item["prompt_text"], item["prompt_audio"], speaker))
-    return dict(text=item["text"], prompts=prompts, speaker=speaker, seed=item["seed"])
+        # A blank that was typed at its end stays: there are backbones that put the text right behind it.
+        behind = " " if item["prompt_text"].endswith(" ") else ""
+        prompts.append((one_line(item["prompt_text"]) + behind, item["prompt_audio"], speaker))
+    return dict(text=one_line(item["text"]), prompts=prompts, speaker=speaker, seed=item["seed"])
 
 
 def speak(model, requests, sampling):

@@ -1084,6 +1084,10 @@ def announce_length(cfg, place, schedule, log):
         log.say(f"each clip comes {schedule.epochs:.0f} times, more than {MANY_EPOCHS}: a model then often "
                 "knows the clips by heart and reads other texts worse. Compare early checkpoints with late "
                 f"ones, or say --epochs {USUAL_EPOCHS}.", "warning")
+    if warmup >= steps:
+        most = learning_rate(cfg, steps - 1, span, warmup)
+        log.say(f"the warm-up of {warmup} steps is no shorter than the run: the learning rate reaches "
+                f"{most:.3g} of {cfg.learning_rate:g}. Say --warmup_steps {steps // 10}.", "warning")
     if span != steps:
         log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} "
                 "(num_iters)", "warning")

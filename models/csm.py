@@ -50,6 +50,7 @@ from models.parts.plain import (LARGEST, as_record, checked, layers, need, read_
                                 written)
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
@@ -407,8 +408,7 @@ class CSM(nn.Module):
             names = f", and these names: {', '.join(self.speakers)}" if self.speakers else ""
             raise Invalid(f"speaker {speaker!r}: this backbone knows speakers by whole numbers, "
                           f"0 and up{names}")
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         ids = self.tokenizer.encode(f"[{speaker}]{text}")
         return [self.bos, *ids, self.eos]
 

@@ -46,6 +46,7 @@ from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, ma
 from models.parts.plain import as_record, checked, layers, need
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
@@ -856,8 +857,7 @@ class Higgs(nn.Module):
             raise Invalid(f"speaker {speaker!r}: this model knows speakers by the numbers of their "
                           "references, 0 and up; "
                           "whose voice it is, a reference recording says")
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         return self.tokenizer.encode(tagged(text, speaker))
 
     def encode_audio(self, source, start=None, end=None):

@@ -57,6 +57,7 @@ from models.parts.layers import Cache, Packing
 from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
+from models.parts.textfiles import refuse_blank
 
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
@@ -399,7 +400,8 @@ class IndexTTS2(nn.Module):
     def encode_text(self, text, speaker=None):
         """Ids of the whole text, upper case, marks simplified. Numbers stay digits. Who speaks is no part of
         it."""
-        return self.tokenizer.encode(front.prepare(text, self.terms)) if text else []
+        refuse_blank(text)
+        return self.tokenizer.encode(front.prepare(text, self.terms))
 
     def segments(self, text, most):
         """Ids of each segment of a text, of at most `most` pieces."""
@@ -863,8 +865,7 @@ class IndexTTS2(nn.Module):
 
     def _spoken(self, text, s):
         """Text ids of each segment."""
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         segments = self.segments(text, min(s.max_text_tokens_per_segment, self.config.text_positions - 2))
         self.check_known(text, [i for segment in segments for i in segment])
         return segments

@@ -47,6 +47,7 @@ from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, ma
                                  rotary_frequencies, run_layers)
 from models.parts.plain import alike, layers, need, read_object, shown, sized
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
@@ -483,6 +484,7 @@ class VoxCPM(nn.Module):
             clip = ", or give a reference clip" if self.config.fused else ""
             raise Invalid(f"speaker {speaker!r}: this backbone has no speaker input; "
                           f"train one adapter per speaker{clip}")
+        refuse_blank(text)
         text = re.sub(r"\s+", " ", text.replace("\n", " "))
         pieces = []
         for piece in self.tokenizer.pieces(text):

@@ -1,5 +1,6 @@
 """Kinds of input that people brought to tools like this one: data sets of the layouts that corpora have, and rows that used to
 lose their sound, their text or their speaker without a word. Each is made here, small, and its right reading is written beside it."""
+import importlib
 import io
 import json
 import os
@@ -12,9 +13,11 @@ import soundfile
 
 
 import configs
+import infer
 import models
 import prepare_data
-from models.parts import Invalid, adapters, clips as measuring, corpora
+import validate
+from models.parts import Invalid, adapters, clips as measuring, corpora, listen
 from models.parts.manifests import read_manifest, read_rows
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
@@ -376,6 +379,37 @@ def test_only_prepare_chooses_a_unicode_form_and_messages_keep_their_lines(tmp_p
     put(tmp_path / "t.jsonl", lines_of(talk))
     for row in (read_manifest(tmp_path / "t.jsonl")[0], prepared(tmp_path, "--input", tmp_path / "t.jsonl", "--overwrite")[0][0]):
         assert row["messages"][0]["content"][0]["text"] == "One.\n\nTwo." and row["text"] == "Say it."
+
+
+TYPED = ["\ufeff Hello\u00a0there,\thow are\r\nyou?\n", "Hello there,\x07 how are  you? ", "\u2003Hello there, how are\u2028 you?"]
+
+
+@pytest.fixture(scope="module", params=[(name, next(iter(importlib.import_module(f"tests.tiny_{name}").VARIANTS))) for name in sorted(models.backbones())], ids=lambda c: c[0])
+def backbone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param[0]) / "base"
+    importlib.import_module(f"tests.tiny_{request.param[0]}").write(folder, request.param[1])
+    return models.load(folder)
+
+
+def test_the_same_text_has_the_same_ids_in_every_script(tmp_path, backbone):
+    tone(tmp_path / "0.wav")
+    for typed in TYPED:
+        row = read_manifest(put(tmp_path / "m.jsonl", lines_of({"audio": "0.wav", "text": typed})))[0]
+        prepared_row, = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--overwrite")[0]
+        put(tmp_path / "say.jsonl", lines_of({"text": typed}))
+        request = infer.read_requests(infer.Infer(input=str(tmp_path / "say.jsonl")))[0]
+        alone = infer.read_requests(infer.Infer(text=typed))[0]
+        pieces = infer.pieces_of(alone, 1000)
+        texts = [row["text"], prepared_row["text"], *(infer.to_generate(one.item)["text"] for one in (request, alone, *pieces))]
+        texts.append(listen.further([typed], [])[0].text)
+        texts.append(validate.sentences(validate.Validate(text=[typed]), backbone, [])[0].request["text"])
+        assert len(texts) == 7 and all(backbone.encode_text(text) == backbone.encode_text("Hello there, how are  you?") for text in texts), texts
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\ufeff", "\x07", "\u00a0"])
+def test_a_blank_text_is_refused_by_every_backbone(backbone, blank):
+    with pytest.raises(Invalid, match="is empty"):
+        backbone.encode_text(blank)
 
 
 @pytest.mark.parametrize("blank", ["", " \n", "\ufeff", "\x07", "\u00a0"])

@@ -480,6 +480,16 @@ def test_the_length_and_the_intervals_follow_the_data(home, halfway):
     assert bookkeeping.Progress.read(step(run, 11)).steps == 2000
 
 
+@pytest.mark.parametrize("flags, words", [(("--num_iters", 20), "the learning rate reaches 1.9e-05 of 0.0001. Say --warmup_steps 2"), (("--max_steps", 200, "--warmup_ratio", 0.2), ""),
+                                          (("--num_iters", 20, "--max_steps", 200, "--warmup_ratio", 0.2), "of 40 steps is no shorter than the run: the learning rate reaches 4.75e-05 of 0.0001")])
+def test_a_warm_up_that_outlives_the_run_is_said_with_the_rate_that_it_reaches(flags, words):
+    said = []
+    log = types.SimpleNamespace(say=lambda text, level="info": said.append(f"{level}: {text}"))
+    train.announce_length(flags_of(*flags), types.SimpleNamespace(world=1), schedule(*flags), log)
+    found = [line for line in said if "warm-up of" in line]
+    assert len(found) == bool(words) and all(line.startswith("warning: ") and words in line for line in found)
+
+
 def test_a_run_without_a_length_has_the_one_of_its_data_and_names_its_best(home):
     """13 clips in one micro-batch: 20 steps, ten validations after the first, ten checkpoints; `best` is the lowest of them."""
     free = ("--num_iters", 0, "--max_steps", 0, "--valid_interval", "null", "--save_interval", "null", "--val_manifest", "val.jsonl")

@@ -78,6 +78,12 @@ def one_line(text):
     return "".join(c for c in spaced if not is_control(c)).strip()
 
 
+def refuse_blank(text):
+    """Invalid for a text that holds nothing to say."""
+    if not one_line(text):
+        raise Invalid(f"text {shown(text)} is empty")
+
+
 def is_control(character):
     return unicodedata.category(character) == "Cc" and not character.isspace()
 
