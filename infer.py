@@ -9,6 +9,7 @@ too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, eve
 import dataclasses
 import itertools
 import math
+import os
 import re
 import sys
 import time
@@ -327,9 +328,13 @@ LARGEST_SEED = 2**62  # tries add to it, and torch's generators take 64 bits
 
 def wrong_name(output):
     """What is wrong with the name of a file to write, or None."""
-    if output.isprintable() and not output.endswith("/"):
-        return None
-    return f"output {output!r}: expected the name of a file, without control characters"
+    if not output.isprintable() or output.endswith("/"):
+        return f"output {output!r}: expected the name of a file, without control characters"
+    try:
+        os.fsencode(output)
+    except UnicodeEncodeError as e:
+        return f"output {output!r}: names of files are {e.encoding} here; set PYTHONUTF8=1"
+    return None
 
 
 def outside(target, folder):

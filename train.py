@@ -167,6 +167,10 @@ def check_settings(cfg):
         inside = [path for path in needed if path and within(path, cfg.save_path)]
         if inside:
             wrong.append(f"overwrite would move {inside[0]} away, since it lies in save_path {cfg.save_path}")
+    places = [Path(cfg.tensorboard), *Path(cfg.tensorboard).parents] if cfg.tensorboard else []
+    for place in places:
+        if place.exists() and not place.is_dir():
+            wrong.append(f"tensorboard is {cfg.tensorboard}, but {place} is a file; give a folder")
     if cfg.overwrite and cfg.resume_from:
         wrong.append("overwrite starts anew and resume_from goes on; choose one")
     if cfg.save_mode != "lora" and not cfg.lora:

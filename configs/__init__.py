@@ -561,6 +561,9 @@ def run(main):
 
     2 wrong use, 1 failure, 130 Ctrl-C, 141 a closed pipe.
     """
+    # A terminal that cannot show a name gets escapes: the work is done, and the rest of it is still to come.
+    if getattr(sys.stdout, "errors", "") == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except Usage as error:

@@ -1008,12 +1008,17 @@ def recognizes(config):
 
 def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None,
          allow_unused=False):
-    """The model in eval mode from a published folder. extra: paths of codec and tokenizer kept elsewhere.
+    """The model in eval mode from a published folder, or from a file of weights in one. extra: paths of codec
+    and tokenizer kept elsewhere.
 
     dtype None keeps the file's. weights names the file to read where several stand side by side; "scratch"
     draws them.
     """
     folder, extra = Path(folder), extra or {}
+    if folder.is_file():
+        if folder.name in CODEC_FILES:
+            raise Invalid(f"{folder} is the codec of a checkpoint; give the folder of it, here {folder.parent}")
+        folder, weights = folder.parent, weights or folder.name
     config = read_config(read_object(folder / "config.json"))
     codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
     tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")

@@ -16,6 +16,7 @@ import configs
 import infer
 import models
 import prepare_data
+import train
 import validate
 from models.parts import Invalid, adapters, clips as measuring, corpora, listen
 from models.parts.manifests import read_manifest, read_rows
@@ -636,6 +637,26 @@ def test_a_terminal_that_is_not_utf8(tmp_path, monkeypatch, capsysbinary):
     prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "größe")
     prepare_data.sys.stdout.seek(0)
     assert prepare_data.sys.stdout.read().endswith("gr\\xf6\\xdfe/report.html\n")
+
+
+@pytest.mark.parametrize("below", ["", "deeper/logs"])
+def test_a_tensorboard_that_is_a_file_is_refused_at_once(tmp_path, below):
+    file = put(tmp_path / "log", "somebody's")
+    with pytest.raises(configs.Usage, match="tensorboard is .*log is a file; give a folder"):
+        train.check_settings(train.Train(pretrained_path="x", train_manifest=["x"], save_path="x", tensorboard=str(file / below)))
+
+
+def test_a_file_of_a_checkpoint_given_as_the_checkpoint(backbone):
+    folder = Path(backbone.path)
+    for name in ("config.json", "config.yaml", "tokenizer.json"):
+        if (folder / name).exists():
+            with pytest.raises(Invalid, match=f"{name} is no file of weights; give the folder of the checkpoint, here {folder}"):
+                models.load(folder / name)
+    file = next(folder / name for name in ("model.safetensors", "pytorch_model.bin", "gpt.pth") if (folder / name).exists())
+    assert models.load(file).fingerprint == backbone.fingerprint
+    if backbone.backbone == "voxcpm":
+        with pytest.raises(Invalid, match="audiovae.pth is the codec of a checkpoint; give the folder of it"):
+            models.load(folder / "audiovae.pth")
 
 
 def test_latest_as_a_text_file_is_followed_by_every_reader(tmp_path):

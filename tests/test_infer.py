@@ -513,6 +513,13 @@ def test_a_tensor_that_nobody_knows_is_used_only_when_asked_for(home):
     assert torch.equal(said(), direct(home.model))
 
 
+def test_a_terminal_that_is_not_utf8_loses_nothing_of_a_batch(home):
+    Path("rows.jsonl").write_text('{"text": "hello", "output": "größe.wav"}\n{"text": "hello", "output": "b.wav"}\n', encoding="utf-8")
+    code, out, err = here("infer", ["--ckpt_dir", home.base, "--input", "rows.jsonl", "--batch_size", 1, *SHORT], "ascii")
+    assert (code, out) == (0, b"gr\\xf6\\xdfe.wav\nb.wav\n"), err
+    assert torch.equal(said("größe.wav"), direct(home.model)) and torch.equal(said("b.wav"), direct(home.model))
+
+
 # ------------------------------------------------------------------------------------------------ in a process of its own
 
 
