@@ -544,7 +544,7 @@ class IndexTTS2(nn.Module):
             parts = []
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
                 path = places.file(key, default)
-                values = torch.load(path, map_location="cpu", weights_only=True)
+                values = checkpoint.read_pickle(path)
                 numbers = list(places.config.get("emo_num", ()))
                 counted = len(numbers) == len(EMOTIONS)
                 if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):

@@ -999,7 +999,8 @@ def is_chinese(text):
 
 COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
 CODEC_FILES = ("audiovae.safetensors", "audiovae.pth")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def recognizes(config):

@@ -4,13 +4,15 @@ import importlib
 import io
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-
+import torch
+from safetensors.torch import save_file
 
 import configs
 import infer
@@ -18,8 +20,9 @@ import models
 import prepare_data
 import train
 import validate
-from models.parts import Invalid, adapters, clips as measuring, corpora, listen
+from models.parts import Invalid, adapters, checkpoint, clips as measuring, corpora, listen
 from models.parts.manifests import read_manifest, read_rows
+from models.parts.plain import as_record
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
 
@@ -646,14 +649,47 @@ def test_a_tensorboard_that_is_a_file_is_refused_at_once(tmp_path, below):
         train.check_settings(train.Train(pretrained_path="x", train_manifest=["x"], save_path="x", tensorboard=str(file / below)))
 
 
+@pytest.mark.parametrize("kind, said, words", [("voxcpm", {"r": 4, "alpha": "16"}, "f.json: alpha is '16', expected a number"), ("voxcpm", {"r": 4}, "f.json does not say alpha, expected a number"),
+                                               ("voxcpm", {"rank": "4", "lora_alpha": 8}, "f.json: rank is '4', expected a whole number"), ("peft", {"r": 4, "lora_alpha": "16"}, "f.json: lora_alpha is '16', expected a number"),
+                                               ("mlx", {"lora_parameters": {"rank": 4, "scale": "2"}}, "lora_parameters: scale is '2', expected a number")])
+def test_an_alpha_that_is_no_number_is_told_by_its_key(kind, said, words):
+    with pytest.raises(Invalid, match=words):
+        adapters.SETTINGS[kind](as_record(said, "f.json"))
+
+
+def weights_of(folder):
+    return next(folder / name for name in ("model.safetensors", "pytorch_model.bin", "gpt.pth") if (folder / name).exists())
+
+
+def write_weights(path, state):
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+
+
+def test_names_of_wrappers_and_marks_of_editors_change_no_checkpoint(backbone, tmp_path):
+    folder = Path(shutil.copytree(Path(backbone.path).parent, tmp_path / "copy"), "base")
+    for file in [*folder.glob("*.json"), *folder.glob("*.yaml")]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file = weights_of(folder)
+    state = {name: tensor.load().clone() for name, tensor in checkpoint.read(file).items()}
+    write_weights(file, {f"module._orig_mod.{name.replace('layers.', 'layers._orig_mod.')}": tensor for name, tensor in state.items()})
+    assert models.load(folder).fingerprint == backbone.fingerprint
+    if backbone.backbone == "indextts2":  # gpt.pth was never published in parts
+        return
+    file.unlink()
+    names = [f"{file.stem}-{part:05d}-of-00002{file.suffix}" for part in (1, 2)]
+    for n, name in enumerate(names):
+        write_weights(folder / name, {f"module.{key}": state[key] for key in list(state)[n::2]})
+    (folder / f"{file.name}.index.json").write_text(json.dumps({"weight_map": {f"module.{key}": names[n % 2] for n, key in enumerate(state)}}))
+    assert models.load(folder).fingerprint == backbone.fingerprint
+
+
 def test_a_file_of_a_checkpoint_given_as_the_checkpoint(backbone):
     folder = Path(backbone.path)
     for name in ("config.json", "config.yaml", "tokenizer.json"):
         if (folder / name).exists():
             with pytest.raises(Invalid, match=f"{name} is no file of weights; give the folder of the checkpoint, here {folder}"):
                 models.load(folder / name)
-    file = next(folder / name for name in ("model.safetensors", "pytorch_model.bin", "gpt.pth") if (folder / name).exists())
-    assert models.load(file).fingerprint == backbone.fingerprint
+    assert models.load(weights_of(folder)).fingerprint == backbone.fingerprint
     if backbone.backbone == "voxcpm":
         with pytest.raises(Invalid, match="audiovae.pth is the codec of a checkpoint; give the folder of it"):
             models.load(folder / "audiovae.pth")
@@ -665,6 +701,9 @@ def test_latest_as_a_text_file_is_followed_by_every_reader(tmp_path):
     put(tmp_path / "run/latest", "step_0000002")
     assert adapters.locate(tmp_path / "run/latest")[0] == weights and models.folder_of(tmp_path / "run/latest") == step
     with pytest.raises(Invalid, match="this is a run, give .*run/latest"):
+        adapters.locate(tmp_path / "run")
+    (tmp_path / "run/latest").unlink()
+    with pytest.raises(Invalid, match="this is a run, give .*run/step_0000002"):
         adapters.locate(tmp_path / "run")
     put(tmp_path / "other/latest", "a file of somebody's")
     with pytest.raises(Invalid, match="no adapter at"):

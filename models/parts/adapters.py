@@ -75,7 +75,8 @@ def locate(path):
     if path.is_file() and path.suffix == ".safetensors":
         return path, _config_beside(path, "voxcpm"), "voxcpm"
     names = ", ".join(sum(FILES.values(), ()))
-    hint = f"; this is a run, give {path / 'latest'}" if os.path.lexists(path / "latest") else ""
+    steps = [path / "latest"] if os.path.lexists(path / "latest") else checkpoint.steps(path)
+    hint = f"; this is a run, give {steps[0]}" if steps else ""
     raise Invalid(f"no adapter at {path}; expected a folder with one of {names}{hint}")
 
 
@@ -134,10 +135,15 @@ VOXCPM_WORDS = ("enable_lm", "enable_dit", "enable_proj",
                 "target_modules_lm", "target_modules_dit", "target_proj_modules")
 
 
+def _either(raw, key, other):
+    """Which of two keys a file has; the first, which a message then asks for, where it has neither."""
+    return other if other in raw and key not in raw else key
+
+
 def _voxcpm_settings(raw):
     raw = need(raw, "lora_config", dict, raw)
-    r = _rank(raw, "r" if "r" in raw else "rank")
-    alpha = need(raw, "alpha" if "alpha" in raw else "lora_alpha", float)
+    r = _rank(raw, _either(raw, "r", "rank"))
+    alpha = need(raw, _either(raw, "alpha", "lora_alpha"), float)
     settings = dict(r=r, alpha=alpha, dropout=_dropout(raw, "dropout"))
     for key in VOXCPM_WORDS:
         if raw.get(key) is not None:

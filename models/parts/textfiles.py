@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 from models.parts import Invalid
+from models.parts.plain import refuse_pointer
 
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -22,7 +23,6 @@ FOREIGN = (
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV in UTF-8"),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet", "save it as CSV in UTF-8"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "run git lfs pull"),
 )
 
 
@@ -35,6 +35,7 @@ def refuse_foreign(path):
     """Invalid for a file that is no text, with what it is."""
     with open(path, "rb") as f:
         begin = f.read(32)
+    refuse_pointer(path, begin)
     for magic, what, way_out in FOREIGN:
         if begin.startswith(magic):
             raise Invalid(f"{path} is {what}: {way_out}")
