@@ -236,7 +236,8 @@ def find(path):
     """The module of models/ whose checkpoints look like this one."""
     folder = folder_of(path)
     if folder.is_file() and not folder.name.endswith((*WEIGHTS, ".index.json")):
-        raise Invalid(f"{path} is no file of weights; give the folder of the checkpoint, here {folder.parent}")
+        raise Invalid(f"{path} is no file of weights; give the folder of the checkpoint, "
+                      f"here {folder.parent}")
     if not any((folder / name).is_file() for name in CONFIGS):
         if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
             raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")

@@ -1018,7 +1018,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     folder, extra = Path(folder), extra or {}
     if folder.is_file():
         if folder.name in CODEC_FILES:
-            raise Invalid(f"{folder} is the codec of a checkpoint; give the folder of it, here {folder.parent}")
+            raise Invalid(f"{folder} is the codec of a checkpoint; give the folder of it, "
+                          f"here {folder.parent}")
         folder, weights = folder.parent, weights or folder.name
     config = read_config(read_object(folder / "config.json"))
     codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
