@@ -834,7 +834,7 @@ class CSM(nn.Module):
             out[self.published_name(name, naming)] = w if rows is None else w[rows.to(w.device)]
         if naming == "transformers":
             out[TIED[1]] = out[TIED[0]].clone()  # a copy: safetensors refuses two names for one memory
-            out |= {f"codec_model.{name}": w for name, w in mimi.published(self.codec).items()}
+            out |= {CODEC_PREFIX + name: w for name, w in mimi.published(self.codec).items()}
         return out
 
     def save(self, folder, naming=None, merged=False):
@@ -925,6 +925,7 @@ def room_for(tokens):
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+CODEC_PREFIX = "codec_model."  # of the codec's tensors in transformers' file
 CODEC_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"  # the name it has at kyutai/moshiko-pytorch-bf16
 AUDIO_TOKENS = {
     "audio_token_id": "<|AUDIO|>",
@@ -1054,7 +1055,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         source = Weights(path, {}, "original" if original else "transformers")
     else:
         source = find_weights(path, weights)
-    codec, stored = split_codec(source.stored)
+    codec, stored = checkpoint.split(source.stored, CODEC_PREFIX)
     stored = in_our_names(stored, source)
     config = read_config(raw, {renamed(name, "mlx"): t.shape for name, t in stored.items()}, str(file))
     with torch.device("meta"):
@@ -1092,13 +1093,6 @@ def find_weights(path, wanted):
     what = f" in naming {wanted!r}" if wanted else ""
     found = f", found {', '.join(others)}" if others else ""
     raise Invalid(f"{path}: no CSM weights{what}; looked for {', '.join(WEIGHT_FILES)}{found}")
-
-
-def split_codec(stored):
-    """(the codec's tensors under their own names, all others) of a file that holds both."""
-    prefix = "codec_model."
-    codec = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-    return codec, {name: t for name, t in stored.items() if not name.startswith(prefix)}
 
 
 def in_our_names(stored, source):
@@ -1148,7 +1142,7 @@ def load_codec(folder, given, stored, config):
     if not place.exists():
         raise Invalid(f"the codec: nothing at {given}")
     for file in codec_files(place):
-        inside, stored = split_codec(checkpoint.read(file))
+        inside, stored = checkpoint.split(checkpoint.read(file), CODEC_PREFIX)
         stored = inside or stored
         if not mimi.naming_of(stored):
             continue

@@ -11,6 +11,7 @@ over a vocabulary.
     DiT predicts              patch 1 patch 2 .. (stop)      position t is drawn from the state at t - 1
 
 Papers: arXiv 2509.24650 (VoxCPM), 2606.06928 (VoxCPM2). Checkpoints: openbmb/VoxCPM-0.5B, VoxCPM1.5, VoxCPM2.
+VoxCPM2 is also read and written in transformers' form: one file, which holds the codec, too.
 
 What differs from the original code, on purpose:
 - Losses are sums over target patches; local encoder and DiT see audio patches and target patches only. The
@@ -29,6 +30,7 @@ in a batch, N target patches in a batch.
 """
 import dataclasses
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -45,7 +47,7 @@ from models.codecs import audiovae
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
-from models.parts.plain import alike, layers, need, read_object, shown, sized
+from models.parts.plain import alike, as_record, layers, need, read_object, shown, sized
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
 from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
@@ -409,14 +411,15 @@ class VoxCPM(nn.Module):
     """The trained model under its published names; the codec is in no list of parameters."""
 
     backbone = "voxcpm"
-    namings = ("published",)
+    namings = ("published", "transformers")  # the second for VoxCPM2 alone
     speaker_input = False
     lora_dropout_after = True  # the original drops out the update, not its input
     native_adapter = "voxcpm"
     adapter_namings = {"voxcpm": "published", "peft": "published"}
     embeddings = ("base_lm.embed_tokens",)
 
-    def __init__(self, config):
+    def __init__(self, config, naming="published", raw_config=None):
+        """naming and raw_config (config.json) are those of the folder that was read: `save` keeps them."""
         super().__init__()
         c, lm = config, config.lm_config
         H, W = lm.hidden_size, c.dit_config.hidden_dim
@@ -434,6 +437,9 @@ class VoxCPM(nn.Module):
         self.stop_proj = nn.Linear(H, H)
         self.stop_head = nn.Linear(H, 2, bias=False)
         self.config = config
+        self.naming, self.raw_config = naming, raw_config or {}
+        if not c.fused:
+            self.namings = ("published",)
 
         # What may be set from outside, and what `equip` fills.
         self.path = self.fingerprint = ""
@@ -445,6 +451,7 @@ class VoxCPM(nn.Module):
         self.split_pieces = set()  # of several Chinese characters, which become single ones
         self.tokenizer_crc = 0
         self._codec_key = None
+        self.stored_codec = {}  # by load: the codec's tensors as they were read, under their published names
         self.training_options = Training()
 
     def equip(self, codec, tokenizer, files, options):
@@ -938,19 +945,41 @@ class VoxCPM(nn.Module):
 
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32."""
-        return checkpoint.weights(self, merged)
+        out = checkpoint.weights(self, merged)
+        if (naming or self.naming) == "transformers":
+            for name, tensor in self._codec_tensors().items():
+                out[CODEC_PREFIX + norm_name(name, "transformers")] = tensor
+        return out
+
+    def _codec_tensors(self):
+        """{published name: tensor} of the codec, bit by bit as it was read."""
+        if not self.stored_codec:
+            return self.codec.published_state_dict()
+        return {name: tensor.load() for name, tensor in self.stored_codec.items()}
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in the published layout; all but the weights is copied as it was read."""
+        """Write a folder in a published layout; all but the weights is copied as it was read, if it fits."""
+        naming = naming or self.naming
+        if naming not in self.namings:
+            raise Invalid(f"naming {naming!r}: this checkpoint has {', '.join(self.namings)}")
         if not merged and any(".lora_" in name for name, _ in self.named_parameters()):
             raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
                           "lora.save_lora_weights keeps them apart")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
-        for path in self.files.values():
+        files = dict(self.files)
+        if naming == "transformers":
+            files.pop("codec", None)
+        elif "codec" not in files and self.stored_codec:
+            checkpoint.save_tensors(folder / CODEC_FILES[0], self._codec_tensors())
+        for path in files.values():
             if path.parent.resolve() != folder.resolve():
                 shutil.copyfile(path, folder / path.name)
+        if naming != self.naming:
+            raw = self.raw_config
+            raw = as_transformers(raw) if naming == "transformers" else as_published(raw)
+            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         return folder
 
     @property
@@ -997,10 +1026,92 @@ def is_chinese(text):
 
 # -------------------------------------------------------------------------------------------- files
 
-COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
+COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py",
+              "generation_config.json", "processor_config.json", "preprocessor_config.json")
 CODEC_FILES = ("audiovae.safetensors", "audiovae.pth")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+CODEC_PREFIX = "audio_vae."  # of the codec's tensors in transformers' file
+# Ends of names of a weight that is kept as length and direction: {published: as torch names them since 2.0}
+NORMS = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+# What transformers writes into every section of a config, whatever model it is of.
+OF_EVERY_SECTION = {"_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label",
+                    "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+                    "output_hidden_states", "problem_type", "return_dict", "transformers_version"}
+HAN_SPLIT = {"Regex": r"\p{Han}"}
+
+
+def norm_name(name, naming):
+    """A codec tensor's name in one naming, whichever it has."""
+    for published, newer in NORMS.items():
+        old, new = (published, newer) if naming == "transformers" else (newer, published)
+        if name.endswith("." + old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def naming_of(raw):
+    """Whose config.json it is; the published one names an architecture instead of a model_type."""
+    ours = "architecture" in raw or raw.get("model_type") != "voxcpm2"
+    return "published" if ours else "transformers"
+
+
+def as_published(raw):
+    """config.json in the published spelling: one of transformers rewritten, the published one as it is."""
+    if naming_of(raw) == "published":
+        return raw
+    out = without(raw, OF_EVERY_SECTION | {"max_cache_length", "sample_rate"})
+    lm = as_record(need(out, "lm_config", dict), f"{raw.where}: lm_config")
+    rope = need(lm, "rope_parameters", dict)
+    kind = need(rope, "rope_type", str)
+    if kind not in ("default", "longrope"):
+        raise Invalid(f"{rope.where}: rope_type is {shown(kind)}; known are default and longrope")
+    factors = without(rope, {"rope_type", "rope_theta"})
+    scaling = None if kind == "default" else {**factors, "type": kind}
+    lm = {**lm, "rope_theta": need(rope, "rope_theta", float), "rope_scaling": scaling}
+    del lm["rope_parameters"]
+    length = need(raw, "max_cache_length", int, at_least=1)
+    out |= {"architecture": "voxcpm2", "lm_config": lm, "max_length": length}
+    out["dtype"] = need(raw, "dtype", str, "bfloat16")
+    return as_record(out, raw.where)
+
+
+def as_transformers(raw):
+    """The published config.json of VoxCPM2 in transformers' spelling."""
+    out = without(raw, {"architecture", "device", "max_length"})
+    lm = without(out["lm_config"], {"rope_theta", "rope_scaling"})
+    rope = dict(need(raw["lm_config"], "rope_scaling", dict, {}))
+    kind = rope.pop("type", "default")
+    theta = need(raw["lm_config"], "rope_theta", float, LMConfig.rope_theta)
+    lm["rope_parameters"] = {**rope, "rope_type": kind, "rope_theta": theta}
+    codec = audiovae.settings(raw.get("audio_vae_config"), audiovae.V2)
+    del codec["odd_stride_extra_pad"]
+    return {**out, "model_type": "voxcpm2", "architectures": ["VoxCPM2Model"], "lm_config": lm,
+            "audio_vae_config": codec, "sample_rate": codec["out_sample_rate"],
+            "max_cache_length": raw.get("max_length", Config.max_length)}
+
+
+def without(section, keys):
+    """A section of a config and all sections in it without some keys."""
+    kept = {}
+    for key, value in section.items():
+        if key not in keys:
+            kept[key] = without(value, keys) if isinstance(value, dict) else value
+    return kept
+
+
+def read_tokenizer(path):
+    """The tokenizer of a file. transformers' cuts Chinese characters apart first, after which their marker
+    stands alone; upstream cut them apart after merging, and so the model was trained. encode_text does that.
+    """
+    raw = read_object(path)
+    steps = need(need(raw, "pre_tokenizer", dict, {}), "pretokenizers", list[dict], [])
+    kept = [step for step in steps if step.get("pattern") != HAN_SPLIT]
+    if len(kept) < len(steps):
+        raw["pre_tokenizer"] = {**raw["pre_tokenizer"], "pretokenizers": kept}
+    return Tokenizer(raw)
 
 
 def recognizes(config):
@@ -1021,31 +1132,41 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
             raise Invalid(f"{folder} is the codec of a checkpoint; give the folder of it, "
                           f"here {folder.parent}")
         folder, weights = folder.parent, weights or folder.name
-    config = read_config(read_object(folder / "config.json"))
-    codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
+    raw = read_object(folder / "config.json")
+    naming, config = naming_of(raw), read_config(as_published(raw))
     tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
     scratch = weights == "scratch"
-    if not scratch:
-        path = find_file(folder, folder / weights if weights else None, WEIGHT_FILES, "the model's weights")
+    stored, path = {}, None
+    if naming == "transformers" or not scratch:
+        named = folder / weights if weights and not scratch else None
+        path = find_file(folder, named, WEIGHT_FILES, "the model's weights")
+        stored = checkpoint.read(path)
+    codec, files = {}, {}
+    if naming == "transformers":
+        codec, stored = checkpoint.split(stored, CODEC_PREFIX)
+    if extra.get("codec") or not codec:
+        files["codec"] = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
+        codec = checkpoint.read(files["codec"])
     with torch.device("meta"):
-        model = VoxCPM(config)
+        model = VoxCPM(config, naming, raw)
     if scratch:
         model.to_empty(device="cpu")
         draw(model)
         model.to(device, dtype or torch.float32)
     else:
-        stored = checkpoint.read(path)
         dtype = dtype or checkpoint.main_dtype(stored)
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device,
                                             allow_unused=allow_unused, what=str(path))
     version = audiovae.V2 if config.fused else audiovae.V1
-    codec = audiovae.load(codec_path, config.audio_vae_config, version)
+    numbers = audiovae.settings(config.audio_vae_config, version)
+    model.stored_codec = {norm_name(name, "published"): tensor for name, tensor in codec.items()}
+    codec = audiovae.build(codec, numbers, str(files.get("codec", path)))
     if codec.latent_dim != config.feat_dim:
-        raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, "
+        raise Invalid(f"{files.get('codec', path)} makes {codec.latent_dim} latent channels, "
                       f"config.json says feat_dim {config.feat_dim}")
-    files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    files = {"codec": codec_path, "tokenizer": tokenizer_path, **files}
-    model.equip(codec, Tokenizer(tokenizer_path), files, options or {})
+    files["tokenizer"] = tokenizer_path
+    files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    model.equip(codec, read_tokenizer(tokenizer_path), files, options or {})
     return model.eval()
 
 

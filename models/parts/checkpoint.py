@@ -180,6 +180,15 @@ def _unwrap(state, path):
     return state
 
 
+def split(stored, prefix):
+    """(those under a prefix, under their names without it, all others) of {name: Stored}."""
+    inside, others = {}, {}
+    for name, tensor in stored.items():
+        bare = name.removeprefix(prefix)
+        (others if bare == name else inside)[bare] = tensor
+    return inside, others
+
+
 def _side_by_side(state):
     """{"part.name": value} of several state dicts in one file, as in IndexTTS2's s2mel.pth."""
     out = {}
