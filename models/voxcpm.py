@@ -148,7 +148,12 @@ def read_config(raw):
     if found not in ("voxcpm", "voxcpm2"):
         raise Invalid(f"{where}: architecture is {shown(found)}; known are voxcpm and voxcpm2")
     alike(need(raw, "audio_vae_config", dict, {}), audiovae.V2)
-    lm = sized(LMConfig, need(raw, "lm_config", dict))
+    section = need(raw, "lm_config", dict)
+    lm = sized(LMConfig, section)
+    scaling = need(section, "rope_scaling", dict, {})
+    for key in ("short_factor", "long_factor") if scaling else ():
+        need(scaling, key, list[float])
+    need(scaling, "original_max_position_embeddings", int, None, at_least=2)
     encoder = sized(LocalConfig, need(raw, "encoder_config", dict))
     scheduler = need(flow, "t_scheduler", str, "log-norm")
     sections = dict(lm_config=lm, encoder_config=encoder, dit_config=sized(LocalConfig, dit))
@@ -219,7 +224,7 @@ class Stack(nn.Module):
         scaling, limit, factors = self.lm.rope_scaling, self.lm.max_position_embeddings, None
         self.rope_scale, self.ropes = 1.0, {}
         if scaling:
-            original = scaling.get("original_max_position_embeddings", limit)
+            original = scaling.get("original_max_position_embeddings") or limit
             ratio = limit / original
             factors = scaling["long_factor" if ratio > 1 else "short_factor"]
             if ratio > 1:
