@@ -14,6 +14,7 @@ other frame: 0 is also an ordinary code of every codebook.
     end frame          zeros      -         after it the next turn may begin with bos
 
 Blog: sesame.com/research/crossing_the_uncanny_valley_of_voice. Checkpoint: sesame/csm-1b, codec kyutai/mimi.
+Others of the same class are read, too: MisoLabs/MisoTTS (8B), whose file comes alone, without a config.json.
 
 What differs from the tools that train it, on purpose:
 - loss/acoustic is the mean over codebooks 1 to K-1 and over the frames that were drawn. transformers' Trainer
@@ -87,12 +88,17 @@ class Config:
     vocab_size: int  # of one codebook, three special ids included
     num_codebooks: int
     codec_config: dict
+    speaker_blank: bool = False  # "[0] Hi." in place of "[0]Hi."
 
 
 FLAVORS = {
     "llama-1B": TowerConfig(2048, 8192, 16, 32, 8, 64, rope_scaling=LLAMA3),
     "llama-100M": TowerConfig(1024, 8192, 4, 8, 2, 128, rope_scaling=LLAMA3),
+    "llama-8B": TowerConfig(4096, 14336, 32, 32, 8, 128, rope_scaling=LLAMA3),
+    "llama-300M": TowerConfig(1536, 6912, 8, 24, 6, 64, rope_scaling=LLAMA3),
 }
+USUAL = {"backbone": "llama-1B", "decoder": "llama-100M"}
+WITH_BLANK = "llama-8B"  # the backbone that was trained with a blank behind the speaker
 TINY = Config(
     backbone=TowerConfig(32, 48, 2, 4, 2, 8, rope_scaling=LLAMA3, max_position_embeddings=512),
     depth_decoder_config=TowerConfig(16, 40, 1, 2, 1, 8, rope_scaling=LLAMA3),
@@ -109,10 +115,11 @@ def read_config(raw, shapes, where):
     if raw.get("tie_codebooks_embeddings") is False:
         raise Invalid(f"{where}: tie_codebooks_embeddings is false; "
                       "backbone and depth decoder of CSM share one audio table")
-    large = flavor(raw.get("backbone_flavor", "llama-1B"), where)
-    small = flavor(raw.get("decoder_flavor", "llama-100M"), where)
-    backbone = read_tower(raw, large, shapes, "backbone", where)
-    decoder = read_tower(need(raw, "depth_decoder_config", dict, {}), small, shapes, "decoder", where)
+    towers = []
+    for prefix, section in (("backbone", raw), ("decoder", need(raw, "depth_decoder_config", dict, {}))):
+        base = base_of(section, raw.get(f"{prefix}_flavor"), shapes, prefix, where)
+        towers.append(read_tower(section, base, shapes, prefix, where))
+    backbone, decoder = towers
 
     def rows(name, default):
         return shapes.get(name, (default,))[0]
@@ -127,7 +134,8 @@ def read_config(raw, shapes, where):
         text_vocab_size=raw.get("text_vocab_size") or rows("text_embeddings.weight", 128256),
         vocab_size=vocab,
         num_codebooks=raw.get("num_codebooks") or number("audio_num_codebooks", codebooks),
-        codec_config=raw.get("codec_config") or {})
+        codec_config=raw.get("codec_config") or {},
+        speaker_blank=(raw.get("backbone_flavor") or flavor_of(backbone)) == WITH_BLANK)
 
 
 def flavor(name, where):
@@ -135,6 +143,54 @@ def flavor(name, where):
     if not isinstance(name, str) or name not in FLAVORS:
         raise Invalid(f"{where}: flavour {shown(repr(name))} is not known; known are {', '.join(FLAVORS)}")
     return FLAVORS[name]
+
+
+def flavor_of(tower):
+    """The name of the published tower that has these sizes; None if it is another one."""
+    def sizes(t):
+        return (t.hidden_size, t.intermediate_size, t.num_hidden_layers,
+                t.num_attention_heads, t.num_key_value_heads, t.head_dim)
+
+    return next((name for name, t in FLAVORS.items() if sizes(t) == sizes(tower)), None)
+
+
+def base_of(section, name, shapes, prefix, where):
+    """The published tower that lends a section of config.json what it does not say: by its name, else by the
+    tensors, else the usual one.
+
+    Tensors show widths, not numbers of heads: where no published widths are found, several flavours may fit.
+    """
+    layer = f"{prefix}.layers.0.self_attn."
+    names = f"{prefix}.norm.weight", layer + "q_proj.weight", layer + "k_proj.weight"
+    if section.get("num_attention_heads") is None and all(n in shapes for n in names):
+        width, queries, keys = (shapes[n][0] for n in names)
+        seen = f"its tensors ({width} wide, {queries} rows of q, {keys} of k)"
+        fits = fitting(width, queries, keys)
+        exact = fits[0] if len(fits) == 1 else None
+        if name is None and exact is None:
+            found = " and ".join(fits) or "none"
+            raise Invalid(f"{where} does not say {prefix}_flavor, and {seen} fit the heads of {found}. Write "
+                          "a config.json there with backbone_flavor and decoder_flavor; known are "
+                          f"{', '.join(FLAVORS)}.")
+        published = exact and FLAVORS[exact].hidden_size == width
+        if name in FLAVORS and published and exact != name:
+            raise Invalid(f"{where}: {prefix}_flavor is {name}, but {seen} are those of {exact}")
+        name = name or exact
+    return flavor(name or USUAL[prefix], where)
+
+
+def fitting(width, queries, keys):
+    """Names of flavours with these numbers of rows: the one of all these sizes, else those whose heads fit,
+    one for each number of heads."""
+    fits = {}  # {(heads, groups): flavour}
+    for name, t in FLAVORS.items():
+        heads, groups = t.num_attention_heads, t.num_key_value_heads
+        if (width, queries, keys) == (t.hidden_size, heads * t.head_dim, groups * t.head_dim):
+            return [name]
+        size = queries // heads
+        if (queries, keys) == (heads * size, groups * size):
+            fits.setdefault((heads, groups), name)
+    return list(fits.values())
 
 
 def read_tower(section, base, shapes, prefix, where):
@@ -409,6 +465,8 @@ class CSM(nn.Module):
             raise Invalid(f"speaker {speaker!r}: this backbone knows speakers by whole numbers, "
                           f"0 and up{names}")
         refuse_blank(text)
+        if self.config.speaker_blank:
+            text = f" {text}"
         ids = self.tokenizer.encode(f"[{speaker}]{text}")
         return [self.bos, *ids, self.eos]
 
@@ -882,8 +940,8 @@ class CSM(nn.Module):
             "codebook_pad_token_id": c.vocab_size - 1,
             "audio_vocab_size": c.vocab_size,
             "audio_num_codebooks": c.num_codebooks,
-            "backbone_flavor": "llama-1B",
-            "decoder_flavor": "llama-100M",
+            "backbone_flavor": flavor_of(c.backbone) or USUAL["backbone"],
+            "decoder_flavor": flavor_of(c.depth_decoder_config) or USUAL["decoder"],
             **raw,
         }
         if self.speakers:  # nobody else reads this key
@@ -913,6 +971,8 @@ class CSM(nn.Module):
         o = self.training_options
         settings = (self.tokenizer_crc, self.bos, self.eos, self.max_length, o.context_turns, o.train_on,
                     sorted(self._silent()))
+        if self.config.speaker_blank:
+            settings += ("blank",)
         return f"{self.codec_key}-{zlib.crc32(repr(settings).encode()):08x}"
 
 

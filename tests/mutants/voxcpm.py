@@ -127,6 +127,8 @@ MUTANTS = [
     ("noise at its full strength", MODEL, "s.noise_scale * noise.to", "noise.to", seen_by("scaled_noise")),
     # 12: files
     ("9.12 safetensors only", MODEL, '"pytorch_model.bin", "pytorch_model.bin.index.json")', '"pytorch_model.bin.index.json")', seen_by("wrapped_or_bare")),
+    ("9.12 codec in transformers' names", MODEL, 'else (newer, published)', 'else (published, newer)', seen_by("either_form")),
+    ("9.12 Chinese cut apart before merging", MODEL, 'if step.get("pattern") != HAN_SPLIT', "", seen_by("both_forms")),
     ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
     ("9.12 V2's codec for all", MODEL, "audiovae.V2 if config.fused else audiovae.V1", "audiovae.V2", CODEC_TEST),
     ("9.12 missing tensors pass", CHECKPOINT, "    if match.missing or match.misfits or (", "    if match.misfits or (", seen_by("missing_or_foreign")),
