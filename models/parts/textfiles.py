@@ -9,12 +9,10 @@ import re
 import unicodedata
 from pathlib import Path
 
-from models.parts import Invalid
-from models.parts.plain import refuse_pointer
+from models.parts import Invalid, plain
 
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-VALUE_LENGTH = 80  # of a value within a message, which then fits into a line or two of a terminal
 # What tables and models come in that is no text: the first bytes of a file, what it is, and the way out.
 FOREIGN = (
     (b"PAR1", "Parquet", "export it as JSONL, such as with pandas' to_json(orient='records', lines=True), "
@@ -35,7 +33,7 @@ def refuse_foreign(path):
     """Invalid for a file that is no text, with what it is."""
     with open(path, "rb") as f:
         begin = f.read(32)
-    refuse_pointer(path, begin)
+    plain.refuse_pointer(path, begin)
     for magic, what, way_out in FOREIGN:
         if begin.startswith(magic):
             raise Invalid(f"{path} is {what}: {way_out}")
@@ -97,8 +95,8 @@ def is_file(path):
 
 
 def shown(value):
-    text = repr(value)
-    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
+    """A value for a message, as Python writes it."""
+    return plain.shown(plain.written(value))
 
 
 def check_text(text, key):
