@@ -456,7 +456,6 @@ class VoxCPM(nn.Module):
         self.split_pieces = set()  # of several Chinese characters, which become single ones
         self.tokenizer_crc = 0
         self._codec_key = None
-        self.stored_codec = {}  # by load: the codec's tensors as they were read, under their published names
         self.training_options = Training()
 
     def equip(self, codec, tokenizer, files, options):
@@ -958,9 +957,10 @@ class VoxCPM(nn.Module):
 
     def _codec_tensors(self):
         """{published name: tensor} of the codec, bit by bit as it was read."""
-        if not self.stored_codec:
+        stored = checkpoint.read(self.files["codec"]) if "codec" in self.files else self.codec.stored
+        if not stored:
             return self.codec.published_state_dict()
-        return {name: tensor.load() for name, tensor in self.stored_codec.items()}
+        return {name: tensor.load() for name, tensor in stored.items()}
 
     def save(self, folder, naming=None, merged=False):
         """Write a folder in a published layout; all but the weights is copied as it was read, if it fits."""
@@ -976,7 +976,7 @@ class VoxCPM(nn.Module):
         files = dict(self.files)
         if naming == "transformers":
             files.pop("codec", None)
-        elif "codec" not in files and self.stored_codec:
+        elif "codec" not in files and self.codec.stored:
             checkpoint.save_tensors(folder / CODEC_FILES[0], self._codec_tensors())
         for path in files.values():
             if path.parent.resolve() != folder.resolve():
@@ -1164,8 +1164,10 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
                                             allow_unused=allow_unused, what=str(path))
     version = audiovae.V2 if config.fused else audiovae.V1
     numbers = audiovae.settings(config.audio_vae_config, version)
-    model.stored_codec = {norm_name(name, "published"): tensor for name, tensor in codec.items()}
+    inside = {norm_name(name, "published"): tensor for name, tensor in codec.items()}
     codec = audiovae.build(codec, numbers, str(files.get("codec", path)))
+    if "codec" not in files:
+        codec.stored = inside
     if codec.latent_dim != config.feat_dim:
         raise Invalid(f"{files.get('codec', path)} makes {codec.latent_dim} latent channels, "
                       f"config.json says feat_dim {config.feat_dim}")

@@ -175,6 +175,7 @@ class AudioVAE(nn.Module):
         self.sample_rate, self.out_sample_rate = sample_rate, out_sample_rate or sample_rate
         self.hop, self.out_hop, self.latent_dim = math.prod(encoder_rates), math.prod(decoder_rates), latent_dim
         self.boundaries = sr_bin_boundaries
+        self.stored = {}  # {published name: Stored} where it came with the model's weights, for saving it again
         self.encoder = Encoder(encoder_dim, encoder_rates, latent_dim, depthwise, odd_stride_extra_pad)
         self.decoder = Decoder(decoder_dim, decoder_rates, latent_dim, depthwise, sr_bin_boundaries)
 
