@@ -2,6 +2,7 @@
 
     python infer.py --ckpt_dir checkpoints/base --lora runs/voice/latest --text "Hello." --output hello.wav
     python infer.py --lora runs/voice/latest:0.8 --input sentences.txt --output_dir out
+    python infer.py --ckpt_dir checkpoints/base --input lines.jsonl --output_dir out    # a line may name its adapter
 
 With --lora alone the base is the one that the adapter records. Fields of the backbone's Sampling are flags,
 too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
@@ -32,13 +33,14 @@ class Infer:
     """Speak with a checkpoint, with or without adapters."""
 
     ckpt_dir: str = opt("", "folder of the checkpoint, or org/name in the local hub cache; empty takes the adapter's base")
-    lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up", repeat=True)
+    lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up; a line of JSONL may name its own",
+                          repeat=True)
     extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     config: str = opt("", "training YAML: its pretrained_path is the checkpoint where ckpt_dir is not given")
     text: str = opt("", "what to say")
     output: str = opt("output.wav", "wav file to write; - streams raw 16-bit samples to stdout as they come")
-    input: str = opt("", "file of sentences, one per line, or JSONL with text and any of output, prompt_audio, prompt_text, "
-                         "reference_audio, speaker, seed, context")
+    input: str = opt("", "file of sentences, one per line, or JSONL with text and any of output, lora, prompt_audio, "
+                         "prompt_text, reference_audio, speaker, seed, context")
     output_dir: str = opt("", "folder for the files of --input: output_001.wav and so on, or the names in the JSONL")
     batch_size: int = opt(4, "sentences of --input that are generated together")
     max_chars_per_piece: int = opt(0, "texts that are longer are cut between sentences and spoken in pieces; 0: never")
@@ -144,15 +146,38 @@ def stated_base(adapter):
     return need(raw, "base_model", str, "") or need(raw, "base_model_name_or_path", str, "")
 
 
-def load_model(cfg, path, chosen):
-    """The model with every adapter of [(path, strength)] on; several are stacked."""
+def voice_of(item):
+    """The name under which the adapters of a request are kept; "" for the base alone."""
+    return " + ".join(item["lora"])
+
+
+def voices_of(requests):
+    """{name: [(path, strength), ...]} of all adapters that requests ask for."""
+    voices = {}
+    for request in requests:
+        name = voice_of(request.item)
+        if name not in voices:
+            voices[name] = [split_strength(spec) for spec in request.item["lora"]]
+    return voices
+
+
+def load_model(cfg, path, voices):
+    """The model with the adapters of all requests: those of one voice on, those of several side by side."""
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
+    chosen = list(itertools.chain(*voices.values()))
     extra, unused = parts_of(cfg, chosen), cfg.allow_unused_tensors
     model = models.load(path, device, dtype, extra=extra, allow_unused=unused, bits=cfg.base_bits)
-    if chosen:
+    if len(voices) > 1:
+        adapted = {name: several for name, several in voices.items() if several}
+        for name, (loaded, skipped) in lora.load_lora_slots(model, adapted, cfg.ignore_base).items():
+            counts = f"{len(loaded)} tensors, {len(skipped)} skipped; one of {len(adapted)} side by side"
+            report_adapters(adapted[name], counts, skipped)
+    elif chosen:
         loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
-        report_adapters(model, chosen, loaded, skipped)
+        counts = f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped"
+        counts += "; " + scale_of(model, chosen)
+        report_adapters(chosen, counts, skipped)
         model.speakers = {**getattr(model, "speakers", {}), **trained_speakers(chosen)}
     if cfg.compile:
         for block in model.blocks():
@@ -160,16 +185,19 @@ def load_model(cfg, path, chosen):
     return model
 
 
-def report_adapters(model, chosen, loaded, skipped):
-    """An adapter that does nothing sounds like the base, so what was loaded is said in numbers."""
-    modules = lora.lora_modules(model)
-    s = lora.state(model).settings
-    scale = f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}"
+def scale_of(model, chosen):
+    """How strongly the adapters act, in words."""
     if len(chosen) > 1:
-        scale = f"rank {max(len(module.lora_A) for module in modules.values())} together"
+        ranks = [len(module.lora_A) for module in lora.lora_modules(model).values()]
+        return f"rank {max(ranks)} together"
+    s = lora.state(model).settings
+    return f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}"
+
+
+def report_adapters(chosen, counts, skipped):
+    """An adapter that does nothing sounds like the base, so what was loaded is said in numbers."""
     names = " + ".join(f"{path} x {strength:g}" for path, strength in chosen)
-    counts = f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped"
-    print(f"adapters: {names}: {counts}; {scale}", file=sys.stderr)
+    print(f"adapters: {names}: {counts}", file=sys.stderr)
     if skipped:
         more = " ..." if len(skipped) > 3 else ""
         print(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}", file=sys.stderr)
@@ -183,23 +211,38 @@ def trained_speakers(chosen):
     return speakers
 
 
-def check_speakers(requests, chosen):
-    """A name that no adapter was trained with is an error that lists those it was."""
-    trained = trained_speakers(chosen)
-    names = trained.keys() | {str(number) for number in trained.values()}
-    wanted = {request.item["speaker"] for request in requests}
-    wrong = sorted(wanted - names - {""})
-    if trained and wrong:
-        raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: "
-                      f"{', '.join(sorted(trained))}")
+def check_speakers(requests, voices):
+    """A name that no adapter of its request was trained with is an error that lists those it was."""
+    for voice, chosen in voices.items():
+        trained = trained_speakers(chosen)
+        names = trained.keys() | {str(number) for number in trained.values()}
+        wanted = {request.item["speaker"] for request in requests if voice_of(request.item) == voice}
+        wrong = sorted(wanted - names - {""})
+        if trained and wrong:
+            raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: "
+                          f"{', '.join(sorted(trained))}")
 
 
-def name_the_only_speaker(requests, model):
-    """Trained on one voice: nobody has to say which."""
-    speakers = getattr(model, "speakers", {}) if model.speaker_input else {}
-    if len(speakers) == 1:
-        for request in requests:
-            request.item["speaker"] = request.item["speaker"] or next(iter(speakers))
+def name_speakers(requests, voices, model):
+    """Trained on one speaker: nobody has to say which. Adapters side by side have numbers of their own."""
+    if not model.speaker_input:
+        return
+    known = {voice: {**model.speakers, **trained_speakers(chosen)} for voice, chosen in voices.items()}
+    for request in requests:
+        item, speakers = request.item, known[voice_of(request.item)]
+        if len(speakers) == 1:
+            item["speaker"] = item["speaker"] or next(iter(speakers))
+        if len(voices) > 1:
+            item["speaker"] = number_of(item["speaker"], speakers)
+            item["context"] = [dict(turn) for turn in item["context"]]
+            for turn in item["context"]:
+                turn["speaker"] = number_of(turn.get("speaker"), speakers)
+
+
+def number_of(name, speakers):
+    """The number of a speaker as a text, or what was given where no number is known for it."""
+    number = speakers.get(name) if isinstance(name, str) else None
+    return name if number is None else str(number)
 
 
 RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a file; few would need a fifth
@@ -232,6 +275,7 @@ def read_requests(cfg):
                     f"pause is {cfg.pause}, expected 0 to {LONGEST_PAUSE} seconds")
     keys = ("prompt_audio", "prompt_text", "reference_audio", "speaker", "seed")
     flags = {key: getattr(cfg, key) for key in keys}
+    flags["lora"] = cfg.lora
     flags["context"] = read_context(cfg.context)
     if cfg.input:
         return read_input(cfg, flags)
@@ -296,9 +340,27 @@ def read_line(line, flags, is_json):
     item = {key: value for key, value in item.items() if value is not None}
     if "speaker" in item:
         item["speaker"] = str(item["speaker"])
+    if "lora" in item:
+        item["lora"], problem = read_lora(item["lora"])
+        if problem:
+            return None, problem
     if "prompt_audio" in item or "prompt_text" in item:  # another recording says something else
         item = {"prompt_audio": "", "prompt_text": "", **item}
     return {**flags, **item}, None
+
+
+def read_lora(specs):
+    """(the adapters that a line names, None), or (None, what is wrong with them)."""
+    if isinstance(specs, str):
+        specs = [specs] if specs else []  # "": the base alone, whatever --lora says
+    if not isinstance(specs, list) or not all(isinstance(spec, str) and spec for spec in specs):
+        return None, f"lora is {specs!r}, expected an adapter folder, with :strength if not 1, or a list"
+    try:
+        for spec in specs:
+            adapters.locate(split_strength(spec)[0])
+    except (Usage, Invalid) as e:
+        return None, f"lora: {e}"
+    return specs, None
 
 
 def read_context(path):
@@ -341,7 +403,7 @@ def outside(target, folder):
 def wrong_request(item, output):
     """What is wrong with a line or with the flags, or None."""
     for key, value in item.items():
-        if key not in ("seed", "context") and (not isinstance(value, str) or "\0" in value):
+        if key not in ("seed", "context", "lora") and (not isinstance(value, str) or "\0" in value):
             return f"{key} is {value!r}, expected a text"
     if type(item["seed"]) is not int or abs(item["seed"]) >= LARGEST_SEED:
         return f"seed is {item['seed']!r}, expected a whole number below 2**62"
@@ -394,7 +456,8 @@ def to_generate(item):
         prompts.append((turn["text"], turn["audio"], turn.get("speaker")))
     if item["prompt_audio"]:
         prompts.append((item["prompt_text"], item["prompt_audio"], speaker))
-    return dict(text=item["text"], prompts=prompts, speaker=speaker, seed=item["seed"])
+    out = dict(text=item["text"], prompts=prompts, speaker=speaker, seed=item["seed"])
+    return {**out, "lora": item["voice"]} if item.get("voice") else out
 
 
 def speak(model, requests, sampling):
@@ -487,15 +550,18 @@ def main():
 
     # All that can be wrong with the command is said before anything slow begins.
     requests = read_requests(cfg)
-    chosen = [split_strength(spec) for spec in cfg.lora]
-    path = checkpoint_of(cfg, chosen)
+    voices = voices_of(requests)
+    path = checkpoint_of(cfg, list(itertools.chain(*voices.values())))
     sampling = read_sampling(cfg, path, extra)
-    check_speakers(requests, chosen)
+    check_speakers(requests, voices)
     make_folders(requests)
 
     # The model with its adapters, and what only it can tell.
-    model = load_model(cfg, path, chosen)
-    name_the_only_speaker(requests, model)
+    model = load_model(cfg, path, voices)
+    name_speakers(requests, voices, model)
+    if len(voices) > 1:
+        for request in requests:
+            request.item["voice"] = voice_of(request.item)
     if cfg.max_audio_length_ms:
         frames = cfg.max_audio_length_ms / 1000 * model.frame_rate
         sampling["max_len"] = max(1, math.floor(frames + 1e-6))  # 0.64 s * 6.25 may come out as 3.9999999

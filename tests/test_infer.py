@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -364,6 +365,37 @@ def test_a_line_of_jsonl_says_all_that_a_flag_says(home):
                 direct(model, "world", [(None, str(home.other), None)], 9), direct(model, "world", [voice], 9)]
     for path, wave in zip(paths, expected):
         assert close(said(path), wave), path
+
+
+def test_lines_name_adapters_of_their_own_and_one_batch_mixes_them(home, monkeypatch):
+    chosen = [[("second", 1.0)], [("first", 0.5)], [("first", 1.0), ("second", 0.5)], [], [("first", 1.0)]]
+    rows = [{"text": "hello"}, {"text": "hello", "lora": f"{home / 'first'}:0.5"}, {"text": "hello", "lora": [str(home / "first"), f"{home / 'second'}:0.5"]},
+            {"text": "hello", "lora": ""}, {"text": "hello", "lora": str(home / "first")}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes, generate = [], voxcpm.VoxCPM.generate_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(voxcpm.VoxCPM, "generate_batch", lambda model, requests, **how: sizes.append(len(requests)) or generate(model, requests, **how))
+        paths, err = speak("--lora", home / "second", "--input", "rows.jsonl", "--batch_size", 3, *SHORT)
+    assert sizes == [3, 2] and err.count("; one of 4 side by side") == 4
+    for path, adapters in zip(paths, chosen):
+        assert close(said(path), adapted(home, *adapters) if adapters else direct(home.model)), adapters
+    assert len({said(path).numpy().tobytes() for path in paths}) == 5
+
+
+def test_adapters_of_lines_are_looked_for_first_and_each_has_its_own_speakers(home, tmp_path):
+    lines = [{"text": "a", "lora": "gone"}, {"text": "a", "lora": 5}, {"text": "a", "lora": [""]}, {"text": "a", "lora": f"{home / 'first'}:inf"}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    err = fails(2, "--ckpt_dir", "nowhere", "--input", "rows.jsonl").splitlines()
+    for line, words in zip(err, ("no adapter at gone", "lora is 5, expected an adapter folder", "lora is \\[''\\]", "the strength is inf")):
+        assert re.search(words, line) and "rows.jsonl line" in line
+    item = dict(lora=["x"], speaker="", context=[{"text": "t", "audio": "a", "speaker": "ben"}])
+    requests = [infer.Request("a.wav", dict(item, lora=[str(home / "first")], speaker="ben")), infer.Request("b.wav", dict(item, lora=[], speaker="ben"))]
+    voices = infer.voices_of(requests)
+    with pytest.raises(Invalid, match="speaker 'carl' is not one of those trained: anna, ben"):
+        infer.check_speakers([infer.Request("a.wav", dict(requests[0].item, speaker="carl"))], voices)
+    csm = types.SimpleNamespace(speaker_input=True, speakers={"ben": 7, "dora": None})
+    infer.name_speakers(requests, voices, csm)
+    assert [(r.item["speaker"], r.item["context"][0]["speaker"]) for r in requests] == [("1", "1"), ("7", "7")]
 
 
 def test_a_line_that_fails_is_counted_and_the_others_are_written(home):
