@@ -2,10 +2,11 @@
 
     python infer.py --ckpt_dir checkpoints/base --lora runs/voice/latest --text "Hello." --output hello.wav
     python infer.py --lora runs/voice/latest:0.8 --input sentences.txt --output_dir out
-    python infer.py --ckpt_dir checkpoints/base --input lines.jsonl --output_dir out    # a line may name its adapter
+    python infer.py --ckpt_dir checkpoints/base --input lines.jsonl   # a line may name its own adapter
 
 With --lora alone the base is the one that the adapter records. Fields of the backbone's Sampling are flags,
-too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
+too (--temperature, --cfg_value, ...): --help --ckpt_dir DIR lists them. Paths of finished files go to stdout,
+everything else to stderr.
 """
 import dataclasses
 import itertools
@@ -251,11 +252,51 @@ RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a
 def read_sampling(cfg, path, extra):
     """What generate takes besides the request: the flags that only the backbone's Sampling has."""
     flags = [f.name for f in dataclasses.fields(Infer)]
-    sampling = configs.build(models.find(path).Sampling, extra, "--", flags, "sampling")
+    module = models.find(path)
+    refuse_flags_of_others(module, extra)
+    sampling = configs.build(module.Sampling, extra, "--", flags, "sampling")
     sampling = dataclasses.asdict(sampling)
     if "retries" not in extra and cfg.output != "-":
         sampling["retries"] = RETRIES
     return sampling
+
+
+def sampling_flags(module):
+    """{accepted name: Setting} of a backbone's Sampling."""
+    return configs.names(module.Sampling, "sampling")
+
+
+def refuse_flags_of_others(module, extra):
+    """A flag of another backbone is no slip of the pen: say whose it is and what there is here."""
+    here, wrong = sampling_flags(module), []
+    for key in extra:
+        if configs.find(key, here):
+            continue
+        others = models.backbones().items()
+        owners = [name for name, other in others if configs.find(key, sampling_flags(other))]
+        if owners:
+            wrong.append(f"--{key}: a flag of {' and '.join(owners)}")
+    if wrong:
+        own = ", ".join(f.name for f in dataclasses.fields(module.Sampling))
+        raise Usage("\n".join([*wrong, f"{module.__name__.rpartition('.')[2]} has {own}"]))
+
+
+def show_help(argv):
+    """The script's own flags, and those of the backbone where a checkpoint is given."""
+    print(configs.describe(Infer, configs.names(Infer, "infer")))
+    rest = [word for word in argv if word not in HELP]
+    cfg, _ = configs.parse(Infer, rest, script="infer", extra=True)
+    if not (cfg.ckpt_dir or cfg.lora or cfg.config):
+        print("\nBackbones have flags of their own: --help with --ckpt_dir DIR or --lora DIR lists them.")
+        return
+    path = checkpoint_of(cfg, [split_strength(spec) for spec in cfg.lora])
+    module = models.find(path)
+    lines = configs.describe_flags(module.Sampling, sampling_flags(module))
+    print(f"\nFlags of this backbone ({module.__name__.rpartition('.')[2]}):\n", *lines, sep="\n")
+    print(f"\nretries is {RETRIES} where files are written, if it is not given.")
+
+
+HELP = {"--help", "-h"}
 
 
 # ------------------------------------------------------------------------------------------------ what to say
@@ -521,7 +562,8 @@ def write(take, rate):
 
 def say_cap(output, finish):
     if finish == "cap":
-        print(f"{output}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
+        print(f"{output}: stopped at the length cap, the model had not ended by itself; if the text is long, "
+              "split it (--max_chars_per_piece)", file=sys.stderr)
 
 
 def stream(model, pieces, sampling, pause):
@@ -546,6 +588,9 @@ def progress(done, total, seconds, started):
 
 
 def main():
+    if HELP & set(sys.argv[1:]):
+        show_help(sys.argv[1:])
+        return
     cfg, extra = configs.parse(Infer, script="infer", extra=True)
 
     # All that can be wrong with the command is said before anything slow begins.

@@ -665,7 +665,7 @@ class CSM(nn.Module):
         cap = min(s.max_len, room - len(rows))
         if cap < 1:
             raise Invalid(f"the text takes {len(rows)} positions and max_len is {s.max_len}; "
-                          f"the model has {room} positions")
+                          f"the model has {room} positions; split it, as --max_chars_per_piece does")
         if len(kept) < len(turns):
             warnings.warn(f"{len(turns) - len(kept)} of {len(turns) - 1} earlier turns were left out: "
                           f"the model has {room} positions")

@@ -1161,7 +1161,7 @@ class Higgs(nn.Module):
         if len(draft.ids) >= room:
             raise Invalid(f"text and reference take {len(draft.ids)} positions; the model has "
                           f"{self.config.max_position_embeddings}, of which speech needs some. "
-                          "Give a shorter reference or a shorter text.")
+                          "Split the text, as --max_chars_per_piece does, or give a shorter reference.")
         frames = min(frames, room - len(draft.ids))
         return Prompt(draft.example(), frames, letters, piece["seed"], request.slot)
 

@@ -823,7 +823,8 @@ class VoxCPM(nn.Module):
         cap = min(by_text, s.max_len, self.config.max_length - len(request["ids"]))
         if cap < 1:
             raise Invalid(f"prompt and text take {len(request['ids'])} positions, "
-                          f"the model has {self.config.max_length}")
+                          f"the model has {self.config.max_length}; split it, as "
+                          "--max_chars_per_piece does, or give a shorter prompt")
         return cap
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
 """infer.py as a user starts it, and what the model promises about generation beyond equality with the original."""
+import dataclasses
 import gc
 import json
 import os
@@ -144,6 +145,20 @@ def test_sampling_fields_are_flags(home):
     assert len({w.numpy().tobytes() for w in waves.values()}) == 3
     assert torch.equal(waves["--cfg-value", "3"], direct(home.model, cfg_value=3.0, inference_timesteps=10))
     assert torch.equal(waves["--inference_timesteps=4",], direct(home.model, inference_timesteps=4))
+
+
+def test_help_lists_the_flags_of_the_backbone_that_is_meant(home):
+    for flags in (("--ckpt_dir", home.base), ("--lora", home / "first"), ("--lora", f"{home / 'first'}:0.5")):
+        code, out, err = here("infer", ("--help", *flags))
+        assert (code, err) == (0, "") and "--output_dir" in out.decode()
+        own = out.decode().split("Flags of this backbone (voxcpm):")[1]
+        told = dict(re.findall(r"--(\w+)\n .*\(default: (.*?)\)", own))
+        assert told == {f.name: "none" if f.default is None else str(f.default) for f in dataclasses.fields(voxcpm.Sampling)}
+        assert own.strip().endswith("retries is 3 where files are written, if it is not given.")
+    code, out, _ = here("infer", ("-h",))
+    assert code == 0 and "Flags of this backbone" not in out.decode() and "--help with --ckpt_dir DIR or --lora DIR" in out.decode()
+    code, _, err = here("infer", ("--help", "--ckpt_dir", "nowhere"))
+    assert code == 1 and "no checkpoint at nowhere" in err
 
 
 def test_the_length_in_milliseconds_is_never_exceeded(home):
@@ -463,7 +478,8 @@ def test_speakers_may_be_numbers(tmp_path, home):
     (("--text", "a"), "give --ckpt_dir"),
     (("--text", "a", "--ckpt_dir", "BASE", "--cfg_vlaue", "2"), "--cfg_vlaue: unknown; the nearest known name is cfg_value"),
     (("--text", "a", "--ckpt_dir", "BASE", "--promt_audio", "x"), "--promt_audio: unknown; the nearest known name is prompt_audio"),
-    (("--text", "a", "--ckpt_dir", "BASE", "--temperature", "1"), "--temperature: unknown"),
+    (("--text", "a", "--ckpt_dir", "BASE", "--temperature", "1", "--cfg_rate", "1"),
+     "--temperature: a flag of csm and higgs and indextts2\n--cfg_rate: a flag of indextts2\nvoxcpm has cfg_value, inference_timesteps, "),
     (("--text", "a", "--ckpt_dir", "BASE", "--cfg_value", "much"), "--cfg_value: 'much' is not a number"),
     (("--text", "a", "--ckpt_dir", "BASE", "--inference_timesteps", "0"), "inference_timesteps is 0, expected at least 1"),
     (("--text", "a", "--ckpt_dir", "BASE", "--max_len", "0"), "max_len is 0, expected at least 1"),
@@ -638,7 +654,7 @@ def test_the_cap_is_the_least_of_text_length_max_len_and_what_the_model_holds(ho
     model.config.max_length = tokens + 1 + 7
     assert len(frames(model, "the hello world", min_len=long)) == 7
     model.config.max_length = tokens + 1
-    with pytest.raises(Invalid, match=f"prompt and text take {tokens + 1} positions, the model has {tokens + 1}"):
+    with pytest.raises(Invalid, match=f"prompt and text take {tokens + 1} positions, the model has {tokens + 1}; split it, as --max_chars"):
         frames(model, "the hello world")
 
 
