@@ -567,8 +567,9 @@ def say_cap(output, finish):
 
 
 def stream(model, pieces, sampling, pause):
-    """Raw 16-bit samples of a text's pieces to stdout as they come. Returns the seconds of audio."""
-    samples, silence = 0, torch.zeros(round(pause * model.out_sample_rate))
+    """Raw 16-bit samples of a text's pieces to stdout as they come, and how far it is to stderr."""
+    started, rate, samples = time.perf_counter(), model.out_sample_rate, 0
+    silence = torch.zeros(round(pause * rate))
     for number, piece in enumerate(pieces):
         chunks = model.generate(**to_generate(piece.item), **sampling)
         for chunk in itertools.chain([silence] if number else [], chunks):
@@ -576,7 +577,8 @@ def stream(model, pieces, sampling, pause):
             sys.stdout.buffer.flush()
             samples += len(chunk)
         say_cap("-", model.finish[0])
-    return samples / model.out_sample_rate
+        done = progress(number + 1, len(pieces), samples / rate, started)
+        print(f"{done} | {rate} Hz", file=sys.stderr)
 
 
 def progress(done, total, seconds, started):
@@ -611,18 +613,17 @@ def main():
         frames = cfg.max_audio_length_ms / 1000 * model.frame_rate
         sampling["max_len"] = max(1, math.floor(frames + 1e-6))  # 0.64 s * 6.25 may come out as 3.9999999
 
-    # One sentence, piece by piece to whoever listens at the other end of the pipe.
-    started = time.perf_counter()
+    # One text, piece by piece to whoever listens at the other end of the pipe.
     pieces = [pieces_of(request, cfg.max_chars_per_piece) for request in requests]
     if cfg.output == "-":
-        seconds = stream(model, pieces[0], sampling, cfg.pause)
-        print(f"{progress(1, 1, seconds, started)} | {model.out_sample_rate} Hz", file=sys.stderr)
+        stream(model, pieces[0], sampling, cfg.pause)
         return
 
     # Or files, some sentences at a time. What fails is counted, the others are written. A text of several
     # pieces is written once the last of them was spoken, which may be in a later batch.
     jobs = list(itertools.chain(*pieces))
-    rate, takes, failed, seconds = model.out_sample_rate, [], 0, 0.0
+    started, rate = time.perf_counter(), model.out_sample_rate
+    takes, failed, seconds = [], 0, 0.0
     for start in range(0, len(jobs), cfg.batch_size):
         part = jobs[start:start + cfg.batch_size]
         takes += speak(model, part, sampling)

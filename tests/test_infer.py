@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -766,6 +767,36 @@ def test_a_long_text_is_spoken_in_pieces_with_pauses(home, tmp_path):
         assert (short - waves[3]).abs().max() < 2e-3
     code, out, err = here("infer", [*map(str, common), "--text", " ".join(parts), "--output", "-", "--max_chars_per_piece", "22", "--pause", "0.1"])
     assert code == 0 and len(out) == 2 * len(whole)
+
+
+SCRIPTS = ("The cat, Dr. Lee said, cost 3.50. ", "\u4f60\u597d\u5417\uff1f\u5f88\u597d\u3002", "\u0928\u092e\u0938\u094d\u0924\u0947\u0964 \u0915\u0948\u0938\u0947 \u0939\u094b? ")
+
+
+def test_a_text_of_fifty_thousand_characters_is_spoken_whole_and_tells_how_far_it_is(home, monkeypatch):
+    draw, text = random.Random(1), ""
+    while len(text) < 50000:
+        text += draw.choice(SCRIPTS)
+    heard = []
+
+    def generate_batch(model, requests, **how):
+        model.finish = ["end"] * len(requests)
+        for i, request in enumerate(requests):
+            heard.append(request["text"])
+            yield i, torch.full((2,), 0.5)
+
+    monkeypatch.setattr(voxcpm.VoxCPM, "generate_batch", generate_batch)
+    Path("book.jsonl").write_text(json.dumps({"text": text}))
+    common = ("--ckpt_dir", home.base, "--max_chars_per_piece", 150, "--pause", 0)
+    _, err = speak(*common, "--input", "book.jsonl", "--batch_size", 8)
+    pieces, done = list(heard), [int(n) for n in re.findall(rf"(\d+)/{len(heard)} \| .*ETA", err)]
+    assert "".join("".join(pieces).split()) == "".join(text.split()) and len(said("output_001.wav")) == 2 * len(pieces)
+    assert 334 <= len(pieces) < 450 and max(map(len, pieces)) <= 150, "as few as whole sentences allow"
+    assert all(piece.endswith((".", "?", "\u3002", "\uff1f", "\u0964")) and not piece.endswith("Dr.") for piece in pieces)
+    assert done == [*range(8, len(pieces), 8), len(pieces)]
+    heard.clear()
+    code, out, err = here("infer", (*common, "--text", text, "--output", "-"))
+    assert code == 0 and heard == pieces and len(out) == 4 * len(pieces)
+    assert len(re.findall(rf"\d+/{len(pieces)} \| .* Hz", err)) == len(pieces)
 
 
 @pytest.mark.parametrize("flags, words", ((("--max_chars_per_piece", "-1"), "max_chars_per_piece is -1"), (("--pause", "1e9"), "pause is")))
