@@ -25,7 +25,7 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from models.parts import Invalid, adapters, audio, sentences
+from models.parts import Invalid, adapters, audio, measures, sentences
 from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
 
 
@@ -46,6 +46,7 @@ class Infer:
     batch_size: int = opt(4, "sentences of --input that are generated together")
     max_chars_per_piece: int = opt(0, "texts that are longer are cut between sentences and spoken in pieces; 0: never")
     pause: float = opt(0.2, "seconds of silence between the pieces of a text")
+    trim_end: float = opt(-1.0, "cut silence and noise behind the last speech, down to this many seconds; negative leaves it")
     prompt_audio: str = opt("", "recording to continue in the same voice; needs prompt_text")
     prompt_text: str = opt("", "transcript of prompt_audio")
     context: str = opt("", "JSON list or JSONL of earlier turns, oldest first: {text, audio, speaker}; for backbones that "
@@ -314,6 +315,8 @@ def read_requests(cfg):
     if cfg.max_chars_per_piece < 0 or not 0 <= cfg.pause <= LONGEST_PAUSE:
         raise Usage(f"max_chars_per_piece is {cfg.max_chars_per_piece}, expected at least 0; "
                     f"pause is {cfg.pause}, expected 0 to {LONGEST_PAUSE} seconds")
+    if cfg.trim_end >= 0 and cfg.output == "-":
+        raise Usage("--trim_end hears a sound to its end, and --output - gives it away before; write a file")
     keys = ("prompt_audio", "prompt_text", "reference_audio", "speaker", "seed")
     flags = {key: getattr(cfg, key) for key in keys}
     flags["lora"] = cfg.lora
@@ -546,6 +549,15 @@ def joined(takes, rate, pause):
     return Take(takes[0].output, torch.cat(waves), finish)
 
 
+def trimmed(take, rate, keep):
+    """(the take, with `keep` seconds behind its last speech at most, seconds that are gone)"""
+    if take.error or keep < 0:
+        return take, 0.0
+    most = math.ceil((measures.end_of_speech(take.wave, rate) + keep) * rate)
+    gone = max(0, len(take.wave) - most)
+    return take._replace(wave=take.wave[:most]), gone / rate
+
+
 def write(take, rate):
     """Write a take and print its path; what keeps it from being written is printed, and False returned."""
     try:
@@ -623,10 +635,13 @@ def main():
     # pieces is written once the last of them was spoken, which may be in a later batch.
     jobs = list(itertools.chain(*pieces))
     started, rate = time.perf_counter(), model.out_sample_rate
-    takes, failed, seconds = [], 0, 0.0
+    takes, cuts, failed, seconds = [], [], 0, 0.0
     for start in range(0, len(jobs), cfg.batch_size):
         part = jobs[start:start + cfg.batch_size]
-        takes += speak(model, part, sampling)
+        for take in speak(model, part, sampling):
+            take, gone = trimmed(take, rate, cfg.trim_end)
+            takes.append(take)
+            cuts.append(gone)
         while takes and len(takes) >= len(pieces[0]):
             count = len(pieces.pop(0))
             take = joined(takes[:count], rate, cfg.pause)
@@ -636,6 +651,10 @@ def main():
             else:
                 failed += 1
         print(progress(start + len(part), len(jobs), seconds, started), file=sys.stderr)
+    if cfg.trim_end >= 0:
+        count = len([gone for gone in cuts if gone])
+        print(f"{count} of {len(cuts)} takes had more than {cfg.trim_end:g} s behind their last speech; "
+              f"{sum(cuts):.1f} s are cut", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(requests)} failed", file=sys.stderr)
         sys.exit(1)

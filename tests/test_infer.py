@@ -27,6 +27,7 @@ from tests import tiny_csm
 from tests import tiny_voxcpm as tiny
 from tests.conftest import ROOT
 from tests.running import here
+from tests.test_measures import speech_like
 
 FOUR = ("--min_len", "3", "--max_len", "4")  # patches, whatever the stop head says
 SHORT = (*FOUR, "--inference_timesteps", "3")
@@ -797,6 +798,27 @@ def test_a_text_of_fifty_thousand_characters_is_spoken_whole_and_tells_how_far_i
     code, out, err = here("infer", (*common, "--text", text, "--output", "-"))
     assert code == 0 and heard == pieces and len(out) == 4 * len(pieces)
     assert len(re.findall(rf"\d+/{len(pieces)} \| .* Hz", err)) == len(pieces)
+
+
+def test_what_is_behind_the_last_speech_is_cut_when_asked_for_and_counted(home, monkeypatch):
+    rate = models.load(home.base).out_sample_rate
+    speech, hiss = speech_like(rate), 0.02 * torch.randn(2 * rate, generator=torch.Generator().manual_seed(0))
+    ends = {"long": torch.cat([torch.zeros(rate), hiss]), "none": torch.zeros(rate // 20), "bad": torch.full((rate,), float("nan"))}
+
+    def generate_batch(model, requests, **how):
+        model.finish = ["end"] * len(requests)
+        yield from ((i, torch.cat([speech, ends[request["text"]]])) for i, request in enumerate(requests))
+
+    monkeypatch.setattr(voxcpm.VoxCPM, "generate_batch", generate_batch)
+    Path("lines.txt").write_text("long\nnone\n")
+    flags = ("--ckpt_dir", home.base, "--input", "lines.txt")
+    paths, err = speak(*flags)
+    assert [len(said(path)) for path in paths] == [len(speech) + len(ends[text]) for text in ("long", "none")] and "behind" not in err
+    paths, err = speak(*flags, "--trim_end", 0.25)
+    assert len(said(paths[0])) == pytest.approx(len(speech) + 0.25 * rate, abs=0.06 * rate) and len(said(paths[1])) == len(speech) + rate // 20
+    assert re.search(r"1 of 2 takes had more than 0.25 s behind their last speech; 2\.[78] s are cut", err)
+    assert "not written, sample" in fails(1, "--ckpt_dir", home.base, "--text", "bad", "--trim_end", 0.25)
+    assert "--trim_end hears a sound to its end" in fails(2, "--ckpt_dir", home.base, "--text", "a", "--output", "-", "--trim_end", 0)
 
 
 @pytest.mark.parametrize("flags, words", ((("--max_chars_per_piece", "-1"), "max_chars_per_piece is -1"), (("--pause", "1e9"), "pause is")))
