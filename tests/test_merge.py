@@ -236,6 +236,9 @@ def test_a_shrunk_adapter_is_the_best_of_its_rank_and_says_what_it_keeps(home):
     merge("--ckpt_dir", base, "--lora", a, "--lora", b, "--to", "peft", "--rank", 6, to="both")  # a thin pair is filled up
     same, both = updates(adapted(base, (a, 1.0), (b, 1.0))), updates(adapted(base, ("both", 1.0)))
     assert all(torch.allclose(same[name], both[name], atol=1e-5) for name in same)
+    merge("--ckpt_dir", base, "--lora", f"{a}:0.75", "--to", "native", "--rank", 4, to="one")  # of its own rank, with its scale and strength
+    one, whole = updates(adapted(base, ("one", 1.0))), updates(adapted(base, (a, 1.0)))
+    assert all(torch.allclose(one[name], 0.75 * whole[name], atol=1e-5) for name in whole)
     assert "--rank 5: the adapter has rank 4; only a smaller one says less" in fails(2, "--ckpt_dir", base, "--lora", a, "--to", "native", "--rank", 5, to="x")
 
 
