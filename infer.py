@@ -150,7 +150,7 @@ def stated_base(adapter):
 
 def voice_of(item):
     """The name under which the adapters of a request are kept; "" for the base alone."""
-    return " + ".join(item["lora"])
+    return "\0".join(item["lora"])  # which no path holds
 
 
 def voices_of(requests):
@@ -397,7 +397,8 @@ def read_lora(specs):
     """(the adapters that a line names, None), or (None, what is wrong with them)."""
     if isinstance(specs, str):
         specs = [specs] if specs else []  # "": the base alone, whatever --lora says
-    if not isinstance(specs, list) or not all(isinstance(spec, str) and spec for spec in specs):
+    known = isinstance(specs, list) and all(isinstance(spec, str) and spec for spec in specs)
+    if not known or "\0" in "".join(specs):
         return None, f"lora is {specs!r}, expected an adapter folder, with :strength if not 1, or a list"
     try:
         for spec in specs:

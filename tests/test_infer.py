@@ -400,10 +400,13 @@ def test_lines_name_adapters_of_their_own_and_one_batch_mixes_them(home, monkeyp
 
 
 def test_adapters_of_lines_are_looked_for_first_and_each_has_its_own_speakers(home, tmp_path):
-    lines = [{"text": "a", "lora": "gone"}, {"text": "a", "lora": 5}, {"text": "a", "lora": [""]}, {"text": "a", "lora": f"{home / 'first'}:inf"}]
+    lines = [{"text": "a", "lora": "gone"}, {"text": "a", "lora": 5}, {"text": "a", "lora": [""]}, {"text": "a", "lora": f"{home / 'first'}:inf"},
+             {"text": "a", "lora": "a\0b"}]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     err = fails(2, "--ckpt_dir", "nowhere", "--input", "rows.jsonl").splitlines()
-    for line, words in zip(err, ("no adapter at gone", "lora is 5, expected an adapter folder", "lora is \\[''\\]", "the strength is inf")):
+    assert len(err) == len(lines)
+    for line, words in zip(err, ("no adapter at gone", "lora is 5, expected an adapter folder", "lora is \\[''\\]", "the strength is inf",
+                                "lora is \\['a.x00b'\\], expected")):
         assert re.search(words, line) and "rows.jsonl line" in line
     item = dict(lora=["x"], speaker="", context=[{"text": "t", "audio": "a", "speaker": "ben"}])
     requests = [infer.Request("a.wav", dict(item, lora=[str(home / "first")], speaker="ben")), infer.Request("b.wav", dict(item, lora=[], speaker="ben"))]
