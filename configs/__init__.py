@@ -535,7 +535,14 @@ def build(cls, values, where="", nearby=(), script=None):
 
 def describe(cls, index):
     """The text of --help: every field with its sentence, default and other names."""
-    lines = [(cls.__doc__ or "").strip(), ""]
+    lines = [(cls.__doc__ or "").strip(), "", *describe_flags(cls, index), ""]
+    lines.append("--key value, --key=value and key=value are the same, and so are - and _ in a key.")
+    return "\n".join(lines)
+
+
+def describe_flags(cls, index):
+    """Two lines for each field."""
+    lines = []
     for accepted, setting in index.items():
         if accepted != setting.name or setting.compute:
             continue
@@ -552,8 +559,7 @@ def describe(cls, index):
         if also:
             text += "; also " + ", ".join(("-" if len(name) < 2 else "--") + name for name in also)
         lines.append(f"  --{accepted}\n        {text}")
-    lines += ["", "--key value, --key=value and key=value are the same, and so are - and _ in a key."]
-    return "\n".join(lines)
+    return lines
 
 
 def run(main):

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.codecs import mimi
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
@@ -723,7 +723,7 @@ class CSM(nn.Module):
         cap = min(s.max_len, room - len(rows))
         if cap < 1:
             raise Invalid(f"the text takes {len(rows)} positions and max_len is {s.max_len}; "
-                          f"the model has {room} positions")
+                          f"the model has {room} positions; split it, as --max_chars_per_piece does")
         if len(kept) < len(turns):
             warnings.warn(f"{len(turns) - len(kept)} of {len(turns) - 1} earlier turns were left out: "
                           f"the model has {room} positions")
@@ -746,9 +746,12 @@ class CSM(nn.Module):
         x = self._embed_prompts(batch, prompts)
         caches = make_caches(self.backbone_model.layers, len(requests), batch.columns, x)
         depth = self._depth_of(len(requests), s)
-        h = self._read(x, batch.prompt(), caches)
+        places = [request.get("slot") for request in requests]  # of their adapters, where there are several
+        with slots.acting(self, places):
+            h = self._read(x, batch.prompt(), caches)
         for n in range(most):
-            frame = self._frame(h, draws[:, n], s, n, depth)  # (B, K)
+            with slots.acting(self, [places[i] for i in speaking.requests]):
+                frame = self._frame(h, draws[:, n], s, n, depth)  # (B, K)
             shown = frame.cpu().clone()  # outside of inference mode, so that a caller may train on it
             ended = ~shown.numpy().any(1)
             numbers = speaking.requests
@@ -763,7 +766,8 @@ class CSM(nn.Module):
                 frame, draws = frame[going], draws[going]
                 for part in [batch, depth, *caches]:
                     part.keep(going)
-            h = self._step(frame, batch.step(n), caches)
+            with slots.acting(self, [places[i] for i in speaking.requests]):
+                h = self._step(frame, batch.step(n), caches)
         self.finish = speaking.finish
 
     def _draws(self, requests):
@@ -849,7 +853,8 @@ class CSM(nn.Module):
     def generate_batch(self, requests, **sampling):
         """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. chunk_frames frames."""
         s = Sampling(**sampling)
-        requests = [self._request(**request) for request in requests]
+        named = slots.named(self, requests)
+        requests = [dict(self._request(**r), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         streams = [codec.stream() for _ in requests]
         silent = set(range(len(requests)))

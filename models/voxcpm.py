@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.codecs import audiovae
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
 from models.parts.plain import alike, as_record, layers, need, read_object, shown, sized
@@ -313,13 +313,13 @@ class DiT(nn.Module):
         self.width, self.fused = c.hidden_dim, fused
         self.float32_time = False
 
-    def embed_time(self, t, dtype):
-        """Times (N,) float32 in [0, 1], 1 is noise -> (N, C)."""
+    def embed_time(self, t, dtype, rows=1):
+        """Times (N,) float32 in [0, 1], 1 is noise -> (N, C). rows: those of a batch, one after the other."""
         t = t if self.float32_time else t.to(dtype)
         time = self.time_mlp(sinusoid(t, self.width).to(dtype))
         # The step size is always given as zero, yet what its MLP makes of a zero was trained and is added.
-        zero = sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype)
-        return time + self.delta_time_mlp(zero)
+        zero = sinusoid(torch.zeros_like(t[:rows]), self.width).to(dtype)
+        return time + self.delta_time_mlp(zero).repeat(len(t) // rows, 1)
 
     def forward(self, x, mu, t, cond):
         """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) -> (N, P, D)."""
@@ -361,14 +361,18 @@ class Flow(nn.Module):
         one, do nothing.
         """
         t, dit = self.grid(steps, mu.dtype, z.device), self.estimator
-        times = dit.embed_time(t, mu.dtype)
         mu = torch.cat([mu, torch.zeros_like(mu)])
+        # Of a time all rows make the same, unless each has an adapter of its own there.
+        apart = slots.hold(dit.time_mlp, dit.delta_time_mlp)
+        rows = len(mu) if apart else 1
+        t_rows = t.repeat_interleave(rows)
+        times = dit.embed_time(t_rows, mu.dtype, rows).split(rows)
         cond = dit.cond_proj(cond).repeat(2, 1, 1)
         x = z
         idle = max(1, int((steps + 1) * IDLE_SHARE))
         for i in range(idle, steps):
             noisy = dit.in_proj(x.to(mu.dtype)).repeat(2, 1, 1)
-            with_mu, without = dit.velocity(noisy, mu, times[i:i + 1], cond).float().chunk(2)
+            with_mu, without = dit.velocity(noisy, mu, times[i], cond).float().chunk(2)
             a, b = with_mu.flatten(1), without.flatten(1)
             scale = (a * b).sum(1) / (b.square().sum(1) + 1e-8)
             guided = scale[:, None, None] * without * (1 - cfg_value)
@@ -708,7 +712,8 @@ class VoxCPM(nn.Module):
         """Base LM, quantiser at the audio positions `place` (flat), residual LM. (B, L, H) each."""
         e = self.base_lm(x, contexts[0], caches[0])
         flat = e.flatten(0, 1)
-        coarse = self.fsq_layer(flat[place]).to(flat.dtype)
+        with slots.picked(self, place, e.shape[1]):
+            coarse = self.fsq_layer(flat[place]).to(flat.dtype)
         e = flat.index_copy(0, place, coarse).view_as(e)
         spoken = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # zero on text
         return e, self.residual_lm(self._residual_input(e, spoken), contexts[1], caches[1])
@@ -831,28 +836,35 @@ class VoxCPM(nn.Module):
         cap = min(by_text, s.max_len, self.config.max_length - len(request["ids"]))
         if cap < 1:
             raise Invalid(f"prompt and text take {len(request['ids'])} positions, "
-                          f"the model has {self.config.max_length}")
+                          f"the model has {self.config.max_length}; split it, as "
+                          "--max_chars_per_piece does, or give a shorter prompt")
         return cap
 
     @torch.no_grad()
     def _run(self, requests, s):
         """Yields (i, patch (P, D)) of every request, one step for all that still speak; sets self.finish."""
         caps = [self._cap(request, s) for request in requests]
-        batch = LeftPadded([len(request["ids"]) for request in requests], max(caps), self.device)
+        lengths = [len(request["ids"]) for request in requests]
+        batch = LeftPadded(lengths, max(caps), self.device)
         speaking = Speaking(caps)
         self.finish = speaking.finish  # of this run, should another begin before it ends
         draws = [generator(request["seed"]) for request in requests]
-        cond = torch.stack([self._last_patch(request) for request in requests]).to(self.device, self.dtype)
-        caches, lm_h, res_h = self._read(batch, requests)
+        places = [request.get("slot") for request in requests]  # of their adapters, where there are several
+        cond = torch.stack([self._last_patch(request) for request in requests])
+        cond = cond.to(self.device, self.dtype)
+        with slots.acting(self, places):
+            caches, lm_h, res_h = self._read(batch, requests)
         for n in range(max(caps)):
             numbers = speaking.requests
             noise = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers])
             z = s.noise_scale * noise.to(self.device)
-            mu = self._condition(lm_h, res_h)
-            patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
             ended = [0] * len(numbers)
-            if n > s.min_len:
-                ended = self._stop_logits(lm_h).argmax(-1).tolist()
+            asked = [places[i] for i in numbers]
+            with slots.acting(self, asked):
+                mu = self._condition(lm_h, res_h)
+                patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
+                if n > s.min_len:
+                    ended = self._stop_logits(lm_h).argmax(-1).tolist()
             going = speaking.after(n, ended)
             for row, i in enumerate(numbers):
                 yield i, patch[row]  # the last one belongs to the speech, too
@@ -864,7 +876,9 @@ class VoxCPM(nn.Module):
                 for part in [batch, *caches[0], *caches[1]]:
                     part.keep(going)
             cond = patch.to(self.dtype)
-            lm_h, res_h = self._step(cond, batch.step(n), caches)
+            asked = [places[i] for i in speaking.requests]
+            with slots.acting(self, asked):
+                lm_h, res_h = self._step(cond, batch.step(n), caches)
         self.finish = speaking.finish
 
     def _last_patch(self, request):
@@ -876,9 +890,12 @@ class VoxCPM(nn.Module):
     def _read(self, batch, requests):
         """All prompts go in: (caches of both LMs, the two states (B, H) that predict the first patches)."""
         tokens = batch.stack([torch.tensor(request["ids"]) for request in requests])
-        place = (tokens.flatten() == PATCH).nonzero().flatten().to(self.device)
-        patches = torch.cat([request["patches"] for request in requests]).to(self.device, self.dtype)
-        embed = self.enc_to_lm_proj(self.feat_encoder(patches))
+        place = (tokens.flatten() == PATCH).nonzero().flatten()
+        place = place.to(self.device)
+        patches = torch.cat([request["patches"] for request in requests])
+        patches = patches.to(self.device, self.dtype)
+        with slots.picked(self, place, batch.width):
+            embed = self.enc_to_lm_proj(self.feat_encoder(patches))
         x = self._embed(tokens.clamp(min=0).to(self.device)).flatten(0, 1)
         x = x.index_copy(0, place, embed).view(*tokens.shape, -1)
         both = self.base_lm, self.residual_lm
@@ -929,7 +946,8 @@ class VoxCPM(nn.Module):
     def generate_batch(self, requests, **sampling):
         """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. CHUNK patches."""
         s = Sampling(**sampling)
-        requests = [self._request(**request) for request in requests]
+        named = slots.named(self, requests)
+        requests = [dict(self._request(**r), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         streams = [codec.stream() for _ in requests]
         for stream, request in zip(streams, requests):

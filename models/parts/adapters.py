@@ -12,6 +12,7 @@ also records backbone, base, a fingerprint of the base and the settings in the s
 tools look past it.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, checkpoint, targets
 from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
@@ -530,6 +531,7 @@ def write(model, tensors, settings, place, record):
     folder.mkdir(parents=True, exist_ok=True)
     draft = _draft(model, tensors, settings, kind, place.naming or model.adapter_namings[kind])
     draft.base = record.get("base") or getattr(model, "path", "")
+    _say_what_is_refused(model, settings, draft)
     out = {}
     for name, value in tensors.items():
         for key, published in _published(model, draft, name, value).items():
@@ -541,6 +543,42 @@ def write(model, tensors, settings, place, record):
     config = json.dumps(WRITERS[kind](model, draft), indent=2, ensure_ascii=False)
     (folder / CONFIGS[kind]).write_text(config + "\n", encoding="utf-8")
     return folder
+
+
+def unfilled(model, settings, kind, modules):
+    """Modules that the words of the settings file mean beyond `modules`, and those that it cannot mean.
+
+    Tools of the voxcpm format build their layers from these words, which name kinds of layers, not layers.
+    """
+    if kind != "voxcpm":
+        return [], []
+    words = model.adapter_words(list(modules), {})
+    meant = targets.linears(model, type(settings)(**words))
+    return [name for name in meant if name not in modules], [name for name in modules if name not in meant]
+
+
+def _say_what_is_refused(model, settings, draft):
+    """Some servers want every pair that the settings mean, and nothing besides pairs."""
+    missing, beyond = unfilled(model, settings, draft.kind, draft.modules)
+    told = []
+    if missing:
+        told.append(f"no pair for {len(missing)} layers that its settings mean, {missing[0]} among them "
+                    "(merge_lora.py --zero_fill writes zeros)")
+    if beyond:
+        told.append(f"pairs of {len(beyond)} layers that its settings cannot name, such as {beyond[0]}")
+    if draft.biased:
+        told.append("biases (lora.bias)")
+    if draft.full:
+        told.append(f"{len(draft.full)} tensors trained in full, such as {draft.full[0]}")
+    if told:
+        _say_once(f"strict servers refuse this adapter: it has {'; '.join(told)}. Merged into its base it "
+                  "loads.")
+
+
+@functools.cache
+def _say_once(text):
+    """To stderr, once in a process: a run saves the same adapter many times."""
+    print(text, file=sys.stderr)
 
 
 def _draft(model, tensors, settings, kind, naming):

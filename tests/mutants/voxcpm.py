@@ -68,7 +68,7 @@ MUTANTS = [
     ("9.6 time always in float32", MODEL, "k = torch.arange(half, dtype=t.dtype", "t = t.float(); k = torch.arange(half, dtype=t.dtype", ROUNDING),
     # 7: flow and guidance
     ("9.7 condition zeroed with mu", MODEL, "dit.cond_proj(cond).repeat(2, 1, 1)", "dit.cond_proj(torch.cat([cond, torch.zeros_like(cond)]))", LATENTS),
-    ("9.7 times of the next step", MODEL, "times[i:i + 1]", "times[i + 1:i + 2]", LATENTS),
+    ("9.7 times of the next step", MODEL, "times[i]", "times[i + 1]", LATENTS),
     ("9.7 mu kept", MODEL, "torch.cat([mu, torch.zeros_like(mu)])", "torch.cat([mu, mu])", LATENTS),
     ("9.7 no rescaling", MODEL, "scale = (a * b).sum(1) / (b.square().sum(1) + 1e-8)", "scale = torch.ones(len(a))", LATENTS),
     ("9.7 rescaling per frame", MODEL, "with_mu.flatten(1), without.flatten(1)", "with_mu.mean(1), without.mean(1)", LATENTS),
