@@ -70,7 +70,7 @@ class Train:
 
     # How long, and what happens on the way
     num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else what suits the amount of data")
-    max_steps: int = opt(0, "steps over which the learning rate falls to zero; 0 means num_iters")
+    max_steps: int = opt(0, "steps over which the learning rate falls to zero (see schedule); 0 means num_iters")
     epochs: float = opt(0.0, "length in passes over the data, wins over num_iters; 0 is off")
     log_interval: int = opt(10, "steps between lines in the log")
     valid_interval: int | None = opt(None, "steps between validations; empty takes a tenth of the run, 0 only the end")
@@ -85,6 +85,8 @@ class Train:
     # The update
     learning_rate: float = opt(1e-4, "peak, reached after warmup_steps")
     weight_decay: float = opt(0.01, "on every trained tensor")
+    schedule: str = opt("cosine", "after warm-up: cosine or linear to zero, constant, or wsd: constant, then linear to zero over "
+                                  "the last fifth", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = opt(100, "steps over which the learning rate rises from zero")
     warmup_ratio: float = opt(0.0, "warm-up as a share of the schedule instead of warmup_steps; 0 is off")
     max_grad_norm: float = opt(0.0, "longer gradients are scaled down to this norm; 0 never")
@@ -138,6 +140,7 @@ AT_LEAST_ZERO = {
     "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+DECAY = 0.2  # of the steps, in which wsd falls to zero: a tenth to a fifth do, and few steps need the longer one
 # Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
 # so many steps, since by then a voice is learned; but all of the data once.
 USUAL_EPOCHS, USUAL_STEPS = 20, 1500
@@ -295,14 +298,21 @@ def intervals(cfg, steps):
 
 
 def learning_rate(cfg, s, span, warmup):
-    """Rate of the update after s completed ones: linear up, cosine down to zero at `span`, zero from then on.
+    """Rate of the update after s completed ones: linear up, then by `schedule`, most of which are zero from
+    `span` on.
 
     The first update has rate zero: it fills the optimizer's moments and moves nothing.
     """
     if s < warmup:
         return cfg.learning_rate * s / warmup
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
     if s >= span:
         return 0.0
+    if cfg.schedule == "linear":
+        return cfg.learning_rate * (span - s) / (span - warmup)
+    if cfg.schedule == "wsd":
+        return cfg.learning_rate * min(1.0, (span - s) / (DECAY * span))
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (span - warmup)))
 
 
@@ -1080,8 +1090,10 @@ def announce_length(cfg, place, schedule, log):
             f"micro-batches and {per_epoch / per_step:.1f} steps per epoch, "
             f"{schedule.epochs:.1f} epochs in all")
     told = f"epochs {cfg.epochs:g} means" if cfg.epochs else "no length is set; for this much data it is"
+    falls = cfg.schedule != "constant"
     if cfg.epochs or not (cfg.num_iters or cfg.max_steps):
-        log.say(f"{told} {steps} steps, {warmup} of them warm-up; the learning rate reaches zero at the last")
+        end = "the learning rate reaches zero at the last" if falls else "then the learning rate is constant"
+        log.say(f"{told} {steps} steps, {warmup} of them warm-up; {end}")
     log.say(f"validation every {schedule.validate_every} steps, checkpoint every {schedule.save_every}; "
             "0 is only at the end")
     if schedule.epochs > MANY_EPOCHS:
@@ -1092,7 +1104,7 @@ def announce_length(cfg, place, schedule, log):
         most = learning_rate(cfg, steps - 1, span, warmup)
         log.say(f"the warm-up of {warmup} steps is no shorter than the run: the learning rate reaches "
                 f"{most:.3g} of {cfg.learning_rate:g}. Say --warmup_steps {steps // 10}.", "warning")
-    if span != steps:
+    if span != steps and falls:
         log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} "
                 "(num_iters)", "warning")
 

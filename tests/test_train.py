@@ -367,6 +367,21 @@ def test_the_learning_rate_rises_falls_and_stays_at_zero(straight):
     assert logged == [train.learning_rate(flags_of("--learning_rate", 0.01), s, 20, 2) for s in range(20)]
 
 
+SHAPES = {  # of ten steps with four of warm-up, then three after the end
+    "linear": [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0, 0],
+    "constant": [1] * 9,
+    "wsd": [1, 1, 1, 1, 1, 0.5, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_schedule_has_its_shape_and_says_how_it_ends(name):
+    cfg, heard = flags_of("--learning_rate", 2.0, "--schedule", name), Heard()
+    assert [train.learning_rate(cfg, s, 10, 4) / 2 for s in range(13)] == pytest.approx([0, 0.25, 0.5, 0.75, *SHAPES[name]])
+    train.announce_length(cfg, train.Place(torch.device("cpu"), 0, 1), schedule(), heard)
+    assert ("reaches zero at the last" in heard.lines[1]) == (name != "constant")
+
+
 def test_validation_and_its_samples_do_not_disturb_training(home, straight):
     flags = ("--grad_accum_steps", 3, "--num_iters", 4)
     go(home, "validated", *flags, "--val_manifest", "val.jsonl", "--valid_interval", 1, "--val_samples", 1)
