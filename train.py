@@ -11,6 +11,7 @@ restart changes what is computed. Interrupted runs go on from save_path by thems
 `main`, at the end, is the whole story. What stands before it comes in the order in which main needs it. The
 run folder, the log and all else that computes nothing are in models/parts/run.py.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -76,6 +77,7 @@ class Train:
     valid_interval: int | None = opt(None, "steps between validations; empty takes a tenth of the run, 0 only the end")
     save_interval: int | None = opt(None, "steps between checkpoints; empty takes a tenth of the run, 0 only the end")
     save_epochs: float = opt(0.0, "passes over the data between checkpoints, beside save_interval; 0 is off")
+    patience: int = opt(0, "end the run after so many validations without a lower loss; 0 is off")
     keep_last: int = opt(0, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = opt(0, "with keep_last: also keep every checkpoint whose step this divides")
     keep_best: bool = opt(True, "with keep_last: also keep the one with the lowest validation loss")
@@ -90,6 +92,7 @@ class Train:
     warmup_steps: int = opt(100, "steps over which the learning rate rises from zero")
     warmup_ratio: float = opt(0.0, "warm-up as a share of the schedule instead of warmup_steps; 0 is off")
     max_grad_norm: float = opt(0.0, "longer gradients are scaled down to this norm; 0 never")
+    ema: float = opt(0.0, "decay per step of an average of the trained weights, which is validated and saved then; 0 is off")
     optimizer: str = opt("adamw", "adamw, adam or sgd", choices=("adamw", "adam", "sgd"))
     lambdas: dict[str, float] = opt({}, "weight of each loss; one that is not listed keeps the backbone's")
     seed: int = opt(42, "of the order of rows and of every draw")
@@ -129,18 +132,18 @@ FREE = {
     "config", "pretrained_path", "extra", "train_manifest", "val_manifest", "save_path", "tensorboard",
     "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
-    "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
+    "patience", "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "log_level",
     "debug",
 }
 AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
 AT_LEAST_ZERO = {
     "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
-    "valid_interval", "save_interval", "save_epochs", "keep_last", "keep_every", "val_samples",
+    "valid_interval", "save_interval", "save_epochs", "patience", "keep_last", "keep_every", "val_samples",
     "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-DECAY = 0.2  # of the steps, in which wsd falls to zero: a tenth to a fifth do, and few steps need the longer one
+DECAY = 0.2  # of the steps, in which wsd falls to zero: a tenth to a fifth will do, and short runs need more
 # Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
 # so many steps, since by then a voice is learned; but all of the data once.
 USUAL_EPOCHS, USUAL_STEPS = 20, 1500
@@ -162,6 +165,12 @@ def check_settings(cfg):
             wrong.append(f"{name} is {value}, expected at least 1")
         if name in AT_LEAST_ZERO and (value or 0) < 0:
             wrong.append(f"{name} is {value}, expected at least 0")
+    if cfg.lora and cfg.lora.b_lr_ratio <= 0:
+        wrong.append(f"lora.b_lr_ratio is {cfg.lora.b_lr_ratio:g}, expected above 0; 1 is off")
+    if not 0 <= cfg.ema < 1:
+        wrong.append(f"ema is {cfg.ema:g}, expected 0, which is off, or a decay below 1 such as 0.999")
+    if cfg.patience and not (cfg.val_manifest and cfg.valid_interval != 0):
+        wrong.append("patience counts validations: it needs val_manifest, and a valid_interval above 0")
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
     if cfg.overwrite and Path(cfg.save_path).is_dir():
@@ -449,6 +458,7 @@ class Trainee(NamedTuple):
     masters: "Masters"
     optimizer: torch.optim.Optimizer
     lambdas: dict[str, float]
+    average: "Average"
 
 
 def find_run(cfg, settings, defaults, place, log):
@@ -520,8 +530,20 @@ def prepare(cfg, model, lambdas, log):
     rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
     rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
     on_gpu = model.device.type == "cuda"
-    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=on_gpu, **rates)
-    return Trainee(model, masters, optimizer, lambdas)
+    optimizer = OPTIMIZERS[cfg.optimizer](parameter_groups(cfg, masters), fused=on_gpu, **rates)
+    return Trainee(model, masters, optimizer, lambdas, Average(masters, cfg.ema))
+
+
+def parameter_groups(cfg, masters):
+    """What the optimizer steps on. With lora.b_lr_ratio the B of all adapters are a group with a rate of its
+    own: `ratio` times that of the others."""
+    ratio = cfg.lora.b_lr_ratio if cfg.lora else 1.0
+    if ratio == 1.0:
+        return masters.parameters
+    named = list(zip(masters.named, masters.parameters))
+    others = [p for name, p in named if not name.endswith(".lora_B")]
+    fast = [p for name, p in named if name.endswith(".lora_B")]
+    return [{"params": others, "ratio": 1.0}, {"params": fast, "ratio": ratio}]
 
 
 def add_adapters(cfg, model):
@@ -556,7 +578,7 @@ def resume(cfg, past, trainee, progress, log):
 
 def restore(cfg, folder, trainee):
     """The counterpart of `save`. The weights of a full run are there already: load_model has read them."""
-    model, masters, optimizer, _ = trainee
+    model, masters, optimizer, _, average = trainee
     path = folder / "optimizer.pth"
     saved = torch.load(path, map_location="cpu", weights_only=True)
     # Values beside the optimizer are there because the files of the model hold something less exact.
@@ -569,6 +591,7 @@ def restore(cfg, folder, trainee):
     elif cfg.lora:
         lora.restore_lora_weights(model, folder, cfg.ignore_base)
     optimizer.load_state_dict(saved["optimizer"])
+    average.restore(saved.get("average", []))
 
 
 def begin_folder(cfg, log):
@@ -599,24 +622,26 @@ def save(cfg, trainee, progress, log, held=None):
 
 def write_files(cfg, trainee, progress, folder):
     """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
-    model, masters, optimizer, _ = trainee
+    model, masters, optimizer, _, average = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
-    if adapter:
-        base = cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path)
-        extra = {} if cfg.distribute else cfg.extra  # places on this machine are nobody else's
-        lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
-    if whole:
-        model.save(folder, merged=bool(cfg.lora))
+    with average.acting():
+        if adapter:
+            base = cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path)
+            extra = {} if cfg.distribute else cfg.extra  # places on this machine are nobody else's
+            lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
+        if whole:
+            model.save(folder, merged=bool(cfg.lora))
     # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (a bias
     # is stored divided by the scale, as PEFT has it); then the values stand beside the optimizer's state.
-    exact = not masters.copies
+    exact = not masters.copies and not cfg.ema
     if cfg.lora:
         exact = exact and adapter and not cfg.lora.bias
     values = {}
     if not exact:
         values = {n: p.detach().cpu() for n, p in zip(masters.named, masters.parameters)}
-    torch.save({"optimizer": optimizer.state_dict(), "values": values}, folder / "optimizer.pth")
+    kept = {"optimizer": optimizer.state_dict(), "values": values, "average": average.values}
+    torch.save(kept, folder / "optimizer.pth")
     # For tools that look for this file. The rate is a function of the step, which stands in the index.
     torch.save({"last_step": progress.step}, folder / "scheduler.pth")
 
@@ -899,6 +924,48 @@ class Masters:
             self.named[name].copy_(copy)
 
 
+class Average:
+    """A float32 mean of the trained values over the steps in which older ones count ever less (`ema`).
+
+    It is validated and saved; training itself knows nothing of it. Without a decay it is empty.
+    """
+
+    def __init__(self, masters, decay):
+        self.masters, self.decay = masters, decay
+        self.values = [p.detach().clone() for p in masters.parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step):
+        """After the step of that number, from 1 on."""
+        if not self.values:
+            return
+        # The first mean is the base. With the full decay at once, a short run would hardly leave it.
+        decay = min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(self.values, self.masters.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def acting(self):
+        """Within, the model computes with the mean."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for value, p in zip(self.values, self.masters.parameters):
+            held = p.clone()
+            p.copy_(value)
+            value.copy_(held)
+        if self.values:
+            self.masters.publish()
+
+    def restore(self, values):
+        for value, saved in zip(self.values, values, strict=True):
+            value.copy_(saved)
+
+
 BUCKET = 64 * 2**20  # values that are sent at once, 256 MB: enough to hide latency, little beside the model
 
 
@@ -984,6 +1051,34 @@ def evaluate(cfg, model, examples, lambdas, place):
     return {"loss/total": sum(lambdas[k] * means[k] for k in lambdas), **means}
 
 
+class Validation:
+    """What is asked on the way: the losses of rows that are not trained, and sentences to hear."""
+
+    def __init__(self, cfg, trainee, data, place, log):
+        self.cfg, self.trainee, self.place, self.log = cfg, trainee, place, log
+        self.examples = [data.cache.load(clip.key) for clip in data.val]
+        self.samples = samples_of(cfg, data, log)
+
+    def run(self, step, steps, epoch):
+        """The weighted loss, infinite without rows. All ranks."""
+        total = math.inf
+        with self.trainee.average.acting():
+            if self.examples:
+                total = self.losses(step, steps, epoch)
+            if self.place.rank == 0 and self.samples.sentences:
+                self.samples.try_to_speak(self.trainee.model, step)
+        return total
+
+    def losses(self, step, steps, epoch):
+        model, lambdas = self.trainee.model, self.trainee.lambdas
+        means = evaluate(self.cfg, model, self.examples, lambdas, self.place)
+        self.log.numbers("val", step, means, epoch=epoch)
+        total = means["loss/total"]
+        parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
+        self.log.say(f"step {step}/{steps} | validation {total:.4f} ({parts})")
+        return total
+
+
 # ------------------------------------------------------------------------------------ before the first step
 
 
@@ -1018,7 +1113,7 @@ def rehearse(cfg, trainee, data, schedule, log):
 
     The weights that move here are thrown away: nothing is written.
     """
-    model, masters, optimizer, lambdas = trainee
+    model, masters, optimizer, lambdas, _ = trainee
     clips = data.train
     lengths = [clip.length for clip in clips]
     batches = micro_batches(lengths, cfg, 0)
@@ -1155,6 +1250,13 @@ def asked_to_stop(cfg, step):
     return f"asked to stop: saved step {step}; {same} goes on from here"
 
 
+def out_of_patience(cfg, progress):
+    """Why a run ended before its last step."""
+    lowest = progress.lowest
+    return (f"patience: {progress.stale} validations in a row were not below the {lowest.loss:.4f} of step "
+            f"{lowest.step}, so the run ends at step {progress.step}; with another --patience it goes on")
+
+
 def no_good_step(step):
     """Why a run ends although nothing failed."""
     return (f"three steps in a row gave no finite loss and gradient; stopped at step {step} with the last "
@@ -1197,7 +1299,7 @@ def main():
     began = time.perf_counter()
     model = load_model(cfg, past, options, device, models.pick_dtype(cfg.dtype, device))
     log.say(f"loaded {cfg.pretrained_path} in {time.perf_counter() - began:.1f} s")
-    trainee = _, masters, optimizer, _ = prepare(cfg, model, lambdas, log)
+    trainee = _, masters, optimizer, _, average = prepare(cfg, model, lambdas, log)
 
     # -------------------------------------------------------------------------------------------- data
     # Speakers are numbered as they come; who had a number when the run began keeps it.
@@ -1205,8 +1307,7 @@ def main():
     data = load_clips(cfg, model, speakers, place, log)
     warn_of_speakers(model, log)
     clips, lengths = data.train, [clip.length for clip in data.train]
-    val_examples = [data.cache.load(clip.key) for clip in data.val]
-    samples = samples_of(cfg, data, log)
+    validation = Validation(cfg, trainee, data, place, log)
 
     # -------------------------------------------------------------------------------------------- resume
     # What each checkpoint will say of the run. Where it goes on, the counters are those of the last one.
@@ -1239,35 +1340,25 @@ def main():
     log.open(cfg.save_path, cfg.tensorboard, progress.step)
 
     # -------------------------------------------------------------------------------------------- loop
+    def over():
+        return progress.step >= steps or progress.is_out_of(cfg.patience)
+
     def save_now():
         # A full run copies codec and tokenizer from the folder it came from: that one stays until the end.
-        held = past.step if past and not cfg.lora and progress.step < steps else None
+        held = past.step if past and not cfg.lora and not over() else None
         if rank == 0:
             save(cfg, trainee, progress, log, held)
         wait_for_all()
-
-    def validate():
-        """The weighted loss on rows that are not trained; sentences are spoken, too. All ranks."""
-        total = math.inf
-        if val_examples:
-            means = evaluate(cfg, model, val_examples, lambdas, place)
-            total = means["loss/total"]
-            log.numbers("val", progress.step, means, epoch=passed)
-            parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
-            log.say(f"step {progress.step}/{steps} | validation {total:.4f} ({parts})")
-        if rank == 0 and samples.sentences:
-            samples.try_to_speak(model, progress.step)
-        return total
 
     # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
     signals = run.catch_signals()
     model.train()
     passed = order.progress()  # epochs done
     if progress.step == 0:
-        validate()
+        progress.judge(validation.run(0, steps, passed))
     bad, stop, clock = 0, 0, run.Clock()
     loader = Loader(cfg, model, data, place, order).steps(steps - progress.step, per_step)
-    while progress.step < steps:
+    while not over():
         asked = time.perf_counter()
         ready = next(loader)
         waited = time.perf_counter() - asked
@@ -1306,9 +1397,10 @@ def main():
             if cfg.max_grad_norm and norm > cfg.max_grad_norm:
                 torch._foreach_mul_(gradients(masters.parameters), cfg.max_grad_norm / (norm + 1e-6))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("ratio", 1.0)
             optimizer.step()
             masters.publish()
+            average.update(progress.step + 1)
             bad = 0
         else:
             bad += 1
@@ -1343,11 +1435,14 @@ def main():
         with clock.paused():
             if hurry:
                 save_now()
-            total = validate() if validating else math.inf
+            total = validation.run(step, steps, passed) if validating else math.inf
+            if validating and due(schedule.validate_every, step):
+                progress.judge(total)
+                saving = saving or over()
             better = saving and total < progress.best.loss
             if better:
                 progress.best = run.Best(total, step)
-            if better or saving and not hurry:
+            if saving and (validating or not hurry):
                 save_now()
         if broken:
             raise Invalid(no_good_step(step))
@@ -1357,6 +1452,8 @@ def main():
 
     # -------------------------------------------------------------------------------------------- end
     peak = run.peak_memory(device) / 2**30
+    if progress.is_out_of(cfg.patience):
+        log.say(out_of_patience(cfg, progress))
     log.say(f"done: {progress.step} steps, {progress.skipped} skipped, peak memory {peak:.2f} GiB")
     if rank == 0 and not stop:
         say_what_next(cfg, log)

@@ -90,7 +90,7 @@ def contents(folder):
     for path in folder.glob("*.safetensors"):
         out |= {f"{path.name} {name}": t for name, t in load_file(path).items()}
     saved = torch.load(folder / "optimizer.pth", weights_only=True)
-    out |= {f"master {name}": t for name, t in saved["values"].items()}
+    out |= {f"master {name}": t for name, t in saved["values"].items()} | {f"average {i}": t for i, t in enumerate(saved["average"])}
     return out | {f"optimizer {i} {name}": t for i, state in saved["optimizer"]["state"].items() for name, t in state.items()}
 
 
@@ -199,6 +199,70 @@ def test_bf16_weights_have_float32_masters_and_resume_exactly(home):
     assert all(s > 0 for s in steps)  # what bf16 alone would have rounded away
     file = held["model.safetensors stop_head.weight"]
     assert torch.equal(file, held["master stop_head.weight"].bfloat16())
+
+
+AVERAGED = {"lora": ("--lora.b_lr_ratio", 16), "full": ("--dtype", "bfloat16", "--learning_rate", 1e-3)}
+
+
+@pytest.mark.parametrize("config", AVERAGED)
+def test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly(home, config):
+    """With LoRA+ and wsd in one of them, bf16 in the other; the average is computed anew from the values of each step."""
+    flags = ("--ema", 0.2, "--schedule", "wsd", "--val_manifest", "val.jsonl", "--valid_interval", 1, "--save_interval", 1, "--max_steps", 4,
+             *AVERAGED[config], "--num_iters")
+    whole, half = home / f"average {config}", home / f"half an average {config}"
+    go(home, whole.name, *flags, 4, config=config)
+    for steps in (2, 4):
+        go(home, half.name, *flags, steps, config=config)
+    assert numbers(half) == numbers(whole) and numbers(half, "val") == numbers(whole, "val") and not differing(step(half, 4), step(whole, 4))
+    model = models.load(home / "base", dtype=torch.bfloat16 if config == "full" else torch.float32)
+    mean = {"base_lm.layers.0.self_attn.q_proj.lora_B": torch.zeros(())}
+    if config == "full":
+        mean = {name: model.get_parameter(name).detach().float() for name in ("base_lm.layers.0.self_attn.q_proj.weight", "stop_head.weight")}
+    for n in range(1, 5):
+        held = contents(step(whole, n))
+        for name in mean:
+            value = held[f"master {name}"]
+            mean[name] = mean[name] + (1 - min(0.2, n / (n + 9))) * (value - mean[name])
+            file = next(t for key, t in held.items() if key.endswith(f"safetensors {name}"))
+            assert torch.allclose(file.float(), mean[name], rtol=1e-2 if config == "full" else 1e-5, atol=1e-7) and file.dtype == (
+                torch.bfloat16 if config == "full" else torch.float32)
+            assert n == 1 or not torch.allclose(value, mean[name], rtol=1e-3, atol=1e-7)
+    source = step(whole, 4) if config == "full" else home / "base"
+    model = models.load(source, dtype=model.dtype)
+    if config == "lora":
+        lora.load_lora_weights(model, step(whole, 4))
+    cfg, cache = flags_of("--batch_size", 2), train.ClipCache(home / "cache", model)
+    examples = [cache.get(row) for row in train.read_manifest(home / "val.jsonl")]
+    means = train.evaluate(cfg, model, examples, {"loss/diff": 1.0, "loss/stop": 1.0}, train.Place(torch.device("cpu"), 0, 1))
+    assert means["loss/total"] == numbers(whole, "val")[-1]["loss/total"]
+
+
+def test_what_the_average_lends_to_the_model_is_given_back_to_the_bit():
+    value = torch.nn.Parameter(torch.randn(5).bfloat16())
+    masters = train.Masters({"x": value})
+    average, before = train.Average(masters, 0.5), value.detach().clone()
+    masters.parameters[0].data += 1e-3
+    exact = masters.parameters[0].detach().clone()
+    masters.publish()
+    average.update(9)
+    held, published = average.values[0].clone(), value.detach().clone()
+    assert torch.allclose(held, before.float() + 5e-4, atol=1e-6)
+    with pytest.raises(KeyError), average.acting():
+        assert torch.equal(value, held.bfloat16()) and torch.equal(masters.parameters[0], held)
+        raise KeyError
+    assert torch.equal(masters.parameters[0], exact) and torch.equal(value, published) and torch.equal(average.values[0], held)
+
+
+def test_b_has_its_own_rate(home):
+    """Adam's first step moves every weight that has a gradient by the rate; A has none, since B is zero."""
+    flags = ("--num_iters", 1, "--warmup_steps", 0, "--weight_decay", 0, "--learning_rate", 1e-3, "--lora.b_lr_ratio", 16, "--lora.bias")
+    go(home, "two rates", *flags)
+    held = load_file(step(home / "two rates", 1) / "lora_weights.safetensors")
+    for name, t in held.items():
+        if not name.endswith("lora_A"):
+            rate = 0.016 if name.endswith("lora_B") else 1e-3
+            assert (t.abs().max() - rate).abs() < 1e-3 * rate, name
+    assert "lora.b_lr_ratio: 16.0 there, 8.0 here" in go(home, "two rates", *flags[:-3], "--lora.b_lr_ratio", 8, "--lora.bias", code=2)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -652,6 +716,21 @@ def test_the_best_is_one_that_was_saved(home):
     go(home, "best", *flags, 6, hook=told_losses)
     assert steps_in(home / "best") == [6, 2]
     assert checkpoint.read_json(step(home / "best", 6) / checkpoint.INDEX)["best"] == [5.0, 2]
+
+
+def losses_by_step():
+    train.Validation.losses = lambda self, step, steps, epoch: [9.0, 2.0, 5.0, 2.0, 1.0, 3.0, 4.0, 0.0][step]
+
+
+def test_patience_ends_a_run_and_counts_on_when_it_resumes(home):
+    """Two validations in a row that are no better: at step 3; with three it goes to its end."""
+    flags = ("--val_manifest", "val.jsonl", "--valid_interval", 1, "--num_iters")
+    for steps in (2, 7, 7):  # interrupted between the two that count; and the third time nothing is left to do
+        said = go(home, "patient", *flags, steps, "--patience", 2, hook=losses_by_step)
+    assert "patience: 2 validations in a row were not below the 2.0000 of step 1, so the run ends at step 3" in said
+    assert "done: 3 steps" in said and steps_in(home / "patient") == [3, 2] and len(numbers(home / "patient")) == 3
+    said = go(home, "patient", *flags, 7, "--patience", 3, hook=losses_by_step)
+    assert "done: 7 steps" in said and "patience" not in said
 
 
 def test_a_run_stays_what_it_is_under_its_own_config(home):
@@ -1216,6 +1295,9 @@ REFUSED = {  # flags, exit code, words
     "lambdas": (("--lambdas.loss/dif", 1), 2, "unknown loss loss/dif; this backbone has loss/diff, loss/stop"),
     "backbone option": (("--backbone.training_cfg", 1), 2, "backbone.training_cfg: unknown; the nearest known name is training_cfg_rate"),
     "batch_size": (("--batch_size", 0), 2, "batch_size is 0, expected at least 1"),
+    "ema": (("--ema", 1), 2, "ema is 1, expected 0, which is off, or a decay below 1"),
+    "patience": (("--patience", 2), 2, "patience counts validations: it needs val_manifest, and a valid_interval above 0"),
+    "a ratio of zero": (("--lora.b_lr_ratio", 0), 2, "lora.b_lr_ratio is 0, expected above 0"),
     "distribute": (("--distribute",), 2, "distribute needs hf_model_id"),
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),

@@ -153,6 +153,8 @@ class Progress:
     epoch: int = 0
     position: int = 0  # micro-batches of the epoch that are done
     best: Best = Best()
+    lowest: Best = Best()  # of all validations, saved or not
+    stale: int = 0  # validations since then
     skipped: int = 0
     steps: int = 0  # the length of the run, where settings do not say it anew
     micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
@@ -166,11 +168,14 @@ class Progress:
     @classmethod
     def read(cls, folder):
         index = read_object(folder / checkpoint.INDEX)
-        best = need(index, "best", list)
-        if len(best) != len(Best._fields):
-            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        bests = {}
+        for key, default in (("best", []), ("lowest", list(Best()))):
+            best = need(index, key, list, default)
+            if len(best) != len(Best._fields):
+                raise Invalid(f"{index.where}: {key} is {best}, expected a loss and a step")
+            bests[key] = Best(*best)
         steps = need(index, "steps", int, STEPS_BEFORE)
-        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
+        return typed(cls, index, **bests, folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -182,8 +187,19 @@ class Progress:
 
         Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
-        names = ("step", "epoch", "position", "best", "skipped", "steps", "micro_per_step", "folder")
+        names = ("step", "epoch", "position", "best", "lowest", "stale", "skipped",
+                 "steps", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
+
+
+    def judge(self, loss):
+        """Count the validations in a row that were not the lowest so far."""
+        self.stale += 1
+        if loss < self.lowest.loss:
+            self.lowest, self.stale = Best(loss, self.step), 0
+
+    def is_out_of(self, patience):
+        return bool(patience) and self.stale >= patience
 
 
 def find(root, resume_from, say) -> Progress | None:

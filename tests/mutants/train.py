@@ -75,4 +75,14 @@ MUTANTS = [
      only("test_neither_a_closed_pipe_nor_a_sample_ends_a_run")),
     (1, "train.py", "span = steps if by_data else cfg.max_steps or steps", "span = cfg.max_steps or steps", only("test_epochs_and_saves_by_epoch")),
     (1, "models/parts/run.py", "    if row.get(\"turns\"):\n        return 0", "    if True:\n        return 0", only("test_rows_too_long_by_their_audio_are_not_encoded")),
+    # an average of the weights, two rates, patience
+    (5, "train.py", '    average.restore(saved.get("average", []))\n', "", only("test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly")),
+    (5, "train.py", "exact = not masters.copies and not cfg.ema", "exact = not masters.copies", only("test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly")),
+    (5, "train.py", "    with average.acting():\n        if adapter:", "    if True:\n        if adapter:", only("test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly")),
+    (5, "train.py", "        with self.trainee.average.acting():", "        if True:", only("test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly")),
+    (5, "train.py", "        finally:\n            self._swap()", "        finally:\n            pass", only("test_what_the_average_lends_to_the_model_is_given_back_to_the_bit")),
+    (5, "train.py", 'rate * group.get("ratio", 1.0)', "rate", only("test_b_has_its_own_rate")),
+    (5, "models/parts/run.py", '"lowest", "stale", "skipped",', '"skipped",', only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
+    (1, "train.py", "progress.step >= steps or progress.is_out_of(cfg.patience)", "progress.step >= steps", only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
+    (1, "train.py", "                saving = saving or over()\n", "", only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
 ]
