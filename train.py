@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,8 +53,9 @@ class Train:
     # What is read and written
     config: str = opt("", "YAML file of settings; flags win over it", config=True)
     pretrained_path: str = opt("", "folder of the published checkpoint, or org/name in the local hub cache")
-    train_manifest: list[str] = opt([], "JSONL of rows to train on; a list of files is one data set")
-    val_manifest: list[str] = opt([], "JSONL of rows to validate on; empty means no validation")
+    train_manifest: list[str] = opt([], "JSONL of rows to train on, or several; FILE@0.2: drawn from, so "
+                                        "that its rows are a fifth of each epoch")
+    val_manifest: list[str] = opt([], "JSONL of rows to validate on; several have losses of their own, too; empty means none")
     extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     save_path: str = opt("", "run folder: checkpoints, logs, the resolved settings")
     tensorboard: str = opt("", "folder of the TensorBoard log; empty means logs/ in the run folder")
@@ -165,6 +167,11 @@ def check_settings(cfg):
             wrong.append(f"{name} is {value}, expected at least 1")
         if name in AT_LEAST_ZERO and (value or 0) < 0:
             wrong.append(f"{name} is {value}, expected at least 0")
+    shares = [manifest_of(word).share for word in cfg.train_manifest]
+    if any(shares) and (sum(shares) >= 1 or all(shares) or len(set(paths_of(cfg))) < len(shares)):
+        files = ", ".join(cfg.train_manifest)
+        wrong.append(f"train_manifest is {files}: the shares must leave something of an epoch to a file "
+                     "without one, and each file stands there once")
     if cfg.lora and cfg.lora.b_lr_ratio <= 0:
         wrong.append(f"lora.b_lr_ratio is {cfg.lora.b_lr_ratio:g}, expected above 0; 1 is off")
     if not 0 <= cfg.ema < 1:
@@ -175,7 +182,7 @@ def check_settings(cfg):
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
     if cfg.overwrite and Path(cfg.save_path).is_dir():
         # What is moved aside must not hold what the run is about to read.
-        needed = [cfg.pretrained_path, *cfg.train_manifest, *cfg.val_manifest, cfg.cache_dir]
+        needed = [cfg.pretrained_path, *paths_of(cfg), *cfg.val_manifest, cfg.cache_dir]
         inside = [path for path in needed if path and within(path, cfg.save_path)]
         if inside:
             wrong.append(f"overwrite would move {inside[0]} away, since it lies in save_path {cfg.save_path}")
@@ -192,6 +199,27 @@ def check_settings(cfg):
                      "save_mode lora; merge_lora.py merges the adapter into the base as it was published")
     if wrong:
         raise Usage("; ".join(wrong))
+
+
+class Manifest(NamedTuple):
+    """A file of rows, and the share of each epoch that is drawn from it; 0: every row comes once."""
+
+    path: str
+    share: float
+
+
+def manifest_of(word):
+    """replay.jsonl@0.2 -> that file and 0.2; a name that only looks so stays a name."""
+    share = r"0?\.\d*[1-9]\d*"  # between 0 and 1
+    weighted = re.fullmatch(f"(.+)@({share})", word)
+    if not weighted or Path(word).exists():
+        return Manifest(word, 0.0)
+    return Manifest(weighted[1], float(weighted[2]))
+
+
+def paths_of(cfg):
+    """The files of rows to train on, without their shares."""
+    return [manifest_of(word).path for word in cfg.train_manifest]
 
 
 def parse_settings():
@@ -655,6 +683,7 @@ class Data(NamedTuple):
     train: list[run.Clip]
     val: list[run.Clip]
     cache: ClipCache
+    pools: list["Pool"]
 
 
 def load_clips(cfg, model, speakers, place, log):
@@ -663,8 +692,9 @@ def load_clips(cfg, model, speakers, place, log):
     One process encodes by itself. Several would each encode everything, or wait for one; so that is refused,
     with the command that does it.
     """
-    rows = read_manifest(cfg.train_manifest, speakers)
-    val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
+    files, val_files = {}, {}
+    rows = read_manifest(paths_of(cfg), speakers, files)
+    val_rows = read_manifest(cfg.val_manifest, speakers, val_files) if cfg.val_manifest else []
     model.speakers = speakers
     # Single clips that are longer are dropped, conversations are cut as they are encoded: for them, and only
     # for them, the limit is part of what the cache holds.
@@ -672,9 +702,9 @@ def load_clips(cfg, model, speakers, place, log):
     limit = min(cfg.max_length or longest, longest)
     if any("turns" in row for row in rows + val_rows):
         model.max_length = limit
-    cache = ClipCache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
-    train = run.outlines(rows, model.frame_rate)
-    val = run.outlines(val_rows, model.frame_rate)
+    cache = ClipCache(cfg.cache_dir or Path(paths_of(cfg)[0]).parent / "cache", model)
+    train = run.outlines(rows, model.frame_rate, files)
+    val = run.outlines(val_rows, model.frame_rate, val_files)
     # What is too long by its audio alone is not worth encoding.
     wanted = [clip.row for clip in train + val if clip.length <= limit]
     missing = [wanted[i] for i in cache.missing(wanted)]
@@ -695,7 +725,7 @@ def load_clips(cfg, model, speakers, place, log):
     if len(fits) < len(val):
         log.say(f"validation: {len(val) - len(fits)} of {len(val)} rows are left out: "
                 f"longer than {limit} positions, or nothing is trained in them", "warning")
-    return Data(train, fits, cache)
+    return Data(train, fits, cache, pools_of(cfg, train, log))
 
 
 def limits_of(cfg, limit, longest):
@@ -721,7 +751,7 @@ def command_to_encode(cfg, folder, usual):
     """What to run before torchrun; `usual`: the cache lies and is made as prepare_data.py would do it."""
     if not usual:
         return "this command without torchrun encodes before it trains"
-    flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder)]
+    flags = [*paths_of(cfg), *cfg.val_manifest, "--output_dir", str(folder)]
     flags += ["--ckpt_dir", cfg.pretrained_path]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
 
@@ -750,13 +780,60 @@ def warn_of_speakers(model, log):
 GROUP_BATCHES, GROUP_CLIPS = 50, 512
 
 
-def micro_batches(lengths, cfg, epoch) -> list[list[int]]:
+class Pool(NamedTuple):
+    """The clips of a file, by number, that are drawn from in each epoch until they are a share of it."""
+
+    share: float
+    clips: list[int]
+
+
+def pools_of(cfg, clips, log):
+    """A Pool for each file of rows that has a share."""
+    pools = []
+    manifests = [manifest_of(word) for word in cfg.train_manifest]
+    if not any(manifest.share for manifest in manifests):
+        return pools
+    for path, share in manifests:
+        numbers = [i for i, clip in enumerate(clips) if clip.file == path]
+        if not numbers:
+            raise Invalid(f"train_manifest: no clip of {path} is left to train on; take it out of the list")
+        if share:
+            pools.append(Pool(share, numbers))
+    counts = Counter(clips[i].file for i in clips_of_epoch(len(clips), cfg, 0, pools))
+    log.say("clips of an epoch: " + ", ".join(f"{n} of {path}" for path, n in counts.items()))
+    return pools
+
+
+def clips_of_epoch(count, cfg, epoch, pools) -> list[int]:
+    """What comes in one pass: every clip that is in no pool, and of each pool as many as its share takes."""
+    pooled = {i for pool in pools for i in pool.clips}
+    numbers = [i for i in range(count) if i not in pooled]
+    whole = len(numbers) / (1 - sum(pool.share for pool in pools))
+    for pool in pools:
+        numbers += drawn(pool.clips, max(1, round(pool.share * whole)), cfg.seed, epoch)
+    return numbers
+
+
+def drawn(clips, n, seed, epoch):
+    """The n clips of a pool whose turn it is. They come in one random order after the other, over the borders
+    of epochs, so none comes again before all others have come."""
+    begin, end = epoch * n, (epoch + 1) * n
+    first = begin // len(clips)
+    orders = []
+    for number in range(first, (end - 1) // len(clips) + 1):
+        draw = random.Random(seed_from(seed, "share", number))
+        orders += draw.sample(clips, len(clips))
+    skipped = first * len(clips)
+    return orders[begin - skipped : end - skipped]
+
+
+def micro_batches(lengths, cfg, epoch, pools=()) -> list[list[int]]:
     """The clips of one pass, by number, cut into micro-batches.
 
     A function of lengths, settings and epoch only, so that a restart, or any rank, finds the same.
     """
     draw = random.Random(seed_from(cfg.seed, "order", epoch))
-    order = list(range(len(lengths)))
+    order = clips_of_epoch(len(lengths), cfg, epoch, pools)
     draw.shuffle(order)
     group = GROUP_CLIPS if cfg.batch_tokens else GROUP_BATCHES * cfg.batch_size
     batches = []
@@ -786,9 +863,10 @@ class Slot(NamedTuple):
 class Order:
     """Walks through the micro-batches of all epochs; (epoch, position) is all there is to save."""
 
-    def __init__(self, lengths, cfg, epoch=0, position=0):
+    def __init__(self, lengths, cfg, epoch=0, position=0, pools=()):
         self.lengths, self.cfg, self.epoch, self.position = lengths, cfg, epoch, position
-        self.batches = micro_batches(lengths, cfg, epoch)
+        self.pools = pools
+        self.batches = micro_batches(lengths, cfg, epoch, pools)
 
     def take(self, n) -> list[Slot]:
         """The next n micro-batches, across the borders of epochs: none is cut short, none is dropped."""
@@ -796,7 +874,7 @@ class Order:
         while len(slots) < n:
             if self.position == len(self.batches):
                 self.epoch, self.position = self.epoch + 1, 0
-                self.batches = micro_batches(self.lengths, self.cfg, self.epoch)
+                self.batches = micro_batches(self.lengths, self.cfg, self.epoch, self.pools)
             slots.append(Slot(self.epoch, self.batches[self.position]))
             self.position += 1
         return slots
@@ -806,9 +884,9 @@ class Order:
         return self.epoch + self.position / len(self.batches)
 
 
-def order_from(progress, lengths, cfg):
+def order_from(progress, lengths, cfg, pools):
     """The order of rows, from where the run stands."""
-    order = Order(lengths, cfg, progress.epoch, progress.position)
+    order = Order(lengths, cfg, progress.epoch, progress.position, pools)
     if order.position > len(order.batches):  # only where rows were taken out since
         raise Usage(f"{progress.folder} stands at micro-batch {order.position} of its epoch, the data now "
                     f"has {len(order.batches)}; the data set changed")
@@ -1027,13 +1105,32 @@ def suspects(data, sums, device) -> list[Slot]:
 # ------------------------------------------------------------------------------------------------ validation
 
 
-@torch.no_grad()
-def evaluate(cfg, model, examples, lambdas, place):
-    """Means over the whole validation set; loss/total weighs them. All ranks.
+class Sums(NamedTuple):
+    """Of each loss and metric over many clips, and of how many things it is the sum."""
 
-    Draws are fixed and nothing is dropped, so that two validations differ by the weights alone.
+    sums: dict[str, float]
+    counts: dict[str, int]
+
+
+@torch.no_grad()
+def evaluate(cfg, model, sets, lambdas, place):
+    """Means over all validation rows; loss/total weighs them. All ranks.
+
+    sets: {name: examples}; of several each also has its own means, as name/loss/total. Draws are fixed and
+    nothing is dropped, so that two validations differ by the weights alone.
     """
     model.eval()
+    parts = {name: add_up(cfg, model, examples, place) for name, examples in sets.items()}
+    model.train()
+    means = weighed(parts.values(), lambdas)
+    if len(sets) > 1:
+        for name, part in parts.items():
+            means |= {f"{name}/{k}": v for k, v in weighed([part], lambdas).items()}
+    return means
+
+
+def add_up(cfg, model, examples, place) -> Sums:
+    """Over the examples, which the ranks share. All ranks."""
     lengths = [model.length(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -1045,9 +1142,15 @@ def evaluate(cfg, model, examples, lambdas, place):
         for name, value in model(to_device(batch, place.device)).items():
             sums[name] += value.item()
             counts[name] += n[name]
-    sums, counts = all_sum(sums, place.device), all_sum(counts, place.device)
-    means = {k: sums[k] / max(counts[k], 1) for k in sums}
-    model.train()
+    return Sums(all_sum(sums, place.device), all_sum(counts, place.device))
+
+
+def weighed(parts, lambdas):
+    """Means over several Sums, and their weighted total."""
+    means = {}
+    for name in next(iter(parts)).sums:
+        total = sum(part.sums[name] for part in parts)
+        means[name] = total / max(sum(part.counts[name] for part in parts), 1)
     return {"loss/total": sum(lambdas[k] * means[k] for k in lambdas), **means}
 
 
@@ -1056,14 +1159,17 @@ class Validation:
 
     def __init__(self, cfg, trainee, data, place, log):
         self.cfg, self.trainee, self.place, self.log = cfg, trainee, place, log
-        self.examples = [data.cache.load(clip.key) for clip in data.val]
+        self.sets = {}
+        for clip in data.val:
+            name = run.short(clip.file, cfg.val_manifest)
+            self.sets.setdefault(name, []).append(data.cache.load(clip.key))
         self.samples = samples_of(cfg, data, log)
 
     def run(self, step, steps, epoch):
         """The weighted loss, infinite without rows. All ranks."""
         total = math.inf
         with self.trainee.average.acting():
-            if self.examples:
+            if self.sets:
                 total = self.losses(step, steps, epoch)
             if self.place.rank == 0 and self.samples.sentences:
                 self.samples.try_to_speak(self.trainee.model, step)
@@ -1071,11 +1177,14 @@ class Validation:
 
     def losses(self, step, steps, epoch):
         model, lambdas = self.trainee.model, self.trainee.lambdas
-        means = evaluate(self.cfg, model, self.examples, lambdas, self.place)
+        means = evaluate(self.cfg, model, self.sets, lambdas, self.place)
         self.log.numbers("val", step, means, epoch=epoch)
-        total = means["loss/total"]
-        parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
-        self.log.say(f"step {step}/{steps} | validation {total:.4f} ({parts})")
+        total = means.pop("loss/total")
+        parts = parts_of({k: v for k, v in means.items() if k.count("/") == 1})
+        line = f"step {step}/{steps} | validation {total:.4f} ({parts})"
+        if len(self.sets) > 1:
+            line += " | " + ", ".join(f"{name} {means[f'{name}/loss/total']:.4f}" for name in self.sets)
+        self.log.say(line)
         return total
 
 
@@ -1116,7 +1225,7 @@ def rehearse(cfg, trainee, data, schedule, log):
     model, masters, optimizer, lambdas, _ = trainee
     clips = data.train
     lengths = [clip.length for clip in clips]
-    batches = micro_batches(lengths, cfg, 0)
+    batches = micro_batches(lengths, cfg, 0, data.pools)
     sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]  # positions, with padding
     longest = batches[sizes.index(max(sizes))]
     examples = [data.cache.load(clips[i].key) for i in longest]
@@ -1239,7 +1348,7 @@ def say_what_next(cfg, log):
     steps = f"{shlex.quote(str(root))}/step_*"
     if kind == "--ckpt_dir":
         steps = f"{shlex.quote(cfg.pretrained_path)} {steps}"  # the base comes first
-    rows = shlex.join(cfg.val_manifest or cfg.train_manifest[:1])
+    rows = shlex.join(cfg.val_manifest or paths_of(cfg)[:1])
     report = shlex.quote(str(root / "report"))
     log.say(f"choose: python validate.py {kind} {steps} --manifest {rows} --output_dir {report}")
 
@@ -1316,13 +1425,13 @@ def main():
         settings=settings,
         speakers=speakers,
         resumed_from=str(Path(cfg.resume_from).resolve()) if cfg.resume_from else "",
-        data=seed_from([(clip.row["id"], clip.length) for clip in clips]),
+        data=seed_from([(clip.row["id"], clip.length) for clip in clips], *data.pools),
         base=model.fingerprint if cfg.lora else None,
     )
     if past:
         progress = resume(cfg, past, trainee, progress, log)
-    order = order_from(progress, lengths, cfg)
-    schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0)))
+    order = order_from(progress, lengths, cfg, data.pools)
+    schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0, data.pools)))
     steps, span, warmup, per_step, *_ = schedule
     # What the settings say is not remembered: without it the run has the length of its data again.
     progress.steps = 0 if cfg.epochs or cfg.num_iters or cfg.max_steps else steps

@@ -233,7 +233,7 @@ def test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_ex
         lora.load_lora_weights(model, step(whole, 4))
     cfg, cache = flags_of("--batch_size", 2), train.ClipCache(home / "cache", model)
     examples = [cache.get(row) for row in train.read_manifest(home / "val.jsonl")]
-    means = train.evaluate(cfg, model, examples, {"loss/diff": 1.0, "loss/stop": 1.0}, train.Place(torch.device("cpu"), 0, 1))
+    means = train.evaluate(cfg, model, {"val": examples}, {"loss/diff": 1.0, "loss/stop": 1.0}, train.Place(torch.device("cpu"), 0, 1))
     assert means["loss/total"] == numbers(whole, "val")[-1]["loss/total"]
 
 
@@ -299,6 +299,49 @@ def test_every_row_comes_exactly_once_per_epoch(how, per_step):
     if cfg.batch_tokens:
         assert all(len(rows) * max(lengths[i] for i in rows) <= 60 for _, rows in seen)
         assert sum(len(rows) * max(lengths[i] for i in rows) for e, rows in seen if e == 0) < 1.3 * sum(lengths)  # of like length
+
+
+def test_a_share_of_each_epoch_is_drawn_from_the_seed():
+    """60 clips in full; a fifth of an epoch from 40 others, and a tenth from three, which come often then."""
+    cfg, pools = flags_of("--batch_size", 4), [train.Pool(0.2, list(range(60, 100))), train.Pool(0.1, [100, 101, 102])]
+    lengths, order, seen = [10] * 103, train.Order([10] * 103, flags_of("--batch_size", 4), pools=pools), []
+    while order.epoch < 8:
+        order = train.Order(lengths, cfg, order.epoch, order.position, pools)
+        seen += order.take(3)
+    epochs = [[i for e, clips in seen if e == epoch for i in clips] for epoch in range(7)]
+    for clips in epochs:
+        drawn = [i for i in clips if 60 <= i < 100]
+        assert sorted(i for i in clips if i < 60) == list(range(60)) and len(drawn) == 17 and len(clips) == 86
+    few, drawn = [i for clips in epochs for i in clips if i >= 100], [i for clips in epochs for i in clips if 60 <= i < 100]
+    assert sorted(map(few.count, (100, 101, 102))) == [21, 21, 21]
+    assert {drawn.count(i) for i in range(60, 100)} == {2, 3}  # 119 of 40: none is left out, none preferred
+    assert len({tuple(sorted(clips)) for clips in epochs}) == 7
+    other = train.clips_of_epoch(103, flags_of("--seed", 1), 0, pools)
+    assert sorted(other) != sorted(epochs[0]) and sorted(train.clips_of_epoch(103, cfg, 0, pools)) == sorted(epochs[0])
+    assert train.clips_of_epoch(5, cfg, 0, ()) == [0, 1, 2, 3, 4]
+
+
+def test_weighted_files_train_alike_on_other_ranks_and_each_has_its_validation(home):
+    """Nine rows of one file and a share of four; two ranks go on from where one stopped; the total is that of all rows together."""
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()]
+    jsonl(home / "voice.jsonl", rows[:9])
+    jsonl(home / "replay@.5.jsonl", rows[9:])  # an @ in a name is no share
+    flags = ("--train_manifest", "voice.jsonl", "replay@.5.jsonl@0.25", "--batch_size", 1, "--max_steps", 8)
+    known = ("--val_manifest", "val.jsonl", "replay@.5.jsonl")
+    said = go(home, "weighted", *flags, *known, "--grad_accum_steps", 4, "--num_iters", 4)
+    assert "clips of an epoch: 9 of voice.jsonl, 3 of replay@.5.jsonl" in said and "4 steps of 4 micro-batches (4 per rank), 12 micro-batches" in said
+    whole = numbers(home / "weighted")
+    first = [row for line in whole[:3] for row in line["rows"]]
+    assert {f"r{i:02d}" for i in range(9)} < set(first) and len(first) == len(set(first)) == 12
+    go(home, "weighted on two", *flags, "--grad_accum_steps", 4, "--num_iters", 2)
+    go(home, "weighted on two", *flags, "--grad_accum_steps", 4, "--num_iters", 4, world=2)
+    for a, b in zip(numbers(home / "weighted on two"), whole, strict=True):
+        assert a["rows"] == b["rows"] and a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
+    line = numbers(home / "weighted", "val")[0]
+    counts = {"val": 3, "replay@.5": 4}
+    stop = sum(counts[name] * line[f"{name}/metric/stop_frame_error"] for name in counts) / 7
+    assert line["metric/stop_frame_error"] == pytest.approx(stop) and line["val/loss/total"] != line["replay@.5/loss/total"]
+    assert f"| val {line['val/loss/total']:.4f}, replay@.5 {line['replay@.5/loss/total']:.4f}" in said
 
 
 def test_the_log_shows_every_row_once_per_epoch(straight):
@@ -1298,6 +1341,8 @@ REFUSED = {  # flags, exit code, words
     "ema": (("--ema", 1), 2, "ema is 1, expected 0, which is off, or a decay below 1"),
     "patience": (("--patience", 2), 2, "patience counts validations: it needs val_manifest, and a valid_interval above 0"),
     "a ratio of zero": (("--lora.b_lr_ratio", 0), 2, "lora.b_lr_ratio is 0, expected above 0"),
+    "shares that leave nothing": (("--train_manifest", "a.jsonl", "b.jsonl@0.6", "c.jsonl@.4"), 2, "the shares must leave something of an epoch"),
+    "nothing but shares": (("--train_manifest", "b.jsonl@0.6"), 2, "train_manifest is b.jsonl@0.6: the shares must leave"),
     "distribute": (("--distribute",), 2, "distribute needs hf_model_id"),
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),

@@ -867,12 +867,12 @@ def unused(name, taken, n):
     return next(f"{name}-{ending}" for ending in endings if f"{name}-{ending}" not in taken)
 
 
-def read_manifest(path, speakers=None) -> list[dict]:
+def read_manifest(path, speakers=None, files=None) -> list[dict]:
     """The canonical rows of a manifest or of several; everything that is wrong with them in one Invalid.
 
     With speakers = {} (or {name: number}) each row's speaker becomes a number: a number stays what it is, a
     name keeps its speaker_id or takes the lowest number that is free, and the map is filled so that it can be
-    stored.
+    stored. With files = {} that becomes {id: the manifest that the row is of}.
     """
     rows, bad, ids = [], [], set()
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
@@ -893,6 +893,8 @@ def read_manifest(path, speakers=None) -> list[dict]:
                 bad.append(Fault(at, str(e)))
             row["id"] = unused(row["id"], ids, k)
             ids.add(row["id"])
+            if files is not None:
+                files[row["id"]] = str(one)
         rows += found.rows
     if bad:
         raise Invalid(listing(bad))

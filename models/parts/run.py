@@ -276,6 +276,7 @@ class Clip(NamedTuple):
     key: str  # by which the cache finds its example; empty while nobody has looked
     length: int  # positions of the trained network; while there is no key, what its audio takes at least
     seconds: float  # of audio
+    file: str = ""  # the manifest
 
 
 def seconds_of(row):
@@ -301,9 +302,16 @@ def positions(row, rate):
     return math.floor(seconds_of({**row, "duration": None}) * rate)
 
 
-def outlines(rows, rate) -> list[Clip]:
-    """Clips of which only the headers of the files were read."""
-    return [Clip(row, "", positions(row, rate), seconds_of(row)) for row in rows]
+def outlines(rows, rate, files) -> list[Clip]:
+    """Clips of which only the headers of the files were read; files: {id of a row: its manifest}."""
+    return [Clip(row, "", positions(row, rate), seconds_of(row), files[row["id"]]) for row in rows]
+
+
+def short(path, paths):
+    """A name for one of several files: without folder and ending, unless two are then called the same."""
+    stems = [Path(one).stem for one in paths]
+    stem = Path(path).stem
+    return stem if stems.count(stem) == 1 else str(path)
 
 
 def measured(clips, model, cache, limit) -> list[Clip]:

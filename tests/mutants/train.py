@@ -59,7 +59,7 @@ MUTANTS = [
     (1, "train.py", 'totals = all_sum({**totals, "signals": len(signals)}, device)', 'totals = all_sum(totals, device) | {"signals": len(signals)}', only("test_a_signal_to_one_rank_stops_both_at_the_same_step")),
     (1, "train.py", "        return 0.0\n    if cfg.schedule == \"linear\":", "        pass\n    if cfg.schedule == \"linear\":", only("test_the_learning_rate_rises_falls_and_stays_at_zero")),
     (1, "train.py", "(span - s) / (DECAY * span)", "(span - s) / (span * span)", only("test_every_schedule_has_its_shape_and_says_how_it_ends")),
-    (1, "train.py", "    model.train()\n    return {\"loss/total\"", "    return {\"loss/total\"", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty", "test_validation_and_its_samples_do_not_disturb_training", "test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks")),
+    (1, "train.py", "    model.train()\n    means = weighed", "    means = weighed", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty", "test_validation_and_its_samples_do_not_disturb_training", "test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks")),
     (1, "train.py", "batches[place.rank :: place.world]", "batches[place.rank + 1 :: place.world]", only("test_validation_is_the_mean_over_the_whole_set_on_any_number_of_ranks")),
     (1, "train.py", "better = saving and total", "better = total", only("test_the_best_is_one_that_was_saved")),
     (1, "train.py", "math.floor(after / every", "math.ceil(after / every", only("test_epochs_and_saves_by_epoch")),
@@ -85,4 +85,10 @@ MUTANTS = [
     (5, "models/parts/run.py", '"lowest", "stale", "skipped",', '"skipped",', only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
     (1, "train.py", "progress.step >= steps or progress.is_out_of(cfg.patience)", "progress.step >= steps", only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
     (1, "train.py", "                saving = saving or over()\n", "", only("test_patience_ends_a_run_and_counts_on_when_it_resumes")),
+    # weighted data
+    (5, "train.py", "    return orders[begin - skipped : end - skipped]", "    return orders[:n]", only("test_a_share_of_each_epoch_is_drawn_from_the_seed")),
+    (5, "train.py", 'seed_from(seed, "share", number)', '7', only("test_a_share_of_each_epoch_is_drawn_from_the_seed")),
+    (5, "train.py", "whole = len(numbers) / (1 - sum(pool.share for pool in pools))", "whole = len(numbers)", only("test_a_share_of_each_epoch_is_drawn_from_the_seed", "test_weighted_files_train_alike_on_other_ranks_and_each_has_its_validation")),
+    (5, "train.py", "self.cfg, self.epoch, self.pools)", "self.cfg, self.epoch)", only("test_a_share_of_each_epoch_is_drawn_from_the_seed")),
+    (5, "train.py", "sum(part.counts[name] for part in parts)", "sum(part.counts[name] for part in list(parts)[:1])", only("test_weighted_files_train_alike_on_other_ranks_and_each_has_its_validation")),
 ]
