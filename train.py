@@ -39,7 +39,7 @@ import lora
 import models
 from configs import Usage, opt
 from lora import LoRAConfig
-from models.parts import Invalid, checkpoint, gate, listen, run
+from models.parts import Invalid, checkpoint, gate, listen, run, sweep
 from models.parts.cache import ClipCache
 from models.parts.manifests import holders, read_manifest
 
@@ -118,6 +118,8 @@ class Train:
     gate: str = opt("warn", "compare the base's losses with two controls before the first step: warn, stop or off",
                     choices=("warn", "stop", "off"))
     dry_run: bool = opt(False, "do everything up to the first step, try the longest micro-batch, report, write nothing")
+    sweep: str = opt("", "YAML file of ranges (models/parts/sweep.py): a run for each draw of settings, and a table of them")
+    trials: int = opt(12, "runs of a sweep; with more later, those that are done stay")
     hf_model_id: str = opt("", "hub id of the base, written into the adapter with distribute")
     distribute: bool = opt(False, "record hf_model_id as the base, so that the adapter can be shared")
     log_level: str = opt("info", "debug, info, warning, error or critical", choices=tuple(run.LEVELS))
@@ -135,10 +137,10 @@ FREE = {
     "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "patience", "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
-    "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "log_level",
-    "debug",
+    "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "sweep",
+    "trials", "log_level", "debug",
 }
-AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
+AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval", "trials"}
 AT_LEAST_ZERO = {
     "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
     "valid_interval", "save_interval", "save_epochs", "patience", "keep_last", "keep_every", "val_samples",
@@ -242,6 +244,38 @@ def parse_settings():
         return cfg, []
     return cfg, [f"lora.r {cfg.lora.r} was given without lora.alpha: alpha goes from {before.alpha:g} to "
                  f"{cfg.lora.alpha:g}, so that the scale stays {cfg.lora.scale:g}; --lora.alpha sets it"]
+
+
+def search(cfg):
+    """--sweep: run this script once for each trial. -> exit code"""
+    other = [key for key in ("overwrite", "resume_from", "dry_run") if getattr(cfg, key)]
+    if other or "RANK" in os.environ:
+        raise Usage(f"sweep starts each run by itself, without {other[0] if other else 'torchrun'}")
+    if not cfg.val_manifest:
+        raise Usage("sweep ranks runs by their validation: give val_manifest")
+    plan = sweep.read_plan(cfg.sweep, cfg.trials, cfg.seed)
+    sweep.recall(cfg.save_path, plan)
+    root = Path(cfg.save_path)
+    wrong = run.claim(root)
+    if wrong:
+        raise Usage(wrong)
+    # What all of them share is written down once; another sweep does not go on in this folder.
+    file = root / "settings.yaml"
+    shared = dataclasses.replace(cfg, config="", sweep="", trials=Train.trials, save_path="")
+    if file.exists():
+        there, here = configs.parse(Train, [str(file)]), dataclasses.replace(shared, config=str(file))
+        differ = "; ".join(run.differences(dataclasses.asdict(there), dataclasses.asdict(here), {}))
+        if differ:
+            raise Usage(f"{root} holds a sweep with other settings: {differ}. Choose another save_path.")
+    configs.dump(shared, file)
+    # A name or a value that one of them would refuse is told before the first begins.
+    for trial in plan.trials:
+        check_settings(configs.parse(Train, [str(file), "--save_path", trial.name, *trial.flags]))
+    say = partial(print, file=sys.stderr, flush=True)
+    code = sweep.run(root, plan, [sys.executable, __file__, str(file)], say)
+    print(sweep.table(plan), end="")
+    say(f"the table is in {root / sweep.TABLE}, the runs are in {root}/trial_*")
+    return code
 
 
 def within(path, folder):
@@ -1380,6 +1414,8 @@ def main():
     cfg, notes = parse_settings()
     check_settings(cfg)
     signal.signal(signal.SIGTERM, leave)  # until there is a step to finish
+    if cfg.sweep:
+        return search(cfg)
 
     # -------------------------------------------------------------------------------------------- distributed
     # torchrun sets RANK; without it the same lines run with one rank. What the first attempt has saved must
