@@ -58,6 +58,7 @@ KEYS = {
     "duration": ("duration",),
     "sample_rate": ("sample_rate",),
     "dataset_id": ("dataset_id",),
+    "transcriber": ("transcriber",),
     "start": ("start", "offset", "start_time"),
     "end": ("end", "end_time"),
     "gain_db": ("gain_db",),
@@ -69,7 +70,7 @@ KEYS = {
 }
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
-LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
+LABELS = ("id", "duration", "sample_rate", "dataset_id", "transcriber", "alignment")
 # What belongs to a whole row: a turn has none of these.
 OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
 # What else is read of a row, a turn or a message.
@@ -587,7 +588,7 @@ def check_holder(holder, roots):
     start, end = holder.get("start", 0), holder.get("end", math.inf)
     if end <= start:
         raise Invalid(f"end {end} is not after start {start}")
-    for key in ("speaker", "dataset_id", "id"):
+    for key in ("speaker", "dataset_id", "id", "transcriber"):
         value = holder.get(key)
         if isinstance(value, str):
             check_text(value, key)
