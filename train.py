@@ -460,6 +460,7 @@ def told_once(main):
         try:
             return main()
         except (Usage, Invalid) as error:
+            leave_word(error)
             if mine_to_say(error):
                 raise
             sys.exit(2 if isinstance(error, Usage) else 1)
@@ -470,6 +471,15 @@ def told_once(main):
                 raise
             sys.exit(1)
     return wrapped
+
+
+def leave_word(error):
+    """torchrun ends with a block of its own, which has the reason if it lies in this file, else a link."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        reason = str(error).split("\n")[0]  # the block says it for each rank
+        more = {"timestamp": str(int(time.time())), "py_callstack": reason}
+        Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": more}}))
 
 
 def mine_to_say(error):
@@ -584,7 +594,8 @@ def prepare(cfg, model, lambdas, log):
     if cfg.checkpointing:
         model.set_recompute(True)
     if cfg.compile:
-        log.say("layers are compiled as the first step comes to them, which may take minutes")
+        log.say("layers are compiled as the first validation and the first step come to them, which may take "
+                "minutes; both say how long")
         for block in model.blocks():
             block.compile()
     # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
@@ -1210,6 +1221,7 @@ class Validation:
         return total
 
     def losses(self, step, steps, epoch):
+        began = time.perf_counter()
         model, lambdas = self.trainee.model, self.trainee.lambdas
         means = evaluate(self.cfg, model, self.sets, lambdas, self.place)
         self.log.numbers("val", step, means, epoch=epoch)
@@ -1218,7 +1230,7 @@ class Validation:
         line = f"step {step}/{steps} | validation {total:.4f} ({parts})"
         if len(self.sets) > 1:
             line += " | " + ", ".join(f"{name} {means[f'{name}/loss/total']:.4f}" for name in self.sets)
-        self.log.say(line)
+        self.log.say(f"{line} | {time.perf_counter() - began:.1f} s")
         return total
 
 
@@ -1559,6 +1571,8 @@ def main():
         progress.epoch, progress.position = ready.epoch, ready.position
         step, before, passed = progress.step, passed, ready.progress
 
+        if cfg.compile and not clock.steps:
+            log.say(f"step {step}: {time.perf_counter() - asked:.1f} s, compiling included")
         # metrics.jsonl has every step, the log one in so many.
         rows = [[clips[i].row["id"] for i in slot.clips] for slot in ready.slots]
         values = {"loss/total": loss, **means, "lr": rate, "grad_norm": norm, "epoch": passed}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -24,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import configs
 import lora
@@ -442,8 +444,10 @@ def eager_compile():
 
 def test_compiled_layers_train_alike(gradients, home):
     name = "compiled"
-    go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", 8, "--optimizer", "sgd", "--num_iters", 1, "--warmup_steps", 0, "--compile",
-       "--weight_decay", 0, "--learning_rate", 1e4, config="full", hook=eager_compile)
+    said = go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", 8, "--optimizer", "sgd", "--num_iters", 1, "--warmup_steps", 0, "--compile",
+              "--weight_decay", 0, "--learning_rate", 1e4, config="full", hook=eager_compile)
+    assert "layers are compiled as the first validation and the first step come to them" in said
+    assert re.search(r"step 1: \d+\.\d s, compiling included", said)
     assert numbers(home / name)[0]["grad_norm"] == pytest.approx(gradients(8, 1)[1]["grad_norm"], rel=1e-5)
 
 
@@ -689,6 +693,20 @@ def test_two_ranks_tell_an_error_once(home):
         said = both[0].said + both[1].said
         assert said.count(words) == 1 and "Traceback" not in said, (name, said)
         assert code in codes and 0 not in codes, (name, codes)
+
+
+def test_the_block_that_torchrun_ends_with_has_the_reason(tmp_path, monkeypatch):
+    """As torchrun reads it from the file that it names to each rank."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    @train.told_once
+    def main():
+        raise configs.Usage("batch_size is 0\nand more")
+
+    with pytest.raises(configs.Usage):
+        main()
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    assert "traceback : batch_size is 0\n" in ChildFailedError("train", {0: failure}).format_msg() + "\n" and failure.timestamp > 1e9
 
 
 def only_rank_0_fails():
