@@ -737,6 +737,7 @@ PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 
 # Tokens per character from which a script is told: English takes a quarter, Chinese about one, and what a
 # tokenizer spells in bytes two or three.
 FOREIGN_TOKENS = 1.5
+SPEAKER_PLAYERS = 12  # speakers that can be heard: as many as anybody compares, and 3 MB
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
@@ -1029,7 +1030,7 @@ def report_page(work, standouts, data):
         notices_section(work.notices),
         page.section("How the clips are spread", page.grid(*histograms)),
         page.grid(*counts),
-        speakers_section(data["speakers"]),
+        speakers_section(data["speakers"], work.rows),
         *map(checkpoint_section, work.checkpoints),
         standouts_section(standouts),
     ]
@@ -1057,12 +1058,18 @@ def notices_section(notices):
     return page.section(f"Worth a look: {len(notices)}", page.facts(kinds), table)
 
 
-def speakers_section(speakers):
+def speakers_section(speakers, clips_of_all):
+    """With a clip of each of the first: whether a name is the right voice's is told by ear alone."""
+    first = {}
+    for row in clips_of_all:
+        if "facts" in row:
+            first.setdefault(str(row.get("speaker", "")), row)
     rows = []
-    for name, total in speakers.items():
+    for k, (name, total) in enumerate(speakers.items()):
+        heard = player(first[name]) if name in first and k < SPEAKER_PLAYERS else ""
         number = total.get("number", "")
-        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"])])
-    return page.section("Speakers", page.table(["speaker", "number", "clips", "length"], rows))
+        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"]), heard])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "length", "a clip"], rows))
 
 
 def standouts_section(standouts):

@@ -1,4 +1,6 @@
 """Every shape of data set that is read, the split, cutting and levelling, the cache, and the report of a clean set."""
+import base64
+import io
 import json
 import os
 import re
@@ -926,6 +928,32 @@ def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
         assert [(n["id"], n["kind"]) for n in report["notices"]] == [("1", "unknown tokens"), ("1", "too many tokens"), ("2", "too many tokens")]
         assert about["positions"] == pytest.approx(7 + 11 + 3 + 25 * 6, abs=3)
     assert sorted(p.name for p in (tmp_path / "check").iterdir()) == ["report.html", "report.json"]
+
+
+def test_channels_that_are_swapped_change_nothing_and_those_that_cancel_are_told(tmp_path):
+    """Several channels are averaged: the order is no fault, and the report has their number; opposite phases are silence."""
+    left, right = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 16000))
+    for name, channels in (("a", (left, right)), ("b", (right, left)), ("c", (left, -left))):
+        soundfile.write(str(tmp_path / f"{name}.wav"), np.stack(channels, 1), 16000)
+        put(tmp_path / f"{name}.txt", f"text {name}")
+    assert torch.equal(audio.read(tmp_path / "a.wav", None)[0], audio.read(tmp_path / "b.wav", None)[0])
+    flags = ("--input", tmp_path, "--output_dir", tmp_path / "out", "--val_split", 0, "--skip_bad")
+    prepare(*flags)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["channels"] == {"2": 2} and [(Path(f["file"]).name, f["reason"][:7]) for f in report["dropped"]] == [("c.wav", "silence")]
+
+
+def test_each_speaker_can_be_heard_under_the_name_that_its_rows_give(tmp_path):
+    """Which voice a name belongs to no number tells: swapped names are another naming. So the report lets one listen."""
+    for n, name in enumerate(("anna", "ben", "anna", "ben")):
+        put(tone(tmp_path / f"in/{name}/{n}.wav", 1, 200 + 300 * (name == "ben") + n).with_suffix(".txt"), f"text {n}")
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--speaker_from_folder")
+    section = (tmp_path / "out/report.html").read_text().split("<h2>Speakers</h2>")[1].split("<h2>")[0]
+    pitches = []
+    for name, sound in re.findall(r"<td >(anna|ben)</td>.*?base64,([^\"]+)", section):
+        wave, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)))
+        pitches.append((name, round(np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave), -2)))
+    assert pitches == [("anna", 200), ("ben", 500)]
 
 
 def test_scripts_that_the_tokenizer_spells_in_bytes_are_told(tmp_path, model, monkeypatch):
