@@ -48,13 +48,13 @@ def go(home, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_a_sweep_that_was_stopped_goes_on_and_ranks_what_it_has(go, tmp_path):
-    """Two of three trials, then Ctrl-C in the second; the first is not run again, nor are all three a third time; a fourth is added."""
-    code, _, said, started = go(3, stop=2)
-    assert (code, started) == (130, ["trial_01", "trial_02"]) and "trial_02 of 3: --learning_rate=" in said
-    code, out, said, started = go(3)
-    assert (code, started) == (0, ["trial_02", "trial_03"]), said
-    assert out == (tmp_path / "sweep/sweep.md").read_text() and len(out.splitlines()) == 5
-    assert go(3)[3] == [] and go(4)[3] == ["trial_04"]
+    """One of two trials, then Ctrl-C in the second; the first is not run again, nor are both a third time; a third is added."""
+    code, _, said, started = go(2, stop=2)
+    assert (code, started) == (130, ["trial_01", "trial_02"]) and "trial_02 of 2: --learning_rate=" in said
+    code, out, said, started = go(2)
+    assert (code, started) == (0, ["trial_02"]), said
+    assert out == (tmp_path / "sweep/sweep.md").read_text() and len(out.splitlines()) == 4
+    assert go(2)[3] == [] and go(3)[3] == ["trial_03"]
     trials = json.loads((tmp_path / "sweep/sweep.json").read_text())["trials"]
     found = []
     for trial in trials:
@@ -70,10 +70,10 @@ def test_a_sweep_that_was_stopped_goes_on_and_ranks_what_it_has(go, tmp_path):
     table = [line.split("|")[2].strip() for line in (tmp_path / "sweep/sweep.md").read_text().splitlines()[2:]]
     assert table == [f"trial_{1 + found.index(best):02d}" for best in sorted(found)]
     # In a folder of other settings, or of other ranges, nothing goes on.
-    code, _, said, started = go(4, "--batch_size", 3)
+    code, _, said, started = go(3, "--batch_size", 3)
     assert (code, started) == (2, []) and "holds a sweep with other settings: batch_size: 2 there, 3 here" in said
     Path("ranges.yaml").write_text(RANGES.replace("1e-2", "1e-1"))
-    code, _, said, started = go(4)
+    code, _, said, started = go(3)
     assert (code, started) == (1, []) and "trial_01 was made with {'learning_rate'" in said
 
 

@@ -330,12 +330,13 @@ def test_weighted_files_train_alike_on_other_ranks_and_each_has_its_validation(h
     jsonl(home / "replay@.5.jsonl", rows[9:])  # an @ in a name is no share
     flags = ("--train_manifest", "voice.jsonl", "replay@.5.jsonl@0.25", "--batch_size", 1, "--max_steps", 8)
     known = ("--val_manifest", "val.jsonl", "replay@.5.jsonl")
-    said = go(home, "weighted", *flags, *known, "--grad_accum_steps", 4, "--num_iters", 4)
+    said = go(home, "weighted", *flags, *known, "--grad_accum_steps", 4, "--num_iters", 4, "--save_interval", 2)
     assert "clips of an epoch: 9 of voice.jsonl, 3 of replay@.5.jsonl" in said and "4 steps of 4 micro-batches (4 per rank), 12 micro-batches" in said
     whole = numbers(home / "weighted")
     first = [row for line in whole[:3] for row in line["rows"]]
     assert {f"r{i:02d}" for i in range(9)} < set(first) and len(first) == len(set(first)) == 12
-    go(home, "weighted on two", *flags, "--grad_accum_steps", 4, "--num_iters", 2)
+    shutil.copytree(home / "weighted", home / "weighted on two", symlinks=True)
+    shutil.rmtree(step(home / "weighted on two", 4))
     go(home, "weighted on two", *flags, "--grad_accum_steps", 4, "--num_iters", 4, world=2)
     for a, b in zip(numbers(home / "weighted on two"), whole, strict=True):
         assert a["rows"] == b["rows"] and a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
