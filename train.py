@@ -820,11 +820,6 @@ def warn_of_speakers(model, log):
                 "a ref_audio where the checkpoint takes one.", "warning")
 
 
-# Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many
-# batches, or with batch_tokens of so many clips: enough to find like lengths, few enough for a random order.
-GROUP_BATCHES, GROUP_CLIPS = 50, 512
-
-
 class Pool(NamedTuple):
     """The clips of a file, by number, that are drawn from in each epoch until they are a share of it."""
 
@@ -870,6 +865,11 @@ def drawn(clips, n, seed, epoch):
         orders += draw.sample(clips, len(clips))
     skipped = first * len(clips)
     return orders[begin - skipped : end - skipped]
+
+
+# Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many
+# batches, or with batch_tokens of so many clips: enough to find like lengths, few enough for a random order.
+GROUP_BATCHES, GROUP_CLIPS = 50, 512
 
 
 def micro_batches(lengths, cfg, epoch, pools=()) -> list[list[int]]:
@@ -1611,7 +1611,7 @@ def main():
 
     # -------------------------------------------------------------------------------------------- end
     peak = run.peak_memory(device) / 2**30
-    if progress.is_out_of(cfg.patience):
+    if progress.step < steps and progress.is_out_of(cfg.patience):
         log.say(out_of_patience(cfg, progress))
     log.say(f"done: {progress.step} steps, {progress.skipped} skipped, peak memory {peak:.2f} GiB")
     if rank == 0 and not stop:

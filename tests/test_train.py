@@ -793,6 +793,10 @@ def test_patience_ends_a_run_and_counts_on_when_it_resumes(home):
     assert "done: 3 steps" in said and steps_in(home / "patient") == [3, 2] and len(numbers(home / "patient")) == 3
     said = go(home, "patient", *flags, 7, "--patience", 3, hook=losses_by_step)
     assert "done: 7 steps" in said and "patience" not in said
+    nothing = bookkeeping.Progress()
+    for loss in (math.inf, math.nan):  # no rows, or nothing but NaN: neither is a loss that could be lower
+        nothing.judge(loss)
+    assert not nothing.is_out_of(1) and not bookkeeping.Progress(stale=9).is_out_of(0)
 
 
 def test_a_run_stays_what_it_is_under_its_own_config(home):

@@ -193,10 +193,11 @@ class Progress:
 
 
     def judge(self, loss):
-        """Count the validations in a row that were not the lowest so far."""
-        self.stale += 1
+        """Count the validations in a row that were not the lowest so far, once there is one."""
         if loss < self.lowest.loss:
             self.lowest, self.stale = Best(loss, self.step), 0
+        elif self.lowest != Best():
+            self.stale += 1
 
     def is_out_of(self, patience):
         return bool(patience) and self.stale >= patience
