@@ -42,6 +42,7 @@ class LoRAConfig:
     target_proj_modules: list[str] = opt([], "names of the projections meant by enable_proj; empty means all of them")
     target_layers: list[int | str] = opt([], "layer numbers to adapt in every targeted stack that has them (3), or in one "
                                              "(decoder.3); empty means all")
+    b_lr_ratio: float = opt(1.0, "learning rate of B over that of A (LoRA+, arXiv 2402.12354 advises 16); 1 is off")
     bias: bool = opt(False, "also train a new bias on every wrapped layer")
     train_modules: list[str] = opt([], "regexes of modules that are trained in full beside LoRA")
     train_embeddings: bool = opt(False, "train the embedding tables in full beside LoRA")

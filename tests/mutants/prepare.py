@@ -23,7 +23,7 @@ MUTANTS = [
     ("keys: a second list for turns", M, "pick_all(raw, [*TURN_ORDER, *added_keys()])", "pick_all(raw, TURN_ORDER)", GOOD),
     ("keys: a second list for messages", M, '**pick_all(raw, added_keys()), "content"', '"content"', GOOD),
     ("keys: a message that becomes a turn", M, "        **pick_all(entry, added_keys()),\n", "", GOOD),
-    ("keys: a label is encoded", M, 'LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")', 'LABELS = ("id", "sample_rate", "dataset_id", "alignment")', GOOD),
+    ("keys: a label is encoded", M, 'LABELS = ("id", "duration", "sample_rate", "dataset_id", "transcriber", "alignment")', 'LABELS = ("id", "sample_rate", "dataset_id", "transcriber", "alignment")', GOOD),
     ("keys: a turn has what belongs to a row", M, 'OF_A_ROW = (*LABELS, "ref_audio",', 'OF_A_ROW = (*LABELS,', GOOD),
     ("keys: a turn has labels", M, "OF_A_ROW = (*LABELS, ", "OF_A_ROW = (", GOOD),
     ("speakers: a number in use is given again", M, "next(n for n in free if n not in used)", "next(free)", GOOD),
@@ -91,4 +91,12 @@ MUTANTS = [
     ("cases: the text of another microphone", O, 'MICROPHONE.sub("", sound.stem)', "sound.stem", CASES),
     ("cases: backslashes", M, 'slashed = name.replace("\\\\", "/")', "slashed = name", CASES),
     ("cases: Parquet is a table", F, "if begin.startswith(magic):", "if not magic:", CASES),
+    # texts that a machine heard
+    (8, "prepare_data.py", "        return known[2]\n", "        pass\n", "tests/test_prepare.py::test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so"),
+    (8, "prepare_data.py", "known[:2] == now:", "known[:1] == now[:1]:", "tests/test_prepare.py::test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so"),
+    (8, "prepare_data.py", '"transcriber": name}', '}', "tests/test_prepare.py::test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so"),
+    (8, "prepare_data.py", "        with part_of(clip) as path:\n            text = work.hear(path)", "        if True:\n            text = work.hear(clip.path)", "tests/test_prepare.py::test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so"),
+    (8, "models/parts/manifests.py", '"dataset_id", "transcriber", "alignment")', '"dataset_id", "alignment")', "tests/test_prepare.py::test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so"),
+    (8, "prepare_data.py", "            elif work.hear and \"text\" not in row:", "            elif False:", "tests/test_prepare.py::test_slices_go_to_the_transcriber_and_not_into_a_table"),
+    (8, "prepare_data.py", "        ids[script] += count\n", "        ids[script] += 1\n", "tests/test_prepare.py::test_scripts_that_the_tokenizer_spells_in_bytes_are_told"),
 ]
