@@ -31,7 +31,7 @@ from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
 from models.parts.plain import an_object, need, read_object, say, sweep, typed, write_file
-from models.parts.textfiles import is_file
+from models.parts.textfiles import is_file, one_line
 from prepare_data import called, hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -287,7 +287,8 @@ class Sentence:
 def sentences(cfg, model, rows):
     """The sentences of --text and of the first rows; of a conversation the last spoken turn."""
     turns = [turn for turn in map(last_spoken, rows) if turn]
-    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in cfg.text]
+    texts = map(one_line, cfg.text)
+    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in texts]
     for turn in map(last_spoken, rows[: cfg.rows]):
         if turn is None:
             continue
