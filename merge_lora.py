@@ -165,7 +165,7 @@ def sweep(out):
 
 
 def end(number, frame):
-    """SIGTERM ends the script as an exception does, so that what was begun is taken away; a second one waits."""
+    """SIGTERM ends the script as an exception does, so that what was begun goes; a second is not heard."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
