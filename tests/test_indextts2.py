@@ -15,7 +15,7 @@ import lora
 import models
 from models import indextts2
 from models.codecs import speech_chain
-from models.parts import Invalid, audio, beam, checkpoint, front
+from models.parts import Invalid, audio, beam, checkpoint, front, gpt_steps, quant
 from tests import tiny
 from tests import tiny_indextts2 as T
 from tests.conftest import ROOT
@@ -126,6 +126,25 @@ def test_the_golden_codes_tell_the_settings_apart():
     found = {tuple(GOLDEN[f"{kind}.{i}"].tolist()) for kind in KINDS for i in range(2)}
     assert len(found) >= 7
     assert len({len(codes) for codes in found}) > 1
+
+
+@pytest.mark.parametrize("kind", ["weights", "adapter", "8 bit"])
+def test_codes_one_by_one_make_the_states_of_all_at_once(model, kind):
+    """Of one to five rows: as many are multiplied in three ways."""
+    if kind == "adapter":
+        lora.apply_lora_to_model(model, {"r": 2})
+        for m in lora.lora_modules(model).values():
+            torch.nn.init.normal_(m.lora_B)
+    elif kind == "8 bit":
+        quant.quantise(model, 8)
+    with torch.inference_mode():
+        x = torch.randn(5, 7, T.WIDTH, generator=torch.Generator().manual_seed(0))
+        whole = model.gpt(x, torch.ones(7, 7, dtype=torch.bool).tril())
+        for R in (1, 2, 3, 5):
+            caches = model.gpt.caches(R, 7, x)
+            steps = gpt_steps.GPTSteps(model.gpt, R)
+            one_by_one = [steps(x[:R, i].clone(), caches, i, None) for i in range(7)]
+            torch.testing.assert_close(torch.stack(one_by_one, 1), whole[:R], rtol=1e-5, atol=1e-5)
 
 
 def test_emotion_between_two_clips(model):
