@@ -60,6 +60,7 @@ from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 from models.parts.textfiles import refuse_blank
 
+PARTS = {"tokenizer": "", **speech_chain.PARTS}  # what may lie elsewhere
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
 # What the published interface multiplies a vector by, since some emotions change the voice, and the largest
@@ -1359,8 +1360,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     """The model in eval mode from a published folder; the frozen models around it are read when they are
     needed.
 
-    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan where they are kept elsewhere. weights:
-    another file in the place of gpt.pth.
+    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan, those that were found. weights: another
+    file in the place of gpt.pth.
     """
     path = Path(folder)
     folder = path if path.is_dir() else path.parent
@@ -1434,10 +1435,8 @@ class IndexPlaces(Places):
         own = self.files()
         pairs = [(own.pop("tokenizer"), self.vocabulary), *((path, path.name) for path in own.values())]
         for key, part in speech_chain.PARTS.items():
-            try:
-                pairs.append((self.part(key), f"hf_cache/{part.names[0]}"))
-            except Invalid:  # a checkpoint without it is saved without it
-                continue
+            if key in self.extra:  # a checkpoint without it is saved without it
+                pairs.append((self.extra[key], f"hf_cache/{part.names[0]}"))
         return pairs
 
 

@@ -19,7 +19,7 @@ from models.parts import Invalid, audio, beam, checkpoint, front, gpt_steps, qua
 from tests import tiny
 from tests import tiny_indextts2 as T
 from tests.conftest import ROOT
-from tests.running import start
+from tests.running import ranks, start
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = load_file(HERE / "indextts2.safetensors")
@@ -297,6 +297,9 @@ def test_the_extra_models_are_found_in_every_usual_place(folder, tmp_path, monke
     shutil.copytree(folder / "hf_cache/bigvgan", tmp_path / "bigvgan_v2_22khz_80band_256x")  # a folder beside the checkpoint
     shutil.copytree(hub / "hf_cache", tmp_path / "home/hub")
     places = found(bare)
+    assert models.parts_elsewhere(bare, {}) == {key: str(place) for key, place in places.items()}  # runs and adapters record them all
+    assert models.parts_elsewhere(folder, {}) == {}
+    assert found(bare, semantic_codec=hub / "hf_cache/models--amphion--MaskGCT/snapshots/0123abc")["semantic_codec"].is_file()
     assert places["bigvgan"].parent == tmp_path and places["campplus"].is_relative_to(tmp_path / "home/hub")
     with pytest.raises(Invalid, match="extra.bigvgan: no checkpoint at"):
         models.load(bare, extra={"bigvgan": tmp_path / "nowhere"}).codec.part("bigvgan")
@@ -934,6 +937,37 @@ def test_a_prepared_data_set_of_another_trainer_is_used_as_it_is(model, folder, 
     lora_on_encoders = start("train", (Path(ROOT) / "configs/indextts2_lora.yaml", *flags, "--overwrite", "true", "--lora.target_modules", "linear_q"),
                              tmp_path)
     assert lora_on_encoders.wait() != 0 and "the adapter reaches into the conditioning encoders" in lora_on_encoders.said
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_ranks_and_a_restart_give_the_run_of_one_process(model, folder, tmp_path, method):
+    """A restart bit for bit, dropout on; two ranks but for the order of a sum."""
+    data = features_folder(tmp_path / "data", model)
+    extra = ("--lora.dropout", 0.1) if method == "lora" else ()
+
+    def tuned(name, world, *steps, code=0):
+        flags = ("--pretrained_path", folder, "--train_manifest", data / "train_manifest.jsonl", "--save_path", tmp_path / name, "--batch_size", 1,
+                 "--grad_accum_steps", 2 // world, "--max_steps", 3, "--warmup_steps", 0, "--learning_rate", 1e-2, "--max_batch_tokens", 0,
+                 "--num_workers", 0, "--val_samples", 0, "--val_manifest", data / "val_manifest.jsonl", "--valid_interval", 0, "--gate", "off",
+                 *extra, "--num_iters")
+        for n in steps:
+            argv = (Path(ROOT) / f"configs/indextts2_{method}.yaml", *flags, n)
+            runs = ranks(world, "train", argv, tmp_path) if world > 1 else [start("train", argv, tmp_path)]
+            codes = {run.wait() for run in runs}
+            assert codes == {code}, "".join(run.said for run in runs)
+        if code:
+            return runs[0].said
+        if method == "lora":
+            return load_file(tmp_path / name / "latest/adapter_model.safetensors")
+        return torch.load(tmp_path / name / "latest/gpt.pth", weights_only=True)
+
+    if method == "lora":
+        assert "\n    this command without torchrun encodes before it trains" in tuned("refused", 2, 3, code=2)  # there is no sound to encode
+    straight, resumed = tuned("straight", 1, 3), tuned("resumed", 1, 1, 3)
+    assert len(straight) > 8 and all(torch.equal(w, resumed[n]) for n, w in straight.items())
+    if method == "lora":
+        two = tuned("two", 2, 3)
+        assert all(torch.allclose(w, two[n], rtol=1e-4, atol=1e-5) for n, w in straight.items())
 
 
 def test_wrong_prepared_rows_are_named(model, tmp_path):
