@@ -1,5 +1,6 @@
 """IndexTTS2 against its own code by golden tensors and live against transformers; its text, its files, its properties."""
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -351,6 +352,37 @@ def test_a_folder_without_a_file_is_told_which(folder, tmp_path):
         indextts2.load(there)
     with pytest.raises(Invalid, match="from_scratch"):
         models.load(folder, weights="scratch")
+
+
+def anonymous_megabytes():
+    """Memory of this process that no file holds."""
+    return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_loading_peaks_at_one_copy_of_the_gpt(tmp_path, monkeypatch):
+    there = T.write(tmp_path / "base", number_text_tokens=150_000)
+    size = (there / "gpt.pth").stat().st_size / 2**20
+    seen, holder = [], checkpoint.holder
+    monkeypatch.setattr(checkpoint, "holder", lambda *place: seen.append(anonymous_megabytes()) or holder(*place))  # after each tensor
+    before = anonymous_megabytes()
+    model = models.load(there)
+    seen.append(anonymous_megabytes())
+    assert size > 30 and len(seen) > 80 and sum(p.numel() for p in model.parameters()) * 4 / 2**20 > 0.95 * size
+    assert max(seen) - before < 1.3 * size
+
+
+def test_frozen_models_are_read_once_however_often_they_are_saved(model, tmp_path, monkeypatch):
+    read, checksum = [], checkpoint.checksum
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: read.append(path.name) or checksum(path))
+    for step in (1, 2):
+        saved = checkpoint.write_step(tmp_path, step, model.save, {})
+    own = {"gpt.pth", "config.yaml"}
+    assert [name for name in read if name in own] == sorted(own) * 2
+    frozen = [name for name in read if name not in own]
+    assert len(frozen) >= 9 and len(set(frozen)) + 1 == len(frozen)  # two are called model.safetensors or config.json
+    read.clear()
+    assert checkpoint.check_step(saved) is None and len(read) == len(frozen) + 2  # who goes on from it reads all
 
 
 def test_a_saved_folder_holds_everything_and_copies_nothing(model, folder, tmp_path):
