@@ -39,7 +39,7 @@ MUTANTS = [
     ("6 a stop of low rank counts", BEAM, "            elif rank < self.beams:", "            else:", some("beams_end")),
     ("6 beams never give up", BEAM, "self.done = self.worst() >= max(scores)", "self.done = self.worst() > 1e9 + max(scores)", some("beams_end")),
     ("6 beams without their past", FILE, "        if W > 1:\n            running =", "        if W > 9:\n            running =", CODES),
-    ("speaking adds to what it read before the norm", STEPS, "return self.ln_f(x)", "return x", STEP),
+    ("2 steps without the last norm of the blocks", STEPS, "return self.ln_f(x)", "return x", STEP),
     ("one row is not its own twin", STEPS, "                x = twins.copy_(x)", "                x = twins", STEP),
     ("steps pass over an adapter", STEPS, 'if hasattr(linear, "lora_A") or', "if", STEP),
     ("6 the cache does not follow its beam", FILE, "spoken.copy_(spoken[rows])", "pass", CODES),
