@@ -27,7 +27,8 @@ import lora
 import models
 from configs import Usage, opt
 from models.parts import Invalid, adapters, audio, measures, sentences
-from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
+from models.parts.plain import (LARGEST_JSON, exactly, need, parse, read_bytes, read_object, say, shown,
+                                sweep)
 from models.parts.textfiles import check_text, one_line
 
 
@@ -87,6 +88,9 @@ class Take(NamedTuple):
 # ------------------------------------------------------------------------------------ checkpoint and adapters
 
 
+MOST_STRENGTH = 1e6  # beyond it no bit of the base is left
+
+
 def split_strength(spec):
     """'folder:0.5' -> ('folder', 0.5); a path that exists as it stands has strength 1."""
     path, colon, number = spec.rpartition(":")
@@ -96,8 +100,8 @@ def split_strength(spec):
         strength = float(number)
     except ValueError:  # a colon in a path
         return spec, 1.0
-    if not math.isfinite(strength):
-        raise Usage(f"--lora {spec}: the strength is {number}, expected a number such as 0.5")
+    if not abs(strength) <= MOST_STRENGTH:
+        raise Usage(f"--lora {shown(spec)}: the strength is {number}, expected a number such as 0.5")
     return path, strength
 
 
@@ -201,10 +205,10 @@ def scale_of(model, chosen):
 def report_adapters(chosen, counts, skipped):
     """An adapter that does nothing sounds like the base, so what was loaded is said in numbers."""
     names = " + ".join(f"{path} x {strength:g}" for path, strength in chosen)
-    print(f"adapters: {names}: {counts}", file=sys.stderr)
+    say(f"adapters: {names}: {counts}")
     if skipped:
         more = " ..." if len(skipped) > 3 else ""
-        print(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}", file=sys.stderr)
+        say(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}")
 
 
 def trained_speakers(chosen):
@@ -493,9 +497,7 @@ def make_folders(requests):
     for folder in {Path(request.output).parent for request in requests if request.output != "-"}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = [re.escape(Path(request.output).name) for request in requests]
-            for temporary in folder.glob(".*.tmp"):  # what a killed run was writing
-                sweep_one(temporary, "(?:" + "|".join(names) + ")")
+            sweep(folder, exactly(Path(request.output).name for request in requests))
         except OSError as e:
             raise Invalid(f"{folder}: cannot be made ({e.strerror}); choose another place with --output or "
                           "--output_dir") from None
@@ -538,7 +540,7 @@ def speak(model, requests, sampling):
         return takes
     for warning in caught:  # the model counts its requests, the user knows them by their file
         text = re.sub(r"^request (\d+)", lambda m: requests[int(m[1])].output, str(warning.message))
-        print(text, file=sys.stderr)
+        say(text)
     waves = [torch.cat(chunks) if chunks else torch.zeros(0) for chunks in waves]
     return [Take(request.output, *rest) for request, *rest in zip(requests, waves, model.finish)]
 
@@ -581,7 +583,7 @@ def write(take, rate):
             raise take.error
         audio.write(take.output, take.wave, rate)
     except Invalid as e:
-        print(lines_of(f"{take.output}: {e}"), file=sys.stderr)
+        say(f"{take.output}: {e}")
         return False
     say_cap(take.output, take.finish)
     print(take.output)
@@ -590,8 +592,8 @@ def write(take, rate):
 
 def say_cap(output, finish):
     if finish == "cap":
-        print(f"{output}: stopped at the length cap, the model had not ended by itself; if the text is long, "
-              "split it (--max_chars_per_piece)", file=sys.stderr)
+        say(f"{output}: stopped at the length cap, the model had not ended by itself; if the text is long, "
+            "split it (--max_chars_per_piece)")
 
 
 def stream(model, pieces, sampling, pause):

@@ -7,7 +7,6 @@
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
 dtype.
 """
-import re
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import models
 from configs import Usage, opt
 from infer import base_of, parts_of, split_strength, trained_speakers
 from models.parts import Invalid, adapters, checkpoint
-from models.parts.plain import TEMPORARY, is_alive, temporary_name
+from models.parts.plain import exactly, is_alive, say, temporary_name, writer_of
 
 
 @dataclass
@@ -160,13 +159,14 @@ MARK = ".merge_lora"
 def sweep(out):
     """Delete the folders of merges into `out` that were killed."""
     for folder in out.parent.glob(".*.tmp"):
-        name = re.fullmatch(TEMPORARY.format(name=re.escape(out.name)), folder.name)
-        if name and (folder / MARK).is_file() and not is_alive(int(name[1])):
+        process = writer_of(folder, exactly([out.name]))
+        if process and (folder / MARK).is_file() and not is_alive(process):
             checkpoint.remove(folder)
 
 
 def end(number, frame):
-    """SIGTERM ends the script as an exception does, so that what was begun is taken away."""
+    """SIGTERM ends the script as an exception does, so that what was begun goes; a second is not heard."""
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -194,7 +194,7 @@ def main():
     model = load_base(cfg, base, extra)
     loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
     modules = lora.lora_modules(model)
-    print(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped", file=sys.stderr)
+    say(f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped")
     speakers = trained_speakers(chosen)
     model.speakers = {**getattr(model, "speakers", {}), **speakers}
 
@@ -221,7 +221,7 @@ def main():
         checkpoint.remove(tmp)
         signal.signal(signal.SIGTERM, before)
     out = cfg.output_dir
-    print(f"{out}: {checkpoint.megabytes(out):.1f} MB", file=sys.stderr)
+    say(f"{out}: {checkpoint.megabytes(out):.1f} MB")
     print(out)
 
 

@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +48,7 @@ from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
+from models.parts.plain import lock, say, shown, sweep
 from models.parts.textfiles import check_text, is_control, is_file, one_line
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -66,7 +69,8 @@ class Prepare:
     alignment_dir: str = opt("", "folder of word times (<name>.json) when they do not lie beside the recordings")
     speaker: str = opt("", "speaker of rows that name none")
     speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
-    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
+    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off",
+                             least=0)
     mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
     transcriber: str = opt("", "module:function from the path of a recording to its text, for recordings without one")
     normalizer: str = opt("", "module:function from text to text, called on every text")
@@ -76,11 +80,11 @@ class Prepare:
     trim: float = opt(-1.0, "cut silence at both ends down to this many seconds; negative leaves it")
     loudness: str = opt("", "bring every clip to a level by a factor: rms:-23 or peak:-1 (dB of full scale)")
     slice: bool = opt(False, "cut recordings without text at silences into clips/, and those with word times into rows")
-    slice_min_seconds: float = opt(4.0, "shortest piece")
-    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at")
-    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds")
-    slice_hop: float = opt(0.01, "seconds between two looks at the level")
-    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds")
+    slice_min_seconds: float = opt(4.0, "shortest piece", least=0)
+    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at", least=0)
+    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds", least=0)
+    slice_hop: float = opt(0.01, "seconds between two looks at the level", least=0.001, most=1)
+    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds", least=0)
     ref: str = opt("none", "write ref_audio: the clip itself, another one of the speaker, or nothing",
                    choices=("same", "other", "none"))
     val_split: float = opt(0.1, "share of each speaker's rows that goes into val.jsonl")
@@ -89,10 +93,11 @@ class Prepare:
     encode_only: bool = opt(False, "check and encode the manifests as they are; nothing is split, cleaned or written anew")
     skip_bad: bool = opt(False, "leave bad rows out and go on; without it they end the run")
     overwrite: bool = opt(False, "replace a train.jsonl and val.jsonl that came from elsewhere")
-    batch_size: int = opt(16, "of the training to come; for the report")
-    grad_accum_steps: int = opt(1, "of the training to come; for the report")
-    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none")
-    workers: int = opt(0, "processes that check audio; 0 takes one per core")
+    batch_size: int = opt(16, "of the training to come; for the report", least=1)
+    grad_accum_steps: int = opt(1, "of the training to come; for the report", least=1)
+    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none",
+                               least=0)
+    workers: int = opt(0, "processes that check audio; 0 takes one per core", least=0)
     device: str = opt("auto", "where the codec runs: auto, cpu, cuda, cuda:1, mps")
 
 
@@ -143,10 +148,6 @@ class Work:
             side = val if row["id"] in self.val_ids else train
             side.append(row)
         return dict(zip(MANIFESTS, (train, val)))
-
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ measure
@@ -222,12 +223,19 @@ def processes(workers, count):
     if workers <= 1:
         return None
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, leave_signals_to_the_parent)
+    return ProcessPoolExecutor(workers, context, live_with_the_parent)
 
 
-def leave_signals_to_the_parent():
+def live_with_the_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent():
+    """A worker whose parent was killed would wait for its next clip for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def measure_line(progress):
@@ -249,6 +257,7 @@ def cut_long(work):
         pause=cfg.slice_min_interval,
         keep=cfg.slice_max_silence,
     )
+    sweep(work.out / "clips", r"\d{4,}_\d{4,}\.wav")
     for row in work.rows:
         try:
             seconds = seconds_to_cut(row, cfg)
@@ -343,10 +352,11 @@ def write_table(table, work):
     texts = [raw.get("text") for _, raw in lines if isinstance(raw, dict)]
     if any(texts) and not work.cfg.overwrite:
         raise Invalid(f"{path} holds transcripts already; give it as --input, or --overwrite it")
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["filename", "text", "recording", "from", "to"])
-        writer.writerows(table)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["filename", "text", "recording", "from", "to"])
+    writer.writerows(table)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
     say(f"{len(table)} clips; write what is said into the column text of {path}, then --input {path}")
 
 
@@ -435,7 +445,18 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 def clean(text, normalise=None):
     """NFC, and what every script does to a text."""
     text = one_line(unicodedata.normalize("NFC", text))
-    return clean(normalise(text)) if normalise else text
+    return clean(called(normalise, text, "normalizer")) if normalise else text
+
+
+def called(function, text, flag):
+    """The text that somebody's function makes of one; where it fails, that costs this text alone."""
+    try:
+        made = function(text)
+    except Exception as e:
+        raise Invalid(f"--{flag}: {type(e).__name__}: {shown(e, 200)}") from None
+    if not isinstance(made, str):
+        raise Invalid(f"--{flag} gave {shown(repr(made))}, expected a text")
+    return made
 
 
 def hook(name, flag="normalizer", example="my_text:expand"):
@@ -443,8 +464,11 @@ def hook(name, flag="normalizer", example="my_text:expand"):
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
+    except Exception as e:  # somebody else's module may do anything
         what = f"expected module:function, such as {example}"
         raise configs.Usage(f"--{flag} {name}: {e}; {what}") from None
     finally:
@@ -890,7 +914,7 @@ def write_report(work):
     text = "{" + ",\n".join(facts) + "}\n"  # one fact per line
     write_file(work.out / "report.json", text.encode("utf-8", "backslashreplace"))
     html = report_page(work, standouts, data)
-    write_file(work.out / "report.html", html.encode("utf-8", "replace"))
+    page.write(work.out / "report.html", html)
 
 
 def in_order(work):
@@ -1160,6 +1184,16 @@ def write_manifests(work):
         write_file(work.out / name, text)
 
 
+def claim(out):
+    """Make the output folder and keep others out of it; what is wrong with it is said before the work."""
+    probe = out / ".writable"
+    write_file(probe, b"")
+    probe.unlink(missing_ok=True)
+    if not lock(out / ".lock"):
+        raise configs.Usage(f"another prepare_data.py is writing into {out}; wait for it or choose another "
+                            "--output_dir")
+
+
 def refuse_foreign(work):
     """Output that exists is only replaced when it came from the same inputs."""
     before = read_memo(work.out / "report.json")
@@ -1183,7 +1217,7 @@ def gather(work):
     cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
     for flag, place in (("transcripts", texts), ("alignment_dir", cfg.alignment_dir)):
-        if place and not os.path.exists(place):
+        if place and not os.path.isfile(place) and not os.path.isdir(place):
             raise configs.Usage(f"--{flag} {place}: no such file or folder")
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
@@ -1357,7 +1391,7 @@ def settings(argv):
     cfg = configs.parse(Prepare, argv, script="prepare")
     if not cfg.input or not cfg.output_dir:
         raise configs.Usage("--input and --output_dir are needed; --help lists every setting")
-    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d+(\.\d+)?", cfg.loudness):
+    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d{1,3}(\.\d+)?", cfg.loudness):
         raise configs.Usage(f"--loudness {cfg.loudness}: expected rms:-23 or peak:-1")
     if not 0 <= cfg.val_split < 1:
         what = "expected a share from 0 up to, but not including, 1"
@@ -1374,7 +1408,7 @@ def main(argv=None):
     if cfg.transcriber:
         work.hear = hook(cfg.transcriber, "transcriber", "my_ears:transcribe")
     if cfg.device != "auto":
-        work.device = cfg.device
+        work.device = str(models.pick_device(cfg.device))
     elif torch.cuda.is_available():
         work.device = "cuda"
 
@@ -1386,14 +1420,13 @@ def main(argv=None):
     if as_is and (as_is != cfg.input or changes_sound or changes_rows):
         raise configs.Usage(f"{as_is[0]} is encoded as it is; "
                             "to change its rows, prepare it into another --output_dir")
+    claim(work.out)
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
     if as_is:  # so that the command that made them is not refused afterwards
         work.made_of = list(before.get("inputs_of", []))
     if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
-    write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
-    (work.out / ".writable").unlink()
 
     # ---- read, cut, measure, judge
     gather(work)
@@ -1432,7 +1465,7 @@ def main(argv=None):
     if not rows:
         raise Invalid(f"no rows left of {', '.join(cfg.input)}; {report} says why")
     if bad:
-        say(f"{listing(bad, 10)}\n{len(bad)} bad rows left out")
+        say(*listing(bad, 10).split("\n"), f"{len(bad)} bad rows left out")
     if not as_is and not cfg.check:
         write_manifests(work)
 

@@ -42,6 +42,7 @@ from lora import LoRAConfig
 from models.parts import Invalid, checkpoint, gate, listen, run, sweep
 from models.parts.cache import ClipCache
 from models.parts.manifests import holders, read_manifest
+from models.parts.ranks import attempt, others
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -64,12 +65,12 @@ class Train:
     out_sample_rate: int = opt(0, "rate the codec writes; 0 takes the checkpoint's, anything else must equal it")
 
     # How many clips at once: the memory of the device decides the first, the learning rate the last
-    batch_size: int = opt(1, "clips per micro-batch and rank")
+    batch_size: int = opt(1, "clips per micro-batch and rank", most=65536)
     batch_tokens: int = opt(0, "positions per micro-batch, padding included, instead of batch_size clips; 0 is off")
     max_batch_tokens: int = opt(0, "drop clips longer than this divided by batch_size positions; 0 keeps all")
     max_length: int = opt(0, "drop clips longer than this many positions; 0 takes the checkpoint's limit")
-    grad_accum_steps: int = opt(1, "micro-batches per step and rank")
-    num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line")
+    grad_accum_steps: int = opt(1, "micro-batches per step and rank", most=65536)
+    num_workers: int = opt(2, "threads that collate ahead of the step; 0 collates in line", most=1024)
 
     # How long, and what happens on the way
     num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else what suits the amount of data")
@@ -436,16 +437,10 @@ def join_ranks(device):
         torch.cuda.set_device(device)
     # Without torchrun nobody waits for anybody, and no port is opened.
     if "RANK" in os.environ:
-        limit = timedelta(minutes=30)  # the others wait while rank 0 saves or speaks, on a slow disk for long
-        store, *_ = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(attempt(), store)  # else the addresses of the dead still stand there
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-        STORES.append(store)
+        others.meet(rank, world, "nccl" if device.type == "cuda" else "gloo")
     return Place(device, rank, world)
 
 
-STORES = []  # through it the ranks can exchange words, also when one of them has failed
 ERROR_SECONDS = 5  # how far apart two ranks may meet the same error
 LOST = re.compile("connection (was )?(closed|reset|refused)|broken pipe|by peer|timed out|aborted", re.I)
 
@@ -484,14 +479,14 @@ def leave_word(error):
 
 def mine_to_say(error):
     """Whether this rank prints an error: rank 0 always does, another one what rank 0 did not meet, too."""
-    if not STORES:  # before the ranks have met: settings and files, of which there is one set on each machine
+    if not others.store:  # before the ranks meet: settings and files, of which each machine has one set
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     key = f"error {attempt()} {zlib.crc32(str(error).encode())}"
     try:
         if dist.get_rank() == 0:
-            STORES[0].set(key, "said")
+            others.store.set(key, "said")
         else:
-            STORES[0].wait([key], timedelta(seconds=ERROR_SECONDS))
+            others.store.wait([key], timedelta(seconds=ERROR_SECONDS))
     except dist.DistNetworkError:  # rank 0 has ended, not without saying why
         return dist.get_rank() == 0
     except dist.DistStoreError:  # nobody else has said it
@@ -499,15 +494,14 @@ def mine_to_say(error):
     return dist.get_rank() == 0
 
 
-def attempt() -> str:
-    """torchrun restarts all ranks when one has died; "0" is the first time."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def wait_for_all(for_rank_0=False):
+    """What follows finds everything done that any rank did before. All ranks.
 
-
-def wait_for_all():
-    """What follows finds everything done that any rank did before. All ranks."""
+    for_rank_0: it saves or speaks meanwhile, which a signal to another rank must not break off.
+    """
     if dist.is_initialized():
-        dist.barrier()
+        with others.waiting(patient=for_rank_0):
+            dist.barrier()
 
 
 def all_sum(values: dict, device) -> dict:
@@ -516,8 +510,9 @@ def all_sum(values: dict, device) -> dict:
         return values
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     sums = torch.tensor([float(v) for v in values.values()], dtype=dtype, device=device)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist()))
+    with others.waiting():
+        dist.all_reduce(sums)
+        return dict(zip(values, sums.tolist()))
 
 
 # ---------------------------------------------------------------------------------------- checkpoint and LoRA
@@ -1118,7 +1113,8 @@ def reduce_gradients(parameters, bucket=BUCKET):
 def reduce_together(parameters):
     """One message for many tensors: most adapters are so small that latency would be all."""
     flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
+    with others.waiting():
+        dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in parameters])
     for p, part in zip(parameters, parts):
         p.grad = part.view_as(p)
@@ -1221,6 +1217,7 @@ class Validation:
                 total = self.losses(step, steps, epoch)
             if self.place.rank == 0 and self.samples.sentences:
                 self.samples.try_to_speak(self.trainee.model, step)
+        wait_for_all(for_rank_0=True)
         return total
 
     def losses(self, step, steps, epoch):
@@ -1508,7 +1505,7 @@ def main():
         held = past.step if past and not cfg.lora and not over() else None
         if rank == 0:
             save(cfg, trainee, progress, log, held)
-        wait_for_all()
+        wait_for_all(for_rank_0=True)
 
     # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
     signals = run.catch_signals()
@@ -1620,8 +1617,7 @@ def main():
     if rank == 0 and not stop:
         say_what_next(cfg, log)
     log.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    others.part()
     if signals or stop:
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 

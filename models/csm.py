@@ -1137,7 +1137,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     codec = load_codec(folder, extra.get("codec"), codec, config)
     tokenizer = find_tokenizer(folder, extra.get("tokenizer"))
     files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    model.equip(codec, Tokenizer(tokenizer), {"tokenizer": tokenizer, **files}, options or {})
+    files["tokenizer"] = tokenizer
+    model.equip(codec, Tokenizer(tokenizer, config.text_vocab_size), files, options or {})
     return model.eval()
 
 

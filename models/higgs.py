@@ -43,7 +43,7 @@ from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
-from models.parts.plain import as_record, checked, layers, need
+from models.parts.plain import LARGEST, LAYERS, as_record, checked, layers, need, shown, written
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
 from models.parts.textfiles import refuse_blank
@@ -155,14 +155,17 @@ ONLY = {
 
 def check_config(raw, where):
     """Invalid where config.json asks for something that no published checkpoint has."""
-    for section in (raw, raw.get("text_config") or {}):
+    raw = as_record(raw, where)
+    text = need(raw, "text_config", dict, {})
+    for section in (raw, text):
         for key, (values, meaning) in ONLY.items():
             if section.get(key, values[0]) not in values:
-                raise Invalid(f"{where}: {key} is {section[key]!r}, expected {values[0]!r}: it would mean "
+                stated = shown(written(section[key]))
+                raise Invalid(f"{where}: {key} is {stated}, expected {values[0]!r}: it would mean "
                               f"{meaning}, which is not supported. Use the published checkpoint, or one "
                               "trained from it.")
-    layers = raw.get("audio_dual_ffn_layers")
-    count = (raw.get("text_config") or {}).get("num_hidden_layers")
+    layers = need(raw, "audio_dual_ffn_layers", list[int], None)
+    count = need(text, "num_hidden_layers", int, None, at_least=1, at_most=LAYERS)
     if layers is not None and count is not None and sorted(layers) != list(range(count)):
         raise Invalid(f"{where}: audio_dual_ffn_layers names {len(layers)} of {count} layers; "
                       "only checkpoints with all of them are supported")
@@ -193,7 +196,7 @@ def read_config(raw, shapes, where):
     hidden = size("intermediate_size", "layers.0.mlp.gate_proj.weight")
     audio_gate = shapes.get("layers.0.audio_mlp.gate_proj.weight")
     audio_hidden = audio_gate[0] if audio_gate else raw.get("audio_ffn_intermediate_size") or hidden
-    codebooks = raw.get("num_codebooks") or raw.get("audio_num_codebooks") or PUBLISHED.num_codebooks
+    codebooks = raw.get("num_codebooks") or number(raw, "audio_num_codebooks", PUBLISHED.num_codebooks)
     ids = read_stream_ids(raw, shapes.get("audio_codebook_embeddings.weight"), codebooks, where)
     theta, scaling = rope_settings(llama, PUBLISHED.rope_theta, LLAMA3, where)
     vocab = size("vocab_size", "embed_tokens.weight")
@@ -203,18 +206,23 @@ def read_config(raw, shapes, where):
                   eps, theta, scaling, positions)
 
 
+def number(raw, key, usual):
+    """A size or an id in config.json."""
+    return need(raw, key, int, usual, at_least=1, at_most=LARGEST)
+
+
 def read_stream_ids(raw, table, codebooks, where):
     """(ids of a codebook, begin, end).
 
     The table decides: one config counts the ids of begin and end, one does not, and transformers' class
     default is wrong.
     """
-    begin, end = (raw.get(f"audio_stream_{name}_id") for name in ("bos", "eos"))
+    begin, end = (number(raw, f"audio_stream_{name}_id", None) for name in ("bos", "eos"))
     if table and table[0] % codebooks:
         raise Invalid(f"{where}: the audio table has {table[0]} rows, which are not {codebooks} codebooks")
-    counted = raw.get("codebook_size") or PUBLISHED.codebook_size
+    counted = number(raw, "codebook_size", PUBLISHED.codebook_size)
     if raw.get("audio_codebook_size"):
-        counted = raw["audio_codebook_size"] + 2
+        counted = number(raw, "audio_codebook_size", None) + 2
     size = table[0] // codebooks if table else max(counted, (end or 0) + 1)
     begin, end = size - 2 if begin is None else begin, size - 1 if end is None else end
     if not 0 < begin < size or not 0 < end < size or begin == end:
@@ -1531,7 +1539,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     codec, files = _load_codec(folder, extra.get("codec"))
     files["tokenizer"] = tokenizer
     files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    model.equip(codec, Tokenizer(tokenizer), files, options or {})
+    model.equip(codec, Tokenizer(tokenizer, config.vocab_size), files, options or {})
     return model.eval()
 
 

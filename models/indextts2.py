@@ -55,10 +55,10 @@ from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resample
                                     conformer_size, resampler_size)
 from models.parts.gpt_steps import GPTSteps
 from models.parts.layers import Cache, Packing
-from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
+from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml, shown, written
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
-from models.parts.textfiles import refuse_blank
+from models.parts.textfiles import is_file, refuse_blank
 
 PARTS = {"tokenizer": "", **speech_chain.PARTS}  # what may lie elsewhere
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
@@ -546,8 +546,8 @@ class IndexTTS2(nn.Module):
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
                 path = places.file(key, default)
                 values = checkpoint.read_pickle(path)
-                numbers = list(places.config.get("emo_num", ()))
-                counted = len(numbers) == len(EMOTIONS)
+                numbers = need(places.config, "emo_num", list[int], [])
+                counted = len(numbers) == len(EMOTIONS) and min(numbers) >= 0
                 if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):
                     raise Invalid(f"{path}: expected a table whose rows are the emo_num of config.yaml, "
                                   f"which is {numbers}")
@@ -1314,7 +1314,7 @@ def check_version(config, where):
         wrong = []
         for key, value in FIXED.items():
             if section.get(key, value) != value:
-                wrong.append(f"{key} {section[key]!r}")
+                wrong.append(f"{key} {shown(written(section[key]))}")
         if not wrong:
             return
         found = f"a form of IndexTTS2 that was never published ({', '.join(wrong)})"
@@ -1408,24 +1408,24 @@ class IndexPlaces(Places):
 
     @property
     def gpt(self):
-        return str(self.config.get("gpt_checkpoint", "gpt.pth"))
+        return need(self.config, "gpt_checkpoint", str, "gpt.pth")
 
     @property
     def vocabulary(self):
-        return str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))
+        return need(need(self.config, "dataset", dict, {}), "bpe_model", str, "bpe.model")
 
     def files(self):
         """{role: path} of what belongs to the folder and is there. The vocabulary must be."""
         name = self.vocabulary
         path = Path(self.extra.get("tokenizer") or self.folder / name)
-        path = path / name if path.is_dir() else path
-        if not path.is_file():
-            raise Invalid(f"no {name} at {path.parent}, which cuts text into pieces. Run\n"
-                          f"    hf download IndexTeam/IndexTTS-2 {name} --local-dir {self.folder}")
+        path = path / name if os.path.isdir(path) else path
+        if not is_file(path):
+            raise Invalid(f"no {shown(name)} at {path.parent}, which cuts text into pieces. Run\n"
+                          f"    hf download IndexTeam/IndexTTS-2 {shown(name)} --local-dir {self.folder}")
         found = {"tokenizer": path}
         for role, key, usual in OWN_FILES:
-            path = self.folder / str(self.config.get(key, usual))
-            if path.is_file():
+            path = self.folder / need(self.config, key, str, usual)
+            if is_file(path):
                 found[role] = path
         return found
 

@@ -1125,7 +1125,7 @@ def without(section, keys):
     return kept
 
 
-def read_tokenizer(path):
+def read_tokenizer(path, rows=None):
     """The tokenizer of a file. transformers' cuts Chinese characters apart first, after which their marker
     stands alone; upstream cut them apart after merging, and so the model was trained. encode_text does that.
     """
@@ -1134,7 +1134,7 @@ def read_tokenizer(path):
     kept = [step for step in steps if step.get("pattern") != HAN_SPLIT]
     if len(kept) < len(steps):
         raw["pre_tokenizer"] = {**raw["pre_tokenizer"], "pretokenizers": kept}
-    return Tokenizer(raw)
+    return Tokenizer(raw, rows)
 
 
 def recognizes(config):
@@ -1191,7 +1191,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
                       f"config.json says feat_dim {config.feat_dim}")
     files["tokenizer"] = tokenizer_path
     files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    model.equip(codec, read_tokenizer(tokenizer_path), files, options or {})
+    tokenizer = read_tokenizer(tokenizer_path, config.lm_config.vocab_size)
+    model.equip(codec, tokenizer, files, options or {})
     return model.eval()
 
 

@@ -927,7 +927,7 @@ def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
         assert about["unknown characters"] == {"ü": 2} and about["rows dropped by max_batch_tokens"] == 2
         assert [(n["id"], n["kind"]) for n in report["notices"]] == [("1", "unknown tokens"), ("1", "too many tokens"), ("2", "too many tokens")]
         assert about["positions"] == pytest.approx(7 + 11 + 3 + 25 * 6, abs=3)
-    assert sorted(p.name for p in (tmp_path / "check").iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "check").iterdir()) == [".lock", "report.html", "report.json"]
 
 
 def test_channels_that_are_swapped_change_nothing_and_those_that_cancel_are_told(tmp_path):
@@ -985,7 +985,7 @@ def test_its_own_manifests_are_encoded_as_they_are(tmp_path, model):
 def test_other_manifests_are_encoded_as_they_are_when_asked(tmp_path, model):
     tone(tmp_path / "a.wav"), put(tmp_path / "mine.jsonl", {"audio": "a.wav", "text": " not  cleaned ", "speaker": "anna"})
     prepare("--input", tmp_path / "mine.jsonl", "--output_dir", tmp_path, "--ckpt_dir", "any", "--encode_only")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.wav", "cache", "mine.jsonl", "report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.wav", "cache", "mine.jsonl", "report.html", "report.json"]
     assert ClipCache(tmp_path / "cache", model).missing(read_manifest(tmp_path / "mine.jsonl")) == []
 
 

@@ -31,7 +31,7 @@ import configs
 import lora
 import models
 import train
-from models.parts import Invalid, adapters, audio, checkpoint, listen
+from models.parts import Invalid, adapters, audio, checkpoint, listen, plain
 from models.parts import run as bookkeeping
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
@@ -931,9 +931,10 @@ def test_overwrite_moves_nothing_for_a_run_that_cannot_start(home):
 
 
 def test_two_runs_do_not_share_a_folder(home):
+    (home / "held").mkdir()
     assert bookkeeping.lock(home / "held") is None
     assert "another train.py is writing into held" in go(home, "held", "--num_iters", 1, code=2)
-    bookkeeping.LOCKS.pop().close()
+    os.close(plain.LOCKS.pop())
     go(home, "held", "--num_iters", 1)
 
 

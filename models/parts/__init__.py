@@ -24,7 +24,8 @@ def opt(default, help="", **meta):
     """A dataclass field with the one sentence that --help shows; the other marks are for configs.parse.
 
     config=True is the settings file, positional=True a flag that needs no name, repeat=True a list flag that
-    may come several times, choices=(...) the only values allowed, most=1000 the largest number for `check`.
+    may come several times, choices=(...) the only values allowed, least=1 and most=1000 the smallest and the
+    largest number.
     """
     meta = {"help": help, **meta}
     compare = not meta.get("config")  # two runs with equal settings are equal, whatever their file was called

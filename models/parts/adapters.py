@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from models.parts import Invalid, checkpoint, targets
-from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
+from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, say, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
          "peft": ("adapter_model.safetensors", "adapter_model.bin"),
@@ -246,8 +245,9 @@ def read(path, model, ignore_base=False) -> Adapter:
     wrong = _Fitting(adapter, model, stored, kind, meaning).run()
     if wrong:
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        some = "; ".join(shown(text, 300) for text in wrong[:NAMED])
         raise Invalid(f"{weights}: {len(wrong)} of {len(stored)} tensors do not fit this {model.backbone} "
-                      f"model: {'; '.join(wrong[:NAMED])}{more}")
+                      f"model: {some}{more}")
     if not adapter.pairs and not adapter.full:
         raise Invalid(f"{weights} holds no adapter tensors")
     _check_numbers(adapter)
@@ -268,7 +268,7 @@ def _refuse(weights, stored, model):
 
 def _check_base(path, record, model, ignore_base):
     if not record:
-        print(f"{path} does not record its base (another tool wrote it); taken on trust", file=sys.stderr)
+        say(f"{path} does not record its base (another tool wrote it); taken on trust")
         return
     backbone, fingerprint = need(record, "backbone", str), need(record, "fingerprint", str)
     if backbone != model.backbone:
@@ -578,7 +578,7 @@ def _say_what_is_refused(model, settings, draft):
 @functools.cache
 def _say_once(text):
     """To stderr, once in a process: a run saves the same adapter many times."""
-    print(text, file=sys.stderr)
+    say(text)
 
 
 def _draft(model, tensors, settings, kind, naming):

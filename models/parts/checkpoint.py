@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.parts import Invalid
-from models.parts.plain import (LARGEST_JSON, POINTER, TEMPORARY, an_object, need, parse, read_bytes,
+from models.parts.plain import (LARGEST_JSON, POINTER, an_object, exactly, need, parse, read_bytes,
                                 read_json,  # noqa: F401  (of all that reads a checkpoint's JSON)
-                                read_object, refuse_pointer, shown, temporary_name)
+                                read_object, refuse_pointer, shown, temporary_name, writer_of)
 
 # Keys under which trainers put the state dict inside what they save.
 WRAPPERS = ("state_dict", "model", "net", "generator", "module")
@@ -473,7 +473,7 @@ def point(root, name):
 def sweep(path):
     """Delete what killed processes were writing in place of `path`; call it where no other can be writing."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        if re.fullmatch(TEMPORARY.format(name=re.escape(path.name)), temporary.name):
+        if writer_of(temporary, exactly([path.name])):
             remove(temporary)
 
 

@@ -16,17 +16,15 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from models.parts import Invalid, audio
+from models.parts import Invalid, audio, plain
 from models.parts.clips import hash_file
 from models.parts.corpora import (
     HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
     words_in)
-from models.parts.plain import read_object
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, one_line, read_text, refuse_foreign, shown)
 
@@ -103,7 +101,8 @@ class Place(NamedTuple):
     line: int = 0
 
     def __str__(self):
-        return f"{self.file} line {self.line}" if self.line else self.file
+        file = plain.shown(self.file, plain.LONGEST_LINE)
+        return f"{file} line {self.line}" if self.line else file
 
 
 class Fault(NamedTuple):
@@ -172,7 +171,7 @@ def read_items(text):
         begin = line_at(at)
         try:
             raw, at = json.JSONDecoder().raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # ValueError: a number of thousands of digits
             wrong, fault = getattr(e, "pos", at), getattr(e, "msg", str(e))
             if text[wrong : wrong + 1] == "]":
                 fault = "a comma after the last row"
@@ -808,7 +807,7 @@ def is_own(path):
     if Path(path).name not in OWN or not is_file(report) or not is_file(path):
         return False
     try:
-        return hash_file(path) in read_object(report).get("written", [])
+        return hash_file(path) in plain.read_object(report).get("written", [])
     except (Invalid, OSError, TypeError):  # no report of ours
         return False
 
@@ -850,7 +849,7 @@ def say_unread(path, unread):
     """One line for an input: what it holds that nobody reads."""
     if unread:
         names = ", ".join(f"{shown(key)} ({count} rows)" for key, count in sorted(unread.items()))
-        print(f"{path}: nobody reads {names}", file=sys.stderr, flush=True)
+        plain.say(f"{path}: nobody reads {names}")
 
 
 def stem(row):
@@ -956,7 +955,7 @@ def number_speakers(rows, speakers):
 
 def listing(bad, limit=LISTING_LINES):
     """file, line and reason of bad rows, one per line."""
-    said = [f"{fault.at}: {fault.reason}" for fault in bad[:limit]]
+    said = [plain.shown(f"{fault.at}: {fault.reason}", plain.LONGEST_LINE) for fault in bad[:limit]]
     if len(bad) > limit:
         said.append(f"... and {len(bad) - limit} more")
     return "\n".join(said)

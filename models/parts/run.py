@@ -23,39 +23,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
 import torch
 
-from models.parts import Invalid, audio, checkpoint
+from models.parts import Invalid, audio, checkpoint, plain
 from models.parts.manifests import holders
 from models.parts.plain import (an_object, lines_of, need, parse, read_object, shown, typed,
                                 write_file)
+from models.parts.ranks import others
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
-LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
 
 
 # ------------------------------------------------------------------------------------------------ the folder
 
 
 def lock(root) -> str | None:
-    """Keep other runs out of a folder while this process lives. Returns what is wrong.
-
-    None also where nothing can be locked: some systems and some network file systems have no locks.
-    """
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        LOCKS.append(open(Path(root) / ".lock", "w"))
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """Keep other runs out of a folder while this process lives. Returns what is wrong."""
+    if not plain.lock(Path(root) / ".lock"):
         return f"another train.py is writing into {root}; wait for it or choose another save_path"
-    except (AttributeError, OSError):
-        pass
     return None
 
 
@@ -94,6 +84,7 @@ def sweep(root):
             checkpoint.remove(path)
     for name in ("latest", "config.yaml", "metrics.jsonl"):
         checkpoint.sweep(root / name)
+    plain.sweep(root / "samples", r"(step_\d{7,}|recording)_\d+\.(wav|flac)|listen\.html")
 
 
 def set_aside(root, say) -> None:
@@ -101,6 +92,7 @@ def set_aside(root, say) -> None:
     if any(path.name != ".lock" for path in Path(root).iterdir()):
         try:
             place = checkpoint.put_aside(root)
+            Path(root).mkdir()
         except OSError as e:  # a mount point stays where it is
             raise Invalid(f"--overwrite: {root} cannot be moved aside ({e.strerror}); choose another "
                           "save_path, such as a folder inside of it") from None
@@ -447,12 +439,11 @@ class Log:
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
-        text = lines_of(text)
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        text = lines_of(text).replace("\n", "\n    ")
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        # Further lines are set in, so that no name with a line break passes for a line of ours.
-        inset = text.replace("\n", "\n    ")
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
         if self.file:
             self.put(self.file, line)
         else:
@@ -532,4 +523,5 @@ def catch_signals() -> list[int]:
         numbers.append(hangup)
     for number in numbers:
         signal.signal(number, on_signal)
+    others.longest = 0.0  # what was waited for before the first step says nothing of steps
     return caught

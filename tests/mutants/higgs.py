@@ -27,7 +27,7 @@ MUTANTS = [
      "self.audio_decoder_proj.text_lm_head = self.embed_tokens", FILES),
     ("5 two ids less in the table", FILE, "device=device) * c.codebook_size", "device=device) * (c.codebook_size - 2)", LOSS),
     ("5 the class default decides", FILE, "size = table[0] // codebooks if table else max(counted, (end or 0) + 1)", "size = counted", some("class_default")),
-    ("5 the original counts both ids", FILE, 'counted = raw["audio_codebook_size"] + 2', 'counted = raw["audio_codebook_size"]', some("class_default")),
+    ("5 the original counts both ids", FILE, '"audio_codebook_size", None) + 2', '"audio_codebook_size", None)', some("class_default")),
     ("6 the mean of the table rows", FILE, 'table, mode="sum")', 'table, mode="mean")', LOSS),
     ("7 norms of text at audio", FILE, "normed = by_kind(x, texts, self.input_layernorm, self.audio_input_layernorm)", "normed = self.input_layernorm(x)", LOSS),
     ("7 the second norm of text at audio", FILE, "return self.audio_mlp(self.audio_post_attention_layernorm(x))",

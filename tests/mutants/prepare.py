@@ -10,7 +10,7 @@ MUTANTS = [
      'yield n, line.rstrip(b"\\r\\n").decode("utf-8", "ignore")', BAD),
     ("3.4 half of the surrogates", F, "[\\ud800-\\udfff]", "[\\udc00-\\udfff]", BAD),
     ("3.4 position counted from zero", F, "at character {bad.start() + 1}", "at character {bad.start()}", BAD),
-    ("3.4 blank lines not counted", F, "for n, line in enumerate(f, 1):", "for n, line in enumerate((x for x in f if x.strip()), 1):", BAD),
+    ("3.4 blank lines not counted", F, "enumerate(iter(partial(f.readline, LONGEST_LINE), b\"\"), 1):", "enumerate((x for x in f if x.strip()), 1):", BAD),
     ("3.4 line of a list's row counted from each call", M, "        counted = position\n", "", BAD),
     ("3.4 URL is a path", M, 'if "://" in name or', 'if', BAD),
     ("3.4 two meanings of a path", M, "for other in found[1:]):", "for other in found[2:]):", GOOD),

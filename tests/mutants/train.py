@@ -67,7 +67,7 @@ MUTANTS = [
      "return Progress.read(chosen)",
      only("test_the_same_command_goes_on_from_what_it_made_after_resume_from")),
     (5, "models/parts/run.py", '(root / "latest").resolve() != folder', "False", only("test_latest_is_mended_where_a_kill_left_it_behind")),
-    (5, "models/parts/run.py", "        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", only("test_two_runs_do_not_share_a_folder")),
+    (5, "models/parts/plain.py", "        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", only("test_two_runs_do_not_share_a_folder")),
     (5, "train.py", "dict(past.speakers) if past else {}", "{}",
      only("test_a_speaker_keeps_the_number_it_had_when_the_run_began")),
     (5, "models/parts/listen.py", "        except (Invalid, OSError, RuntimeError) as e:", "        except Invalid as e:", only("test_neither_a_closed_pipe_nor_a_sample_ends_a_run")),

@@ -96,7 +96,7 @@ MUTANTS = [
     ("9.9 snake without its epsilon", CODEC, "self.alpha + 1e-9)", "self.alpha)", "tests/test_audiovae.py"),
     ("9.9 dilations", CODEC, "for d in (1, 3, 9)]", "for d in (1, 3, 5)]", CODEC_TEST),
     ("9.9 depthwise first convolution", CODEC, "[Conv(latent_dim, latent_dim, 7, groups=latent_dim)", "[Conv(latent_dim, latent_dim, 7)", CODEC_TEST),
-    ("9.9 codec in the model's dtype", MODEL, "model.equip(codec, read_tokenizer", "model.equip(codec.to(dtype), read_tokenizer", seen_by("keeps_its_codec")),
+    ("9.9 codec in the model's dtype", MODEL, "    model.equip(codec, tokenizer, files, options or {})\n    return model.eval()", "    model.equip(codec.to(dtype), tokenizer, files, options or {})\n    return model.eval()", seen_by("keeps_its_codec")),
     ("9.9 always 48 kHz", CODEC, "sum((rate or self.out_sample_rate) > edge", "sum(self.out_sample_rate > edge", CODEC_TEST),
     # 10: adapters
     ("9.10 dropout before A", MODEL, "lora_dropout_after = True", "lora_dropout_after = False", seen_by("adapter_dropout")),
