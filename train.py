@@ -750,6 +750,7 @@ def load_clips(cfg, model, speakers, place, log):
     missing = [wanted[i] for i in cache.missing(wanted)]
     if missing and place.world > 1:
         usual = cache.folder.name == "cache" and not cfg.backbone and model.max_length == longest
+        usual = usual and all("audio" in row or "turns" in row for row in missing)
         command = command_to_encode(cfg, cache.folder.parent, usual)
         raise Usage(f"{len(missing)} of {len(wanted)} clips are not in the cache {cache.folder}. "
                     f"Encode them once, in one process:\n    {command}")
@@ -793,6 +794,8 @@ def command_to_encode(cfg, folder, usual):
         return "this command without torchrun encodes before it trains"
     flags = [*paths_of(cfg), *cfg.val_manifest, "--output_dir", str(folder)]
     flags += ["--ckpt_dir", cfg.pretrained_path]
+    for key, place in cfg.extra.items():
+        flags += [f"--extra.{key}", place]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
 
 

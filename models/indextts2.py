@@ -53,12 +53,14 @@ from models.parts import Invalid, audio, beam, check, checkpoint, front, opt, sl
 from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
+from models.parts.gpt_steps import GPTSteps
 from models.parts.layers import Cache, Packing
 from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml, shown, written
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
 from models.parts.textfiles import is_file, refuse_blank
 
+PARTS = {"tokenizer": "", **speech_chain.PARTS}  # what may lie elsewhere
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
 # What the published interface multiplies a vector by, since some emotions change the voice, and the largest
@@ -216,9 +218,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
 
-    def forward(self, x, mask, dropout=0.0, cache=None, column=0):
-        """mask: a Packing, or bool (B, 1, L, S) or None for all. With a cache, x stands at `column` and
-        behind."""
+    def forward(self, x, mask, dropout=0.0, cache=None):
+        """mask: a Packing, or bool (B, 1, L, L). A cache is given the keys and values of x."""
         B, L, C = x.shape
         q, k, v = self.c_attn(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
         if isinstance(mask, Packing):
@@ -226,9 +227,7 @@ class Attention(nn.Module):
             y = mask.pack(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
         else:
             if cache is not None:
-                end = column + L
-                cache.k[:, :, column:end], cache.v[:, :, column:end] = k, v
-                k, v = cache.k[:, :, :end], cache.v[:, :, :end]
+                cache.k[:, :, :L], cache.v[:, :, :L] = k, v
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
 
@@ -254,8 +253,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C)
         self.mlp = FeedForward(C, config.inner)
 
-    def forward(self, x, mask, dropout=0.0, cache=None, column=0):
-        x = x + F.dropout(self.attn(self.ln_1(x), mask, dropout, cache, column), dropout)
+    def forward(self, x, mask, dropout=0.0, cache=None):
+        x = x + F.dropout(self.attn(self.ln_1(x), mask, dropout, cache), dropout)
         return x + F.dropout(self.mlp(self.ln_2(x)), dropout)
 
 
@@ -269,13 +268,13 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.model_dim)
         self.config, self.recompute = config, False
 
-    def forward(self, x, mask, dropout=0.0, caches=None, column=0):
+    def forward(self, x, mask, dropout=0.0, caches=None):
         x = F.dropout(x, dropout)
         for i, block in enumerate(self.h):
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = recomputed(block, x, mask, dropout, use_reentrant=False)
             else:
-                x = block(x, mask, dropout, caches[i] if caches else None, column)
+                x = block(x, mask, dropout, caches[i] if caches else None)
         return self.ln_f(x)
 
     def caches(self, rows, columns, like):
@@ -992,7 +991,7 @@ class IndexTTS2(nn.Module):
         if s.temperature > 0:
             noise = torch.stack([beam.gumbel(W * V, generator) for _, generator in texts])
             ranked = total + noise.to(total.device)
-        places = ranked.topk(2 * W if W > 1 else 1)[1]
+        places = ranked.topk(2 * W)[1] if W > 1 else ranked.argmax(1, keepdim=True)
         values, order = total.gather(1, places).sort(1, descending=True)
         places = places.gather(1, order).tolist()
         out = []
@@ -1197,21 +1196,24 @@ class Speech:
         beams = torch.arange(len(x), device=x.device).repeat_interleave(self.W)
         for part in (self.batch, *self.caches):
             part.keep(beams)
-        return self.logits(h)[beams]
+        self.make_steps(len(beams))
+        return model.mel_head(model.final_norm(h))[beams]
 
-    def logits(self, h):
-        return self.model.mel_head(self.model.final_norm(h))
+    def make_steps(self, R):
+        """What a step of R rows is made of."""
+        self.gpt = GPTSteps(self.model.gpt, R)
+        self.head = self.gpt.products.of(self.model.mel_head)
 
     def step(self, codes, parents, positions):
         """codes of the rows that go on, each behind row parents[r] of the step before. -> logits (R, V)"""
         device, n = self.model.device, self.column - self.batch.width
         self.follow(parents, torch.tensor(parents, device=device))
         codes, positions = torch.tensor([codes, positions], device=device)
-        x = self.model._codes(codes, positions)[:, None]
+        x = self.model._codes(codes, positions)
         mask = None if self.even else self.batch.step(n).mask[..., : self.column + 1]
-        h = self.model.gpt(x, mask, caches=self.caches, column=self.column)[:, 0]
+        h = self.gpt(x, self.caches, self.column, mask)
         self.column += 1
-        return self.logits(h)
+        return self.head(self.model.final_norm(h))
 
     def follow(self, parents, rows):
         """Bring the caches to the rows that go on. Beams of one text share its prefix, so only what was
@@ -1222,6 +1224,7 @@ class Speech:
         full = self.column == self.caches[0].k.shape[2]
         if fewer:
             self.batch.keep(rows)
+            self.make_steps(len(parents))
         for cache in self.caches:
             if fewer:
                 cache.keep(rows)
@@ -1357,8 +1360,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     """The model in eval mode from a published folder; the frozen models around it are read when they are
     needed.
 
-    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan where they are kept elsewhere. weights:
-    another file in the place of gpt.pth.
+    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan, those that were found. weights: another
+    file in the place of gpt.pth.
     """
     path = Path(folder)
     folder = path if path.is_dir() else path.parent
@@ -1432,10 +1435,8 @@ class IndexPlaces(Places):
         own = self.files()
         pairs = [(own.pop("tokenizer"), self.vocabulary), *((path, path.name) for path in own.values())]
         for key, part in speech_chain.PARTS.items():
-            try:
-                pairs.append((self.part(key), f"hf_cache/{part.names[0]}"))
-            except Invalid:  # a checkpoint without it is saved without it
-                continue
+            if key in self.extra:  # a checkpoint without it is saved without it
+                pairs.append((self.extra[key], f"hf_cache/{part.names[0]}"))
         return pairs
 
 

@@ -1,5 +1,6 @@
 """What backbones share. A part takes numbers and tensors, never a backbone's config; it knows no backbone."""
 from dataclasses import field, fields
+from typing import NamedTuple
 
 
 class Invalid(ValueError):
@@ -8,6 +9,15 @@ class Invalid(ValueError):
     The message says what was found, where, what was expected, and what to do next. Scripts print it without a
     traceback and exit 1.
     """
+
+
+class Part(NamedTuple):
+    """A frozen model that may lie outside of a checkpoint's folder."""
+
+    repository: str  # its hub id
+    file: str = ""  # within the repository; empty: the whole of it
+    names: tuple = ()  # of the file or folder elsewhere; none: the repository's
+    purpose: str = ""  # "to ..", for who misses it
 
 
 def opt(default, help="", **meta):

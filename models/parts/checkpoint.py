@@ -431,7 +431,7 @@ def write_step(root, step, write, state) -> Path:
         tmp.mkdir(parents=True)
         write(tmp)
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
-        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": checksum(p)} for p in files}
+        index = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "crc32": sum_of(p)} for p in files}
         text = json.dumps({**state, "files": index, "checksum": NO_SUM}, indent=1)
         (tmp / INDEX).write_text(text.replace(NO_SUM, f"{zlib.crc32(text.encode()):08x}"))
         for path in [*files, tmp / INDEX, tmp]:
@@ -508,6 +508,20 @@ def checksum(path):
         while block := f.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+SUMS = {}  # of files that have several names, by what tells a file from others
+
+
+def sum_of(path):
+    """The checksum of a file that is saved; frozen models that are linked into every step are read once."""
+    status = os.stat(path)
+    if status.st_nlink == 1:
+        return checksum(path)
+    key = status.st_dev, status.st_ino, *stamp(path)
+    if key not in SUMS:
+        SUMS[key] = checksum(path)
+    return SUMS[key]
 
 
 def stamp(path):

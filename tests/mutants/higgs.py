@@ -124,6 +124,6 @@ MUTANTS = [
     ("attn is no word", "models/parts/targets.py", 'step = not word.isdigit() and (word in steps or f"self_{word}" in steps)', "step = not word.isdigit() and word in steps", some("targets_are")),
     ("a recorded part that is gone", "models/__init__.py", "return {key: place for key, place in parts.items() if Path(place).exists()}", "return dict(parts)", some("recorded_and_found")),
     ("parts are not recorded", "train.py", "cfg.extra = models.parts_elsewhere(cfg.pretrained_path, extra)", "cfg.extra = {}", some("recorded_and_found")),
-    ("beside before inside", "models/__init__.py", "for place in (home / name, home.resolve().parent / name):", "for place in (home.resolve().parent / name, home / name):", some("hub_cache")),
+    ("beside before inside", "models/__init__.py", "for place in (own_cache, home, home.resolve().parent) for", "for place in (home.resolve().parent, own_cache, home) for", some("hub_cache")),
     ("a part that nobody has", "models/__init__.py", "        if key not in parts:\n", "        if False:\n", some("recorded_and_found")),
 ]
