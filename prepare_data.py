@@ -12,11 +12,13 @@ line. Killed anywhere, the same command goes on where it was. train.py uses `rea
 from here.
 """
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -26,6 +28,8 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +48,7 @@ from models.parts.corpora import Reading, without_row, words_in
 from models.parts.manifests import (
     KEYS, SHAPES, UNNAMED, Ambiguous, Fault, Place, for_encode, holders, is_own, listing, name_others,
     number_speakers, read_manifest, read_rows, read_table, say_unread, speaking, unused, voices)
+from models.parts.plain import lock, say, shown, sweep
 from models.parts.textfiles import check_text, is_control, is_file, one_line
 from models.parts.unknown import Unknown
 
@@ -65,8 +70,10 @@ class Prepare:
     alignment_dir: str = opt("", "folder of word times (<name>.json) when they do not lie beside the recordings")
     speaker: str = opt("", "speaker of rows that name none")
     speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
-    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
+    speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off",
+                             least=0)
     mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
+    transcriber: str = opt("", "module:function from the path of a recording to its text, for recordings without one")
     normalizer: str = opt("", "module:function from text to text, called on every text")
     min_seconds: float = opt(0.3, "shorter clips are bad rows")
     max_seconds: float = opt(60.0, "longer clips are bad rows, told by their header; with word times they are cut instead")
@@ -74,11 +81,11 @@ class Prepare:
     trim: float = opt(-1.0, "cut silence at both ends down to this many seconds; negative leaves it")
     loudness: str = opt("", "bring every clip to a level by a factor: rms:-23 or peak:-1 (dB of full scale)")
     slice: bool = opt(False, "cut recordings without text at silences into clips/, and those with word times into rows")
-    slice_min_seconds: float = opt(4.0, "shortest piece")
-    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at")
-    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds")
-    slice_hop: float = opt(0.01, "seconds between two looks at the level")
-    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds")
+    slice_min_seconds: float = opt(4.0, "shortest piece", least=0)
+    slice_max_seconds: float = opt(15.0, "longest piece, where there is a silence to cut at", least=0)
+    slice_min_interval: float = opt(0.3, "shortest silence to cut at, in seconds", least=0)
+    slice_hop: float = opt(0.01, "seconds between two looks at the level", least=0.001, most=1)
+    slice_max_silence: float = opt(0.5, "longest silence that is left at an end of a piece, in seconds", least=0)
     ref: str = opt("none", "write ref_audio: the clip itself, another one of the speaker, or nothing",
                    choices=("same", "other", "none"))
     val_split: float = opt(0.1, "share of each speaker's rows that goes into val.jsonl")
@@ -87,10 +94,11 @@ class Prepare:
     encode_only: bool = opt(False, "check and encode the manifests as they are; nothing is split, cleaned or written anew")
     skip_bad: bool = opt(False, "leave bad rows out and go on; without it they end the run")
     overwrite: bool = opt(False, "replace a train.jsonl and val.jsonl that came from elsewhere")
-    batch_size: int = opt(16, "of the training to come; for the report")
-    grad_accum_steps: int = opt(1, "of the training to come; for the report")
-    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none")
-    workers: int = opt(0, "processes that check audio; 0 takes one per core")
+    batch_size: int = opt(16, "of the training to come; for the report", least=1)
+    grad_accum_steps: int = opt(1, "of the training to come; for the report", least=1)
+    max_batch_tokens: int = opt(8192, "of the training to come, which drops rows longer than this / batch_size; 0 none",
+                               least=0)
+    workers: int = opt(0, "processes that check audio; 0 takes one per core", least=0)
     device: str = opt("auto", "where the codec runs: auto, cpu, cuda, cuda:1, mps")
 
 
@@ -117,6 +125,7 @@ class Work:
     cfg: Prepare
     out: Path
     normalise: Callable | None = None  # from text to text
+    hear: Callable | None = None  # from the path of a recording to its text
     device: str = "cpu"  # where the codec runs
     rows: list[dict] = field(default_factory=list)
     bad: list[Fault] = field(default_factory=list)
@@ -140,10 +149,6 @@ class Work:
             side = val if row["id"] in self.val_ids else train
             side.append(row)
         return dict(zip(MANIFESTS, (train, val)))
-
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ measure
@@ -219,12 +224,19 @@ def processes(workers, count):
     if workers <= 1:
         return None
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, leave_signals_to_the_parent)
+    return ProcessPoolExecutor(workers, context, live_with_the_parent)
 
 
-def leave_signals_to_the_parent():
+def live_with_the_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent():
+    """A worker whose parent was killed would wait for its next clip for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def measure_line(progress):
@@ -246,6 +258,7 @@ def cut_long(work):
         pause=cfg.slice_min_interval,
         keep=cfg.slice_max_silence,
     )
+    sweep(work.out / "clips", r"\d{4,}_\d{4,}\.wav")
     for row in work.rows:
         try:
             seconds = seconds_to_cut(row, cfg)
@@ -255,6 +268,8 @@ def cut_long(work):
             work.changes["recordings cut"] += 1
             if "alignment" in row:
                 rows += cut_at_words(row, seconds, cutting)
+            elif work.hear and "text" not in row:
+                rows += cut_to_hear(row, cfg, cutting)
             else:
                 cut_at_silences(row, seconds, table, work, cutting)
         except Invalid as e:
@@ -269,7 +284,7 @@ def seconds_to_cut(row, cfg):
     """The length of a recording that is to be cut, 0 for a row that stays as it is."""
     whole = "audio" in row and not {"messages", "start", "end"} & row.keys()
     if not whole or not (cfg.slice or "alignment" in row):
-        if "text" not in row and "turns" not in row:
+        if "text" not in row and "turns" not in row and not cfg.transcriber:
             raise Invalid("no text for this part of a recording")
         return 0
     seconds = audio.info(row["audio"]).seconds
@@ -298,11 +313,26 @@ def cut_at_words(row, seconds, cutting):
     return rows
 
 
+def cut_to_hear(row, cfg, cutting):
+    """A row for each piece between silences; its text comes from the transcriber."""
+    rest = {key: value for key, value in row.items() if key != "duration"}
+    rows = []
+    for k, span in enumerate(spans_of_speech(row, cfg, cutting), 1):
+        rows.append({**rest, "id": f"{row['id']}_{k:04d}", **span._asdict()})
+    if not rows:
+        raise Invalid("no sound above --silence_db, so there is nothing to cut")
+    return rows
+
+
+def spans_of_speech(row, cfg, cutting):
+    speech = clips.find_speech(row["audio"], cfg.silence_db, cfg.slice_hop, cutting)
+    return clips.pieces(speech, cutting)
+
+
 def cut_at_silences(row, seconds, table, work, cutting):
     """Write the pieces into clips/, and their names into the table to which texts will be added."""
     cfg, number = work.cfg, work.changes["recordings cut"]
-    speech = clips.find_speech(row["audio"], cfg.silence_db, cfg.slice_hop, cutting)
-    spans = clips.pieces(speech, cutting)
+    spans = spans_of_speech(row, cfg, cutting)
     folder = work.out / "clips"
     for k, (start, end) in enumerate(spans, 1):
         name = f"{number:04d}_{k:04d}.wav"  # numbers only: no text of a manifest becomes a file name
@@ -323,11 +353,75 @@ def write_table(table, work):
     texts = [raw.get("text") for _, raw in lines if isinstance(raw, dict)]
     if any(texts) and not work.cfg.overwrite:
         raise Invalid(f"{path} holds transcripts already; give it as --input, or --overwrite it")
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["filename", "text", "recording", "from", "to"])
-        writer.writerows(table)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["filename", "text", "recording", "from", "to"])
+    writer.writerows(table)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
     say(f"{len(table)} clips; write what is said into the column text of {path}, then --input {path}")
+
+
+# ------------------------------------------------------------------------------------------------ hear
+
+
+def transcribe(work, file):
+    """Let the transcriber say what is said in recordings without text. What it has heard once is in the memo.
+
+    Such rows name it as their `transcriber`, in the manifests, too: a machine's words are not a person's.
+    """
+    memo, name = read_memo(file), work.cfg.transcriber
+    silent = [row for row in work.rows if not {"text", "turns", "messages"} & row.keys()]
+    progress, saved = Progress(len(silent)), time.time()
+    if silent:
+        say(f"{len(silent)} recordings without text are heard by {name} ...")
+    try:
+        for row in silent:
+            try:
+                row |= {"text": heard(row, work, memo), "transcriber": name}
+            except Invalid as e:
+                work.refuse(row, f"{name}: {e}")
+            if progress.due(0):
+                say(f"heard {progress.done}/{progress.count}, {clock(progress.elapsed)}")
+            if time.time() - saved > MEMO_SECONDS and not work.cfg.check:
+                saved = time.time()
+                write_file(file, json.dumps(memo).encode())
+    finally:
+        if silent and not work.cfg.check:
+            write_file(file, json.dumps(memo).encode())
+    work.rows = [row for row in work.rows if row.keys() & {"text", "turns", "messages"}]
+
+
+def heard(row, work, memo):
+    """The text of one recording, or of its part, in one line."""
+    clip, name = clip_of(row), work.cfg.transcriber
+    module = sys.modules[name.partition(":")[0]]
+    now = [stamp(clip.path), stamp(module.__file__)]  # another model in that file hears other words
+    key = json.dumps([*clip, name])
+    known = memo.get(key)
+    if isinstance(known, list) and known[:2] == now:
+        return known[2]
+    try:
+        with part_of(clip) as path:
+            text = work.hear(path)
+    except Exception as e:  # somebody else's function may raise anything, and one clip is not all
+        raise Invalid(f"{type(e).__name__}: {e}") from None
+    if not isinstance(text, str) or not text.strip():
+        raise Invalid(f"it gave {text!r}, expected a text")
+    text = one_line(text)
+    memo[key] = [*now, text]
+    return text
+
+
+@contextlib.contextmanager
+def part_of(clip):
+    """The path of a recording; of a part of one a file is written that lives as long as it is heard."""
+    if clip.start is None and clip.end is None:
+        yield clip.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.wav"
+        audio.write(path, *audio.read(clip.path, None, clip.start, clip.end))
+        yield str(path)
 
 
 # ------------------------------------------------------------------------------------------------ judge
@@ -352,7 +446,18 @@ PACE_FACTOR = 3  # slower or faster than the others: nobody speaks so, the text 
 def clean(text, normalise=None):
     """NFC, and what every script does to a text."""
     text = one_line(unicodedata.normalize("NFC", text))
-    return clean(normalise(text)) if normalise else text
+    return clean(called(normalise, text, "normalizer")) if normalise else text
+
+
+def called(function, text, flag):
+    """The text that somebody's function makes of one; where it fails, that costs this text alone."""
+    try:
+        made = function(text)
+    except Exception as e:
+        raise Invalid(f"--{flag}: {type(e).__name__}: {shown(e, 200)}") from None
+    if not isinstance(made, str):
+        raise Invalid(f"--{flag} gave {shown(repr(made))}, expected a text")
+    return made
 
 
 def hook(name, flag="normalizer", example="my_text:expand"):
@@ -360,8 +465,11 @@ def hook(name, flag="normalizer", example="my_text:expand"):
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
+    except Exception as e:  # somebody else's module may do anything
         what = f"expected module:function, such as {example}"
         raise configs.Usage(f"--{flag} {name}: {e}; {what}") from None
     finally:
@@ -650,6 +758,10 @@ def reference_from(pool, row, cfg):
 # Two characters for private use: a tokenizer that has neither and cannot spell bytes gives both one id.
 WORST = 20  # clips to listen to: three minutes
 PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 7 MB and can be mailed
+# Tokens per character from which a script is told: English takes a quarter, Chinese about one, and what a
+# tokenizer spells in bytes two or three.
+FOREIGN_TOKENS = 1.5
+SPEAKER_PLAYERS = 12  # speakers that can be heard: as many as anybody compares, and 3 MB
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
@@ -678,6 +790,12 @@ def for_checkpoint(model, cache, rows, work):
         what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
         notices.append(Notice(row, "too many tokens", what))
     counts = collections.Counter(piece for text in texts for piece in unknown.pieces(text))
+    scripts = tokens_by_script(texts, tokens)
+    for script, ratio in scripts.items():
+        if ratio > FOREIGN_TOKENS:
+            one = next(row for row, text in zip(rows, texts) if script_of(text) == script)
+            what = f"{ratio:.1f} tokens per character of {script} text: the tokenizer has hardly met it"
+            notices.append(Notice(one, "foreign script", what))
     lower = [row for row in rows if row.get("sample_rate", math.inf) < model.sample_rate]
     if lower:  # one line for all: a data set has mostly one rate
         what = f"{len(lower)} clips lie below the codec's {model.sample_rate} Hz; what is above stays silent"
@@ -694,9 +812,27 @@ def for_checkpoint(model, cache, rows, work):
         "hours kept": hours(kept),
         "steps per epoch": round(micro_batches / cfg.grad_accum_steps, 2),
         "clips with a lower sample rate": len(lower),
+        "tokens per character": scripts,
         "unknown pieces": dict(counts.most_common()),
     }
     return facts, notices
+
+
+def script_of(text):
+    """The script that most letters of a text are of, as Unicode calls it: LATIN, ARABIC, CJK, HIRAGANA."""
+    letters = [c for c in text if unicodedata.category(c)[0] == "L"]
+    names = [re.split("[ -]", unicodedata.name(c, "UNNAMED"))[0] for c in letters]
+    return collections.Counter(names).most_common(1)[0][0] if names else "no letters"
+
+
+def tokens_by_script(texts, tokens):
+    """{script: tokens per character} of the texts that are written in it, the most used script first."""
+    characters, ids = collections.Counter(), collections.Counter()
+    for text, count in zip(texts, tokens):
+        script = script_of(text)
+        characters[script] += len(text)
+        ids[script] += count
+    return {script: round(ids[script] / max(1, n), 3) for script, n in characters.most_common()}
 
 
 def text_of(row):
@@ -767,7 +903,7 @@ def write_report(work):
     text = "{" + ",\n".join(facts) + "}\n"  # one fact per line
     write_file(work.out / "report.json", text.encode("utf-8", "backslashreplace"))
     html = report_page(work, standouts, data)
-    write_file(work.out / "report.html", html.encode("utf-8", "replace"))
+    page.write(work.out / "report.html", html)
 
 
 def in_order(work):
@@ -800,6 +936,9 @@ def report_data(work, standouts):
         "val rows": len(val),
         "val hours": hours(val),
     }
+    by_machine = sum("transcriber" in row for row in rows)
+    if by_machine:
+        totals["rows with a text that a machine heard"] = by_machine
     dropped = []
     for fault in work.bad:
         dropped.append({**fault.at._asdict(), "reason": fault.reason})
@@ -904,7 +1043,7 @@ def report_page(work, standouts, data):
         notices_section(work.notices),
         page.section("How the clips are spread", page.grid(*histograms)),
         page.grid(*counts),
-        speakers_section(data["speakers"]),
+        speakers_section(data["speakers"], work.rows),
         *map(checkpoint_section, work.checkpoints),
         standouts_section(standouts),
     ]
@@ -932,12 +1071,18 @@ def notices_section(notices):
     return page.section(f"Worth a look: {len(notices)}", page.facts(kinds), table)
 
 
-def speakers_section(speakers):
+def speakers_section(speakers, clips_of_all):
+    """With a clip of each of the first: whether a name is the right voice's is told by ear alone."""
+    first = {}
+    for row in clips_of_all:
+        if "facts" in row:
+            first.setdefault(str(row.get("speaker", "")), row)
     rows = []
-    for name, total in speakers.items():
+    for k, (name, total) in enumerate(speakers.items()):
+        heard = player(first[name]) if name in first and k < SPEAKER_PLAYERS else ""
         number = total.get("number", "")
-        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"])])
-    return page.section("Speakers", page.table(["speaker", "number", "clips", "length"], rows))
+        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"]), heard])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "length", "a clip"], rows))
 
 
 def standouts_section(standouts):
@@ -964,8 +1109,10 @@ def checkpoint_section(about):
     facts = dict(about)
     folder = facts.pop("checkpoint")
     unknown = list(facts.pop("unknown pieces").items())
+    scripts = list(facts.pop("tokens per character").items())
+    foreign = page.table(["script of the text", "tokens per character"], scripts)
     table = page.table(["no token for", "times"], unknown, "Every character has a token.")
-    return page.section(f"For {folder}", page.facts(spelled(facts)), table)
+    return page.section(f"For {folder}", page.facts(spelled(facts)), foreign, table)
 
 
 def player(row):
@@ -1026,6 +1173,16 @@ def write_manifests(work):
         write_file(work.out / name, text)
 
 
+def claim(out):
+    """Make the output folder and keep others out of it; what is wrong with it is said before the work."""
+    probe = out / ".writable"
+    write_file(probe, b"")
+    probe.unlink(missing_ok=True)
+    if not lock(out / ".lock"):
+        raise configs.Usage(f"another prepare_data.py is writing into {out}; wait for it or choose another "
+                            "--output_dir")
+
+
 def refuse_foreign(work):
     """Output that exists is only replaced when it came from the same inputs."""
     before = read_memo(work.out / "report.json")
@@ -1049,13 +1206,14 @@ def gather(work):
     cfg, ids, names = work.cfg, set(), set()
     inputs, texts, roots = cfg.input, cfg.transcripts, ()
     for flag, place in (("transcripts", texts), ("alignment_dir", cfg.alignment_dir)):
-        if place and not os.path.exists(place):
+        if place and not os.path.isfile(place) and not os.path.isdir(place):
             raise configs.Usage(f"--{flag} {place}: no such file or folder")
     if is_file(texts):  # a table names the recordings, and the inputs say where they lie
         inputs, texts, roots = [texts], "", tuple(cfg.input)
     for k, path in enumerate(inputs):
         skip = folders_to_skip(work, path)
-        how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots, skip, cfg.mic)
+        need_text = not (cfg.slice or cfg.transcriber)
+        how = Reading(cfg.format, texts, cfg.alignment_dir, need_text, roots, skip, cfg.mic)
         try:
             found = read_rows(path, how)
         except Ambiguous as e:
@@ -1222,7 +1380,7 @@ def settings(argv):
     cfg = configs.parse(Prepare, argv, script="prepare")
     if not cfg.input or not cfg.output_dir:
         raise configs.Usage("--input and --output_dir are needed; --help lists every setting")
-    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d+(\.\d+)?", cfg.loudness):
+    if cfg.loudness and not re.fullmatch(r"(rms|peak):-?\d{1,3}(\.\d+)?", cfg.loudness):
         raise configs.Usage(f"--loudness {cfg.loudness}: expected rms:-23 or peak:-1")
     if not 0 <= cfg.val_split < 1:
         what = "expected a share from 0 up to, but not including, 1"
@@ -1236,8 +1394,10 @@ def main(argv=None):
     work = Work(cfg, Path(cfg.output_dir))
     if cfg.normalizer:
         work.normalise = hook(cfg.normalizer)
+    if cfg.transcriber:
+        work.hear = hook(cfg.transcriber, "transcriber", "my_ears:transcribe")
     if cfg.device != "auto":
-        work.device = cfg.device
+        work.device = str(models.pick_device(cfg.device))
     elif torch.cuda.is_available():
         work.device = "cuda"
 
@@ -1245,22 +1405,23 @@ def main(argv=None):
     outputs = [os.path.realpath(work.out / name) for name in MANIFESTS]
     as_is = [path for path in cfg.input if cfg.encode_only or os.path.realpath(path) in outputs]
     changes_sound = cfg.slice or cfg.loudness or cfg.trim >= 0
-    changes_rows = cfg.normalizer or cfg.skip_bad or cfg.ref != "none"
+    changes_rows = cfg.normalizer or cfg.transcriber or cfg.skip_bad or cfg.ref != "none"
     if as_is and (as_is != cfg.input or changes_sound or changes_rows):
         raise configs.Usage(f"{as_is[0]} is encoded as it is; "
                             "to change its rows, prepare it into another --output_dir")
+    claim(work.out)
     before = read_memo(work.out / "report.json")
     work.written = list(before.get("written", []))
     if as_is:  # so that the command that made them is not refused afterwards
         work.made_of = list(before.get("inputs_of", []))
     if not (as_is or cfg.check or cfg.overwrite):
         refuse_foreign(work)
-    write_file(work.out / ".writable", b"")  # a folder that cannot be written is named before the work
-    (work.out / ".writable").unlink()
 
     # ---- read, cut, measure, judge
     gather(work)
     cut_long(work)
+    if work.hear:
+        transcribe(work, work.out / "cache" / "heard.json")
     facts = measure_all(clips_in(work.rows), cfg, work.out / "cache" / "facts.json")
     judge_all(work, facts)
     if as_is:
@@ -1293,7 +1454,7 @@ def main(argv=None):
     if not rows:
         raise Invalid(f"no rows left of {', '.join(cfg.input)}; {report} says why")
     if bad:
-        say(f"{listing(bad, 10)}\n{len(bad)} bad rows left out")
+        say(*listing(bad, 10).split("\n"), f"{len(bad)} bad rows left out")
     if not as_is and not cfg.check:
         write_manifests(work)
 

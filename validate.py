@@ -10,12 +10,12 @@ number here is a quality: the loss often points at another checkpoint than ears 
 
 Interrupted, the same command goes on: a column that is done is not made again.
 """
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import shutil
-import sys
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -30,7 +30,9 @@ from configs import Usage, opt
 from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
-from prepare_data import hook, read_manifest
+from models.parts.plain import an_object, need, read_object, say, sweep, typed, write_file
+from models.parts.textfiles import is_file, one_line
+from prepare_data import called, hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -95,11 +97,11 @@ class Column:
     is_base: bool = False  # what the others are compared with
     step: int = -1
     key: str = ""  # of the files and settings; a column with the same key need not be made again
-    problems: list = field(default_factory=list)  # texts; empty means sound
-    notes: list = field(default_factory=list)
-    groups: list = field(default_factory=list)  # [group of modules, modules, still zero, |BA| / |W|]
-    numbers: dict = field(default_factory=dict)  # {name: mean over the sentences, or loss}
-    cells: list = field(default_factory=list)  # one dict per sentence: file, numbers
+    problems: list[str] = field(default_factory=list)  # texts; empty means sound
+    notes: list[str] = field(default_factory=list)
+    groups: list[list] = field(default_factory=list)  # [group of modules, modules, still zero, |BA| / |W|]
+    numbers: dict[str, float] = field(default_factory=dict)  # {name: mean over the sentences, or loss}
+    cells: list[dict] = field(default_factory=list)  # one dict per sentence: file, numbers
 
 
 def check_settings(cfg):
@@ -134,10 +136,8 @@ def check_settings(cfg):
 def step_of(path):
     """The step that a folder says it is of, -1 where it says nothing."""
     index = Path(path) / checkpoint.INDEX
-    if index.is_file():
-        state = checkpoint.read_json(index)
-        if isinstance(state, dict) and isinstance(state.get("step"), int):
-            return state["step"]
+    with contextlib.suppress(Invalid):  # without it, or with a damaged one, the name tells
+        return need(read_object(index), "step", int)
     number = re.search(r"(\d+)$", Path(path).resolve().name)
     return int(number[1]) if number else -1
 
@@ -287,7 +287,8 @@ class Sentence:
 def sentences(cfg, model, rows):
     """The sentences of --text and of the first rows; of a conversation the last spoken turn."""
     turns = [turn for turn in map(last_spoken, rows) if turn]
-    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in cfg.text]
+    texts = map(one_line, cfg.text)
+    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in texts]
     for turn in map(last_spoken, rows[: cfg.rows]):
         if turn is None:
             continue
@@ -394,6 +395,7 @@ def speak(model, column, plan, cfg):
     """Let a column speak every sentence: a cell with file and numbers for each, the means as its own."""
     folder = Path(cfg.output_dir) / "clips" / column.key
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, r"\d{3,}\.flac")
     waves = []
     for number, sentence in enumerate(plan.sentences):
         wave, takes, ended = take(model, sentence, plan.sampling, cfg)
@@ -405,7 +407,7 @@ def speak(model, column, plan, cfg):
         if ours is not None and plan.speaker is not None:
             cell["campplus_similarity"] = float(ours @ plan.speaker)
         if plan.transcriber:
-            transcript = plan.transcriber(str(file))
+            transcript = called(plan.transcriber, str(file), "transcriber")
             cell["transcript"] = transcript
             cell["word_error_rate"] = measures.word_error_rate(sentence.text, transcript)
             cell["character_error_rate"] = measures.character_error_rate(sentence.text, transcript)
@@ -555,7 +557,7 @@ def write_page(cfg, columns, plan):
         headers = ["column", "modules", "count", "still zero", "|BA| / |W|"]
         pieces.append(page.section("What the adapters change", page.table(headers, groups)))
     text = page.page("Checkpoints side by side", *pieces, LOOKS, SCRIPT)
-    write_whole(Path(cfg.output_dir) / PAGE, text)
+    page.write(Path(cfg.output_dir) / PAGE, text)
 
 
 def write_report(cfg, columns, ranking=()):
@@ -563,14 +565,7 @@ def write_report(cfg, columns, ranking=()):
     made = [dataclasses.asdict(column) for column in columns]
     report = {"ranked_by": cfg.rank_by or None, "ranking": list(ranking), "columns": made}
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_whole(Path(cfg.output_dir) / REPORT, text + "\n")
-
-
-def write_whole(path, text):
-    """A file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_file(Path(cfg.output_dir) / REPORT, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 # A listener hears two columns of one sentence without their names and votes. The tally shows how sure it is:
@@ -654,10 +649,14 @@ def earlier_columns(cfg):
     report = checkpoint.read_json(path)
     if not isinstance(report, dict) or not isinstance(report.get("columns"), list):
         raise Usage(f"{path} is no report of validate.py; give another output_dir")
-    fields = {f.name for f in dataclasses.fields(Column)}
-    columns = [Column(**c) for c in report["columns"] if isinstance(c, dict) and set(c) == fields]
-    there = [c for c in columns if all((Path(cfg.output_dir) / cell["file"]).is_file() for cell in c.cells)]
-    return {c.key: c for c in there if c.key}
+    done = {}
+    for stated in report["columns"]:
+        with contextlib.suppress(Invalid):  # another version wrote it, or a hand
+            column = typed(Column, an_object(stated, path))
+            files = [need(cell, "file", str) for cell in column.cells]
+            if column.key and all(is_file(Path(cfg.output_dir) / file) for file in files):
+                done[column.key] = column
+    return done
 
 
 def make_plan(cfg, model, rows, sampling, ears):
@@ -707,7 +706,7 @@ def main():
         column.key = key_of(cfg, column, sampling, model.fingerprint if cfg.lora else base)
         if column.key in done:
             finished.append(dataclasses.replace(done[column.key], name=column.name, path=column.path))
-            print(f"{number}/{len(columns)} {column.name}: as it was measured before", file=sys.stderr)
+            say(f"{number}/{len(columns)} {column.name}: as it was measured before")
             continue
         check_files(column)
         if column.kind == "adapter":
@@ -720,7 +719,7 @@ def main():
         write_report(cfg, [*finished, *columns[number:]])
         seconds = sum(cell["seconds"] for cell in column.cells)
         line = progress(number, len(columns), seconds, started)
-        print(f"{column.name}: {verdict(column)} | {line}", file=sys.stderr)
+        say(f"{column.name}: {verdict(column)} | {line}")
 
     ranking = [column.name for column in order_of(finished, cfg.rank_by)] if cfg.rank_by else []
     if cfg.rank_by and not ranking:
@@ -729,11 +728,11 @@ def main():
     write_report(cfg, finished, ranking)
     write_page(cfg, finished, plan)
     if ranking:
-        print(f"by {cfg.rank_by}: {', '.join(ranking)}", file=sys.stderr)
+        say(f"by {cfg.rank_by}: {', '.join(ranking)}")
     if cfg.copy_best:
         best = next(column for column in finished if column.name == ranking[0])
         shutil.copytree(Path(best.path).resolve(), cfg.copy_best)
-        print(f"copied {best.path} to {cfg.copy_best}", file=sys.stderr)
+        say(f"copied {best.path} to {cfg.copy_best}")
     print(Path(cfg.output_dir) / PAGE)
     return 1 if any(column.problems for column in finished) else 0
 

@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -243,7 +244,7 @@ class Given:
             return
         try:
             value = meaning(value, setting)
-            check_choices(value, setting.meta.get("choices"))
+            check_allowed(value, setting.meta)
             self.values.append((name, value))
         except ValueError as error:
             text = shown(written(str(value) if isinstance(value, str) else value))
@@ -258,10 +259,16 @@ def meaning(value, setting):
     return setting.compute(value) if setting.compute else value
 
 
-def check_choices(value, choices):
+def check_allowed(value, meta):
+    """What opt says of a field besides its type."""
     values = value if isinstance(value, list) else [value]
+    choices, least, most = meta.get("choices"), meta.get("least"), meta.get("most")
     if choices and not set(values) <= set(choices):
         raise ValueError("one of " + ", ".join(map(str, choices)))
+    if least is not None and value is not None and value < least:
+        raise ValueError(f"at least {least}")
+    if most is not None and value is not None and value > most:
+        raise ValueError(f"at most {most}")
 
 
 def make(cls, values):
@@ -298,7 +305,10 @@ def read(path):
     """A YAML file -> (map, errors). Keys know their place; values stay texts until a field decides."""
     path, errors = Path(path), []
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return {}, [f"{path}: is no file; expected a YAML file of settings, such as those in configs/"]
+        size = status.st_size
         if size > LARGEST_FILE:
             most = f"at most {LARGEST_FILE}"
             return {}, [f"{path}: {size} bytes is too long for settings ({most}); is it the right file?"]
@@ -535,7 +545,14 @@ def build(cls, values, where="", nearby=(), script=None):
 
 def describe(cls, index):
     """The text of --help: every field with its sentence, default and other names."""
-    lines = [(cls.__doc__ or "").strip(), ""]
+    lines = [(cls.__doc__ or "").strip(), "", *describe_flags(cls, index), ""]
+    lines.append("--key value, --key=value and key=value are the same, and so are - and _ in a key.")
+    return "\n".join(lines)
+
+
+def describe_flags(cls, index):
+    """Two lines for each field."""
+    lines = []
     for accepted, setting in index.items():
         if accepted != setting.name or setting.compute:
             continue
@@ -552,8 +569,7 @@ def describe(cls, index):
         if also:
             text += "; also " + ", ".join(("-" if len(name) < 2 else "--") + name for name in also)
         lines.append(f"  --{accepted}\n        {text}")
-    lines += ["", "--key value, --key=value and key=value are the same, and so are - and _ in a key."]
-    return "\n".join(lines)
+    return lines
 
 
 def run(main):
@@ -561,6 +577,9 @@ def run(main):
 
     2 wrong use, 1 failure, 130 Ctrl-C, 141 a closed pipe.
     """
+    # A terminal that cannot show a name gets escapes: the work is done, and the rest of it is still to come.
+    if getattr(sys.stdout, "errors", "") == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except Usage as error:
@@ -575,5 +594,8 @@ def run(main):
     except BrokenPipeError:  # `| head` has what it wanted; nothing is left to flush to
         code = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder without rights; what more there is to say, others say
+        code = 1
+        print(lines_of(f"{error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
     if code:
         sys.exit(code)

@@ -12,9 +12,9 @@ The file:
   load(folder, device, dtype, options, extra, weights, allow_unused)
                               the model of a published folder or file, in eval mode. options: Training's;
                               extra: {part: path} of parts kept elsewhere, of which `find_parts` finds those
-                              in PARTS, {part: hub id}, of the file; weights: which file or naming
-                              where several lie side by side, or "scratch" for drawn ones; dtype None: the
-                              file's
+                              in PARTS, {part: hub id or models.parts.Part}, of the file; weights: which
+                              file or naming where several lie side by side, or "scratch" for drawn ones;
+                              dtype None: the file's
   blank(size, version, device, dtype, options)
                               a model with drawn weights for bench.py; size: "tiny", "mid" or "real"
   Config                      dataclass of the checkpoint's values, under their published names
@@ -63,7 +63,8 @@ The model, calls in the order in which data meets them:
   generate(text, prompts, speaker, seed, noise)
                               chunks (n,) of audio; joined they are the whole. prompts: (text, audio, speaker)
                               each; further keywords are Sampling's
-  generate_batch(requests)    (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them
+  generate_batch(requests)    (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them;
+                              each may name a resident adapter, {"lora": name} (parts/slots.py)
   frames(text, prompts, speaker, seed, noise)
                               what `generate` decodes, step by step; `finish` is then ["end"] or ["cap"]
   _run(requests, s)           (i, frame) of requests that are checked, for parts/sampling.py
@@ -106,7 +107,7 @@ from pathlib import Path
 
 import torch
 
-from models.parts import Invalid, checkpoint, quant
+from models.parts import Invalid, Part, checkpoint, quant
 from models.parts.plain import read_object, read_yaml, shown
 
 FILES = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]
@@ -136,16 +137,9 @@ def folder_of(path):
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
         raise Invalid(f"no checkpoint at {path}; "
                       "expected the folder of one, or org/name of one in the local hub cache")
-    cache = hub_cache() / f"models--{parts[0]}--{parts[1]}"
-    snapshots = cache / "snapshots"
-    main = cache / "refs" / "main"
-    if main.is_file():
-        current = snapshots / main.read_text().strip()
-        if current.is_dir():
-            return current
-    by_age = sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime)
-    if by_age:
-        return by_age[-1]
+    cache = hub_cache() / folder_in_cache(path)
+    for snapshot in snapshots(hub_cache(), path):
+        return snapshot
     # A path of the user's own looks like org/name, too; as a hub id it would lead nowhere.
     if parts[0] == SHELF or Path(parts[0]).is_dir():
         raise Invalid(f"no checkpoint at {path} (seen from {Path.cwd()}). Nothing is downloaded; "
@@ -154,6 +148,19 @@ def folder_of(path):
                   "Nothing is downloaded; if it is the id of a hub repository, run\n"
                   f"    hf download {path} --local-dir {SHELF}/{parts[1]}\n"
                   f"and give {SHELF}/{parts[1]}")
+
+
+def folder_in_cache(hub_id):
+    return f"models--{hub_id.replace('/', '--')}"
+
+
+def snapshots(cache, hub_id):
+    """The copies of a repository in a hub cache, the one that refs/main names first, then the newest."""
+    place = cache / folder_in_cache(hub_id)
+    found = sorted((place / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    main = place / "refs" / "main"
+    name = main.read_text().strip() if main.is_file() else ""
+    return sorted(found, key=lambda p: p.name != name)
 
 
 def hub_cache():
@@ -170,34 +177,39 @@ def hub_cache():
 def find_parts(module, folder, given):
     """{part: place} of what a backbone keeps apart from its weights: as given, else where it is found.
 
-    module.PARTS {part: hub id} says what is looked for: in a folder of its published name inside the
-    checkpoint's, in one beside it, then in the local hub cache. What is nowhere is left to the backbone,
-    which says so.
+    module.PARTS says what is looked for: under its names in the checkpoint's folder and the hf_cache in it,
+    then beside it, then in a hub cache, the folder's own or the user's. What is nowhere is left to the
+    backbone, which says so.
     """
     parts = getattr(module, "PARTS", dict.fromkeys(EXTRA, ""))
-    places = {key: published_place(folder, hub_id) for key, hub_id in parts.items() if hub_id}
+    parts = {key: part if isinstance(part, Part) else Part(part) for key, part in parts.items()}
+    places = {key: published_place(folder, part) for key, part in parts.items() if part.repository}
     found = {key: place for key, place in places.items() if place}
     for key, place in given.items():
         if key not in parts:
             raise Invalid(f"extra.{key}: this backbone keeps no such part apart; it has {', '.join(parts)}")
         try:
-            found[key] = folder_of(place)
+            found[key] = file_in(folder_of(place), parts[key])
         except Invalid as e:
             raise Invalid(f"extra.{key}: {e}") from None
     return found
 
 
-def published_place(folder, hub_id):
-    """Where a part that is published under this id lies, seen from a checkpoint; None if it is nowhere."""
-    name = hub_id.split("/")[1]
+def file_in(place, part):
+    """The file of a part in a folder that is laid out as its repository; else the place itself."""
+    file = place / part.file
+    return file if part.file and file.exists() else place
+
+
+def published_place(folder, part):
+    """Where a published part lies, seen from a checkpoint; None if it is nowhere."""
     home = folder if folder.is_dir() else folder.parent
-    for place in (home / name, home.resolve().parent / name):
-        if place.is_dir():
-            return place
-    try:
-        return folder_of(hub_id)
-    except Invalid:
-        return None
+    own_cache = home / "hf_cache"
+    names = part.names or (part.repository.split("/")[1],)
+    near = [place / name for place in (own_cache, home, home.resolve().parent) for name in names]
+    for cache in (own_cache, hub_cache()):
+        near += [snapshot / part.file for snapshot in snapshots(cache, part.repository)]
+    return next((place for place in near if place.exists()), None)
 
 
 def parts_elsewhere(path, given):
@@ -205,8 +217,9 @@ def parts_elsewhere(path, given):
     folder = folder_of(path)
     found = find_parts(find(path), folder, given)
     inside = folder.resolve()
-    places = {key: place.resolve() for key, place in found.items()}
-    return {key: str(place) for key, place in places.items() if inside not in (place, *place.parents)}
+    # A file of the hub cache is a link whose target has lost its name, so the place itself is recorded.
+    places = {key: place.absolute() for key, place in found.items()}
+    return {key: str(place) for key, place in places.items() if not place.resolve().is_relative_to(inside)}
 
 
 def present(parts):
@@ -235,6 +248,9 @@ def read_config(path):
 def find(path):
     """The module of models/ whose checkpoints look like this one."""
     folder = folder_of(path)
+    if folder.is_file() and not folder.name.endswith((*WEIGHTS, ".index.json")):
+        raise Invalid(f"{path} is no file of weights; give the folder of the checkpoint, "
+                      f"here {folder.parent}")
     if not any((folder / name).is_file() for name in CONFIGS):
         if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
             raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")

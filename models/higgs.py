@@ -29,7 +29,7 @@ import re
 import shutil
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +40,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from models.codecs import higgs_codec
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
-from models.parts.plain import as_record, checked, layers, need
+from models.parts.plain import LARGEST, LAYERS, as_record, checked, layers, need, shown, written
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
@@ -154,14 +155,17 @@ ONLY = {
 
 def check_config(raw, where):
     """Invalid where config.json asks for something that no published checkpoint has."""
-    for section in (raw, raw.get("text_config") or {}):
+    raw = as_record(raw, where)
+    text = need(raw, "text_config", dict, {})
+    for section in (raw, text):
         for key, (values, meaning) in ONLY.items():
             if section.get(key, values[0]) not in values:
-                raise Invalid(f"{where}: {key} is {section[key]!r}, expected {values[0]!r}: it would mean "
+                stated = shown(written(section[key]))
+                raise Invalid(f"{where}: {key} is {stated}, expected {values[0]!r}: it would mean "
                               f"{meaning}, which is not supported. Use the published checkpoint, or one "
                               "trained from it.")
-    layers = raw.get("audio_dual_ffn_layers")
-    count = (raw.get("text_config") or {}).get("num_hidden_layers")
+    layers = need(raw, "audio_dual_ffn_layers", list[int], None)
+    count = need(text, "num_hidden_layers", int, None, at_least=1, at_most=LAYERS)
     if layers is not None and count is not None and sorted(layers) != list(range(count)):
         raise Invalid(f"{where}: audio_dual_ffn_layers names {len(layers)} of {count} layers; "
                       "only checkpoints with all of them are supported")
@@ -192,7 +196,7 @@ def read_config(raw, shapes, where):
     hidden = size("intermediate_size", "layers.0.mlp.gate_proj.weight")
     audio_gate = shapes.get("layers.0.audio_mlp.gate_proj.weight")
     audio_hidden = audio_gate[0] if audio_gate else raw.get("audio_ffn_intermediate_size") or hidden
-    codebooks = raw.get("num_codebooks") or raw.get("audio_num_codebooks") or PUBLISHED.num_codebooks
+    codebooks = raw.get("num_codebooks") or number(raw, "audio_num_codebooks", PUBLISHED.num_codebooks)
     ids = read_stream_ids(raw, shapes.get("audio_codebook_embeddings.weight"), codebooks, where)
     theta, scaling = rope_settings(llama, PUBLISHED.rope_theta, LLAMA3, where)
     vocab = size("vocab_size", "embed_tokens.weight")
@@ -202,18 +206,23 @@ def read_config(raw, shapes, where):
                   eps, theta, scaling, positions)
 
 
+def number(raw, key, usual):
+    """A size or an id in config.json."""
+    return need(raw, key, int, usual, at_least=1, at_most=LARGEST)
+
+
 def read_stream_ids(raw, table, codebooks, where):
     """(ids of a codebook, begin, end).
 
     The table decides: one config counts the ids of begin and end, one does not, and transformers' class
     default is wrong.
     """
-    begin, end = (raw.get(f"audio_stream_{name}_id") for name in ("bos", "eos"))
+    begin, end = (number(raw, f"audio_stream_{name}_id", None) for name in ("bos", "eos"))
     if table and table[0] % codebooks:
         raise Invalid(f"{where}: the audio table has {table[0]} rows, which are not {codebooks} codebooks")
-    counted = raw.get("codebook_size") or PUBLISHED.codebook_size
+    counted = number(raw, "codebook_size", PUBLISHED.codebook_size)
     if raw.get("audio_codebook_size"):
-        counted = raw["audio_codebook_size"] + 2
+        counted = number(raw, "audio_codebook_size", None) + 2
     size = table[0] // codebooks if table else max(counted, (end or 0) + 1)
     begin, end = size - 2 if begin is None else begin, size - 1 if end is None else end
     if not 0 < begin < size or not 0 < end < size or begin == end:
@@ -463,6 +472,7 @@ class Prompt(NamedTuple):
     frames: int  # at most
     letters: int  # tokens of text that may be written, 0 where speech is forced
     seed: int | None
+    slot: int | None  # of its adapter, where there are several
 
 
 class Reply:
@@ -539,6 +549,7 @@ class Request:
     seed: int | None
     spoken: list = field(default_factory=list)  # (text, codes) of the pieces that are done
     frames: int = 0
+    slot: int | None = None  # of its adapter, where there are several
 
 
 # A word, or where words are not spaced a character, with the punctuation that follows it.
@@ -605,6 +616,7 @@ class Speech:
         self.batch = LeftPadded([len(p.example["ids"]) for p in prompts], steps, device)
         self.caches = make_caches(model.layers, B, self.batch.columns, model.norm.weight)
         self.generators = [generator(p.seed) for p in prompts]
+        self.places = [p.slot for p in prompts]
         self.draws = torch.zeros(B, 1, 2 * self.K, device=device)
         self.order = torch.arange(self.K, device=device)
         self.column = torch.zeros(B, self.K, dtype=torch.long, device=device)
@@ -621,6 +633,7 @@ class Speech:
         for name in ("draws", "column", "letter", "number", "left", "said", "recent"):
             setattr(self, name, getattr(self, name)[rows])
         self.generators = [self.generators[i] for i in going]
+        self.places = [self.places[i] for i in going]
         for part in (self.batch, *self.caches):
             part.keep(rows)
 
@@ -643,7 +656,11 @@ class Speech:
         rope, column = rotary(place % L, model.frequencies), self.batch.numbers[:L]
         context = Context(rope, mask=Packing(place, B, L), column=column)
         caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]
-        return model._transform(x, context, order.texts, caches)[0, ends]
+        texts = order.texts
+        if slots.mixed(model):  # the layers see all positions, as each has its own adapter
+            texts = (torch.arange(len(place)) < texts).to(model.device)[None, :, None]
+        with slots.picked(model, place, L):
+            return model._transform(x, context, texts, caches)[0, ends]
 
     def random(self, n):
         """(B, 2 K) numbers of step n, in (0, 1]: 0 would hit an id of probability 0."""
@@ -856,8 +873,7 @@ class Higgs(nn.Module):
             raise Invalid(f"speaker {speaker!r}: this model knows speakers by the numbers of their "
                           "references, 0 and up; "
                           "whose voice it is, a reference recording says")
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         return self.tokenizer.encode(tagged(text, speaker))
 
     def encode_audio(self, source, start=None, end=None):
@@ -1153,8 +1169,9 @@ class Higgs(nn.Module):
         if len(draft.ids) >= room:
             raise Invalid(f"text and reference take {len(draft.ids)} positions; the model has "
                           f"{self.config.max_position_embeddings}, of which speech needs some. "
-                          "Give a shorter reference or a shorter text.")
-        return Prompt(draft.example(), min(frames, room - len(draft.ids)), letters, piece["seed"])
+                          "Split the text, as --max_chars_per_piece does, or give a shorter reference.")
+        frames = min(frames, room - len(draft.ids))
+        return Prompt(draft.example(), frames, letters, piece["seed"], request.slot)
 
     def _open(self, draft, forced):
         """The beginning of the answer, up to the B column where speech is forced."""
@@ -1174,11 +1191,13 @@ class Higgs(nn.Module):
         replies = [Reply(i, prompt, self, s.force_audio) for i, prompt in enumerate(prompts)]
         finish = self.finish = ["cap"] * len(prompts)  # of this run, should another begin before it ends
         speech, n = Speech(self, prompts, s), 0
-        h = speech.read(prompts)
+        with slots.acting(self, speech.places):
+            h = speech.read(prompts)
         while replies:
             writing = any(reply.mode == "write" for reply in replies)
             # Cloned outside of inference mode, so that a caller may train on it.
-            shown = speech.sample(h, n, writing).cpu().clone()
+            with slots.acting(self, speech.places):
+                shown = speech.sample(h, n, writing).cpu().clone()
             numbers = shown.numpy()
             going = []
             for k, reply in enumerate(replies):
@@ -1194,7 +1213,8 @@ class Higgs(nn.Module):
                 if replies:
                     speech.keep(going)
             if replies:
-                h, n = speech.step(replies, n), n + 1
+                with slots.acting(self, speech.places):
+                    h, n = speech.step(replies, n), n + 1
         self.finish = finish
 
     def _takes(self, requests, s):
@@ -1238,7 +1258,8 @@ class Higgs(nn.Module):
         """Yields (i, chunk). A chunk comes as soon as those frames are known that the codec looks ahead
         to."""
         s = Sampling(**sampling)
-        requests = [self._request(s, Wanted(**r)) for r in requests]
+        named = slots.named(self, requests)
+        requests = [replace(self._request(s, Wanted(**r)), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         sounds = [Sound(codec, s.chunk_frames) for _ in requests]
         for i, frame in self._takes(requests, s):
@@ -1518,7 +1539,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     codec, files = _load_codec(folder, extra.get("codec"))
     files["tokenizer"] = tokenizer
     files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    model.equip(codec, Tokenizer(tokenizer), files, options or {})
+    model.equip(codec, Tokenizer(tokenizer, config.vocab_size), files, options or {})
     return model.eval()
 
 

@@ -49,15 +49,18 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import speech_chain
 from models.codecs.s2mel import frames_for
 from models.codecs.speech_chain import PROMPT_SECONDS, Chain, Places
-from models.parts import Invalid, audio, beam, check, checkpoint, front, opt
+from models.parts import Invalid, audio, beam, check, checkpoint, front, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
+from models.parts.gpt_steps import GPTSteps
 from models.parts.layers import Cache, Packing
-from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
+from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml, shown, written
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
+from models.parts.textfiles import is_file, refuse_blank
 
+PARTS = {"tokenizer": "", **speech_chain.PARTS}  # what may lie elsewhere
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
 # What the published interface multiplies a vector by, since some emotions change the voice, and the largest
@@ -215,9 +218,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
 
-    def forward(self, x, mask, dropout=0.0, cache=None, column=0):
-        """mask: a Packing, or bool (B, 1, L, S) or None for all. With a cache, x stands at `column` and
-        behind."""
+    def forward(self, x, mask, dropout=0.0, cache=None):
+        """mask: a Packing, or bool (B, 1, L, L). A cache is given the keys and values of x."""
         B, L, C = x.shape
         q, k, v = self.c_attn(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
         if isinstance(mask, Packing):
@@ -225,9 +227,7 @@ class Attention(nn.Module):
             y = mask.pack(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True))
         else:
             if cache is not None:
-                end = column + L
-                cache.k[:, :, column:end], cache.v[:, :, column:end] = k, v
-                k, v = cache.k[:, :, :end], cache.v[:, :, :end]
+                cache.k[:, :, :L], cache.v[:, :, :L] = k, v
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
 
@@ -253,8 +253,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C)
         self.mlp = FeedForward(C, config.inner)
 
-    def forward(self, x, mask, dropout=0.0, cache=None, column=0):
-        x = x + F.dropout(self.attn(self.ln_1(x), mask, dropout, cache, column), dropout)
+    def forward(self, x, mask, dropout=0.0, cache=None):
+        x = x + F.dropout(self.attn(self.ln_1(x), mask, dropout, cache), dropout)
         return x + F.dropout(self.mlp(self.ln_2(x)), dropout)
 
 
@@ -268,13 +268,13 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.model_dim)
         self.config, self.recompute = config, False
 
-    def forward(self, x, mask, dropout=0.0, caches=None, column=0):
+    def forward(self, x, mask, dropout=0.0, caches=None):
         x = F.dropout(x, dropout)
         for i, block in enumerate(self.h):
             if self.recompute and self.training and torch.is_grad_enabled():
                 x = recomputed(block, x, mask, dropout, use_reentrant=False)
             else:
-                x = block(x, mask, dropout, caches[i] if caches else None, column)
+                x = block(x, mask, dropout, caches[i] if caches else None)
         return self.ln_f(x)
 
     def caches(self, rows, columns, like):
@@ -319,6 +319,8 @@ class Job(NamedTuple):
     prefix: torch.Tensor  # (positions, D): conds and text
     generator: torch.Generator
     cap: int  # codes at most
+    rule: str = "upstream"  # of the positions of its codes, see positions_rule
+    slot: int | None = None  # of its adapter, where there are several
 
 
 class IndexTTS2(nn.Module):
@@ -399,7 +401,8 @@ class IndexTTS2(nn.Module):
     def encode_text(self, text, speaker=None):
         """Ids of the whole text, upper case, marks simplified. Numbers stay digits. Who speaks is no part of
         it."""
-        return self.tokenizer.encode(front.prepare(text, self.terms)) if text else []
+        refuse_blank(text)
+        return self.tokenizer.encode(front.prepare(text, self.terms))
 
     def segments(self, text, most):
         """Ids of each segment of a text, of at most `most` pieces."""
@@ -542,9 +545,9 @@ class IndexTTS2(nn.Module):
             parts = []
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
                 path = places.file(key, default)
-                values = torch.load(path, map_location="cpu", weights_only=True)
-                numbers = list(places.config.get("emo_num", ()))
-                counted = len(numbers) == len(EMOTIONS)
+                values = checkpoint.read_pickle(path)
+                numbers = need(places.config, "emo_num", list[int], [])
+                counted = len(numbers) == len(EMOTIONS) and min(numbers) >= 0
                 if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):
                     raise Invalid(f"{path}: expected a table whose rows are the emo_num of config.yaml, "
                                   f"which is {numbers}")
@@ -810,12 +813,14 @@ class IndexTTS2(nn.Module):
 
     # ---------------------------------------------------------------------------------- generation
 
-    def positions_rule(self, s):
+    def positions_rule(self, s, slot=None):
         """upstream or training: as asked, else by whether this is still the published checkpoint."""
         if s.mel_positions:
             return s.mel_positions
         state = self.__dict__.get("lora_state")
         adapted = state is not None and state.settings is not None and state.acting != 0
+        if slots.of(self):
+            adapted = slot is not None
         changed = self.tuned or adapted or checkpoint.fingerprint(self) != self.fingerprint
         return "training" if changed else "upstream"
 
@@ -861,10 +866,14 @@ class IndexTTS2(nn.Module):
         conds = torch.cat([spk + emovec.to(spk.dtype), speed])
         return dict(segments=segments, reference=reference, conds=conds, seed=seed, noise=noise)
 
+    def _slotted(self, s, wanted, slot):
+        """A _request that is heard and spoken by the adapter of this slot, where there are several."""
+        with slots.acting(self, [slot]):
+            return dict(self._request(s=s, **wanted), slot=slot)
+
     def _spoken(self, text, s):
         """Text ids of each segment."""
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         segments = self.segments(text, min(s.max_text_tokens_per_segment, self.config.text_positions - 2))
         self.check_known(text, [i for segment in segments for i in segment])
         return segments
@@ -906,15 +915,17 @@ class IndexTTS2(nn.Module):
         """Yields (i, codes (n,)) of every request segment by segment, the k-th segments of all in one batch;
         sets self.finish."""
         finish = self.finish = ["end"] * len(requests)
-        rule = self.positions_rule(s)
+        places = [request.get("slot") for request in requests]
+        rules = {place: self.positions_rule(s, place) for place in set(places)}
         most = min(MOST_CODES, self.config.most_codes) if s.max_len is None else s.max_len
         for k in range(max(len(r["segments"]) for r in requests)):
             rows = [i for i, r in enumerate(requests) if k < len(r["segments"])]
             jobs = []
             for i in rows:
                 generator = torch.Generator().manual_seed(seed_of(requests[i]["seed"], k, "codes"))
-                jobs.append(Job(self._prefix(requests[i], requests[i]["segments"][k]), generator, most))
-            for i, ending in zip(rows, self._search(jobs, s, rule)):
+                prefix = self._prefix(requests[i], requests[i]["segments"][k])
+                jobs.append(Job(prefix, generator, most, rules[places[i]], places[i]))
+            for i, ending in zip(rows, self._search(jobs, s)):
                 if not ending.by_itself:
                     finish[i] = "cap"
                     warnings.warn(f"request {i}: segment {k + 1} reached {most} codes without ending by "
@@ -923,11 +934,12 @@ class IndexTTS2(nn.Module):
         self.finish = finish
 
     @torch.inference_mode()
-    def _search(self, jobs, s, rule):
+    def _search(self, jobs, s):
         """An Ending for each of the segments that are spoken together."""
         W, cap, c = s.num_beams, max(job.cap for job in jobs), self.config
         speech = Speech(self, [job.prefix for job in jobs], W, cap)
-        logits = speech.start()
+        with slots.acting(self, [job.slot for job in jobs]):
+            logits = speech.start()
         beams = [beam.Beams(W, c.stop_mel_token, s.length_penalty) for _ in jobs]
         used = torch.zeros(len(logits), c.number_mel_codes, dtype=torch.bool, device=self.device)
         # Upstream fills the place of voice and text with ones: code 1 and the start code count as used from
@@ -949,7 +961,11 @@ class IndexTTS2(nn.Module):
             parents, codes = (list(column) for column in zip(*chosen))
             used = used[parents]
             used[range(len(codes)), codes] = True
-            logits = speech.step(codes, parents, n + (2 if rule == "upstream" else 1))
+            rows = [jobs[j] for j in going for _ in range(W)]
+            rules = [job.rule for job in rows]
+            positions = [n + (2 if rule == "upstream" else 1) for rule in rules]
+            with slots.acting(self, [job.slot for job in rows]):
+                logits = speech.step(codes, parents, positions)
         return [b.best() for b in beams]
 
     def _scores(self, logits, used, s):
@@ -975,7 +991,7 @@ class IndexTTS2(nn.Module):
         if s.temperature > 0:
             noise = torch.stack([beam.gumbel(W * V, generator) for _, generator in texts])
             ranked = total + noise.to(total.device)
-        places = ranked.topk(2 * W if W > 1 else 1)[1]
+        places = ranked.topk(2 * W)[1] if W > 1 else ranked.argmax(1, keepdim=True)
         values, order = total.gather(1, places).sort(1, descending=True)
         places = places.gather(1, order).tolist()
         out = []
@@ -1027,7 +1043,7 @@ class IndexTTS2(nn.Module):
         """Yields (i, chunk), segment by segment; a segment comes in chunks of 8, then 256 mel frames."""
         s, emotion = self._sampling(sampling)
         self.codec.low_vram = s.low_vram
-        requests = [self._request(s=s, **{**emotion, **r}) for r in requests]
+        requests = [self._slotted(s, {**emotion, **r}, slot) for r, slot in slots.named(self, requests)]
         spoken = [0] * len(requests)
         pause = torch.zeros(int(self.out_sample_rate * s.interval_silence / 1000))
         for i, codes, states in self._spoken_segments(requests, s):
@@ -1047,7 +1063,8 @@ class IndexTTS2(nn.Module):
         """Yields (i, codes, states) of every segment. With low_vram all of them first, and then the GPT
         leaves the device."""
         def state(i, codes, k):
-            return self._latents(requests[i], requests[i]["segments"][k], codes) if len(codes) else None
+            with slots.acting(self, [requests[i].get("slot")]):
+                return self._latents(requests[i], requests[i]["segments"][k], codes) if len(codes) else None
 
         counts = [0] * len(requests)
         home, out = self.device, []
@@ -1179,21 +1196,24 @@ class Speech:
         beams = torch.arange(len(x), device=x.device).repeat_interleave(self.W)
         for part in (self.batch, *self.caches):
             part.keep(beams)
-        return self.logits(h)[beams]
+        self.make_steps(len(beams))
+        return model.mel_head(model.final_norm(h))[beams]
 
-    def logits(self, h):
-        return self.model.mel_head(self.model.final_norm(h))
+    def make_steps(self, R):
+        """What a step of R rows is made of."""
+        self.gpt = GPTSteps(self.model.gpt, R)
+        self.head = self.gpt.products.of(self.model.mel_head)
 
-    def step(self, codes, parents, position):
+    def step(self, codes, parents, positions):
         """codes of the rows that go on, each behind row parents[r] of the step before. -> logits (R, V)"""
         device, n = self.model.device, self.column - self.batch.width
         self.follow(parents, torch.tensor(parents, device=device))
-        codes = torch.tensor(codes, device=device)
-        x = self.model._codes(codes, torch.full_like(codes, position))[:, None]
+        codes, positions = torch.tensor([codes, positions], device=device)
+        x = self.model._codes(codes, positions)
         mask = None if self.even else self.batch.step(n).mask[..., : self.column + 1]
-        h = self.model.gpt(x, mask, caches=self.caches, column=self.column)[:, 0]
+        h = self.gpt(x, self.caches, self.column, mask)
         self.column += 1
-        return self.logits(h)
+        return self.head(self.model.final_norm(h))
 
     def follow(self, parents, rows):
         """Bring the caches to the rows that go on. Beams of one text share its prefix, so only what was
@@ -1204,6 +1224,7 @@ class Speech:
         full = self.column == self.caches[0].k.shape[2]
         if fewer:
             self.batch.keep(rows)
+            self.make_steps(len(parents))
         for cache in self.caches:
             if fewer:
                 cache.keep(rows)
@@ -1293,7 +1314,7 @@ def check_version(config, where):
         wrong = []
         for key, value in FIXED.items():
             if section.get(key, value) != value:
-                wrong.append(f"{key} {section[key]!r}")
+                wrong.append(f"{key} {shown(written(section[key]))}")
         if not wrong:
             return
         found = f"a form of IndexTTS2 that was never published ({', '.join(wrong)})"
@@ -1339,8 +1360,8 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
     """The model in eval mode from a published folder; the frozen models around it are read when they are
     needed.
 
-    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan where they are kept elsewhere. weights:
-    another file in the place of gpt.pth.
+    extra: paths of w2v_bert, semantic_codec, campplus and bigvgan, those that were found. weights: another
+    file in the place of gpt.pth.
     """
     path = Path(folder)
     folder = path if path.is_dir() else path.parent
@@ -1387,24 +1408,24 @@ class IndexPlaces(Places):
 
     @property
     def gpt(self):
-        return str(self.config.get("gpt_checkpoint", "gpt.pth"))
+        return need(self.config, "gpt_checkpoint", str, "gpt.pth")
 
     @property
     def vocabulary(self):
-        return str((self.config.get("dataset") or {}).get("bpe_model", "bpe.model"))
+        return need(need(self.config, "dataset", dict, {}), "bpe_model", str, "bpe.model")
 
     def files(self):
         """{role: path} of what belongs to the folder and is there. The vocabulary must be."""
         name = self.vocabulary
         path = Path(self.extra.get("tokenizer") or self.folder / name)
-        path = path / name if path.is_dir() else path
-        if not path.is_file():
-            raise Invalid(f"no {name} at {path.parent}, which cuts text into pieces. Run\n"
-                          f"    hf download IndexTeam/IndexTTS-2 {name} --local-dir {self.folder}")
+        path = path / name if os.path.isdir(path) else path
+        if not is_file(path):
+            raise Invalid(f"no {shown(name)} at {path.parent}, which cuts text into pieces. Run\n"
+                          f"    hf download IndexTeam/IndexTTS-2 {shown(name)} --local-dir {self.folder}")
         found = {"tokenizer": path}
         for role, key, usual in OWN_FILES:
-            path = self.folder / str(self.config.get(key, usual))
-            if path.is_file():
+            path = self.folder / need(self.config, key, str, usual)
+            if is_file(path):
                 found[role] = path
         return found
 
@@ -1414,10 +1435,8 @@ class IndexPlaces(Places):
         own = self.files()
         pairs = [(own.pop("tokenizer"), self.vocabulary), *((path, path.name) for path in own.values())]
         for key, part in speech_chain.PARTS.items():
-            try:
-                pairs.append((self.part(key), f"hf_cache/{part.names[0]}"))
-            except Invalid:  # a checkpoint without it is saved without it
-                continue
+            if key in self.extra:  # a checkpoint without it is saved without it
+                pairs.append((self.extra[key], f"hf_cache/{part.names[0]}"))
         return pairs
 
 

@@ -2,11 +2,13 @@
 
 `compare` runs transformers' own classes and ours on the same 20 clips of 2 to 12 s in turn, clip by clip, in one process,
 so that both see the same machine; each clip counts with the best of its runs. `once` loads one part from a file of its
-published layout in a process of its own and encodes ten seconds.
+published layout in a process of its own and encodes ten seconds. `--decoding` lets transformers' GPT-2 and IndexTTS2's
+speak in turn, beside the time that it takes to read their weights; `--chain` splits IndexTTS2's speaking by stage.
 """
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from models import indextts2
 from models.codecs import higgs_codec, repcodec, w2vbert
-from models.parts import audio, checkpoint
+from models.parts import audio, checkpoint, gpt_steps
 from tests import test_higgs_codec, test_repcodec, test_w2vbert
 
 CLIPS = [2 + 10 * i / 19 for i in range(20)]  # seconds
@@ -137,12 +140,110 @@ def inside(part, folder):
     print(json.dumps({"weights_GiB": size, "load_s": loaded, "peak_load_GiB": after_load - base, "peak_GiB": peak() - base, **out}))
 
 
+MID = ("mid", "", torch.device("cpu"), torch.float32)
+CODES = 150  # three seconds
+
+
+def greedy(model, codes=CODES):
+    """speak(): so many codes by IndexTTS2, of a voice that was heard before and a text of nine pieces."""
+    request = model._request("X" * 9, seed=0, s=indextts2.Sampling())
+    s = indextts2.Sampling(temperature=0, num_beams=1, min_len=codes, max_len=codes)
+    job = indextts2.Job(model._prefix(request, request["segments"][0]).detach(), torch.Generator(), codes, "training")
+    return lambda: model._search([job], s)
+
+
+def greedy_by_transformers(model, codes=CODES):
+    """speak(): as many by transformers' GPT-2 of that size with its cache, behind as many positions."""
+    from transformers import DynamicCache, GPT2Config, GPT2Model
+
+    c = model.config
+    gpt = GPT2Model(GPT2Config(vocab_size=16, n_positions=c.latents + 2 + c.text_positions + c.mel_rows, n_embd=c.model_dim, n_layer=c.layers,
+                               n_head=c.heads, attn_implementation="sdpa")).eval()
+    first = torch.randn(1, c.latents + 2 + 11 + 1, c.model_dim)  # voice, speed, text with its marks, the start code
+
+    @torch.no_grad()
+    def speak():
+        cache, x = DynamicCache(), first
+        for i in range(codes):
+            h = gpt(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+            code = model.mel_head(model.final_norm(h)).argmax(-1)
+            x = model.mel_embedding(code) + model.mel_pos_embedding.emb.weight[i + 1]
+
+    return speak
+
+
+def decoding(repeats):
+    """Processor milliseconds per code of transformers and of ours, and what the weights of a step alone take: read once, and
+    multiplied by one row each."""
+    model = indextts2.blank(*MID)
+    theirs = greedy_by_transformers(model)
+    linears = [m for block in model.gpt.h for m in block.modules() if isinstance(m, torch.nn.Linear)] + [model.mel_head]
+    rows = [torch.randn(1, m.in_features) for m in linears]
+    of = gpt_steps.Products(1, model.mel_head.weight).of
+    products = [of(m) for m in linears]
+
+    @torch.inference_mode()
+    def multiplied():
+        for _ in range(CODES):
+            for product, row in zip(products, rows):
+                product(row)
+
+    @torch.inference_mode()
+    def read():
+        for _ in range(CODES):
+            for m in linears:
+                m.weight.sum()
+
+    calls = {"theirs": theirs, "ours": greedy(model), "products": multiplied, "read": read}
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name].append((time.process_time() - start) * 1e3 / CODES)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    weights = sum(m.weight.numel() * 4 for m in linears) / 1e6
+    return {f"{name}_ms": round(value, 2) for name, value in medians.items()} | {
+        "weights_MB": weights, "read_GB_per_s": weights / medians["read"], "faster": medians["theirs"] / medians["ours"],
+        "at_most": medians["theirs"] / medians["read"]}
+
+
+def chain(repeats):
+    """Processor seconds of every stage for a second of sound, three seconds in a new voice with the usual settings: hearing the
+    prompt, codes (three beams), the second pass for their states, S2Mel, BigVGAN."""
+    model = indextts2.blank(*MID)
+    s = indextts2.Sampling(min_len=CODES - 1, max_len=CODES)
+    times = []
+
+    def timed(call):
+        start = time.process_time()
+        out = call()
+        times[-1].append(time.process_time() - start)
+        return out
+
+    for _ in range(repeats + 1):
+        times.append([])
+        model.codec.references.clear()
+        request = timed(lambda: model._request("X" * 9, seed=0, s=s))
+        _, codes = timed(lambda: next(model._run([request], s)))
+        states = timed(lambda: model._latents(request, request["segments"][0], codes))
+        mel = timed(lambda: model._mel(request, 0, (codes, states), s))
+        sound = timed(lambda: torch.cat(list(model.codec.sound(mel))))
+    seconds = len(sound) / model.out_sample_rate
+    medians = [statistics.median(stage) / seconds for stage in zip(*times[1:])]
+    return {"seconds": seconds, "rtf": sum(medians)} | dict(zip(("prompt", "codes", "states", "mel", "sound"), medians))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--once", action="store_true", help="load and run every part once instead")
+    parser.add_argument("--decoding", action="store_true", help="a GPT-2 code by code instead")
+    parser.add_argument("--chain", action="store_true", help="IndexTTS2's speaking by stage instead")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -152,6 +253,8 @@ def main():
         for part in ("higgs_codec", "w2vbert", "repcodec"):
             print(part, json.dumps(once(part, args.threads)), flush=True)
         return
+    if args.decoding or args.chain:
+        return print(json.dumps((decoding if args.decoding else chain)(args.repeats)))
     g = torch.Generator().manual_seed(0)
     for name, pairs in (("HuBERT + DAC", higgs), ("w2v-BERT", w2v)):
         clips = [0.1 * torch.randn(round(24000 * s), generator=g) for s in CLIPS[:: len(CLIPS) // args.clips]]

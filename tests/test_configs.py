@@ -256,7 +256,7 @@ def test_a_tag_runs_nothing(tmp_path):
 
 def test_a_missing_file_and_wrong_flags_say_what_to_do(tmp_path):
     assert "no.yaml: No such file or directory; expected a YAML file of settings" in wrong("no.yaml")
-    assert "Is a directory" in wrong(str(tmp_path))
+    assert "is no file" in wrong(str(tmp_path))
     assert "--rate: needs a value" in wrong("--rate")
     assert "write --name=--fast" in wrong("--name", "--fast")
     assert "'y.yaml': unexpected" in wrong(written(tmp_path, "rate: 1"), "y.yaml")

@@ -144,8 +144,8 @@ def test_from_recordings_to_a_voice(tmp_path, name, variant, methods):
 
 @pytest.mark.skipif(not SPEECH.exists(), reason="the recordings of LJSpeech-24 are not here")
 @pytest.mark.parametrize("name, variant, start_script, methods", [("voxcpm", "1.5", by_path, ("lora",)), ("csm", "transformers", forked, tuple(METHODS)),
-                                                                    ("higgs", "original", forked, ("lora",))],
-                         ids=["voxcpm, scripts started by their paths", "csm", "higgs"])
+                                                                    ("higgs", "original", forked, ("lora",)), ("indextts2", "flat", forked, ("lora",))],
+                         ids=["voxcpm, scripts started by their paths", "csm", "higgs", "indextts2"])
 def test_from_a_real_speaker_to_a_voice(tmp_path, name, variant, start_script, methods):
     speech(tmp_path / "talk", 5)
     seconds = sum(audio.info(path).seconds for path in (tmp_path / "talk/wavs").iterdir())

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_every_fault_is_named_with_file_and_line_and_nothing_else_is(tmp_path):
     found = {d["line"]: d["reason"] for d in report["dropped"]}
     assert code == 1 and set(found) == set(said) and {d["file"] for d in report["dropped"]} == {str(tmp_path / "m.jsonl")}
     assert [(n, found[n]) for n, what in said.items() if what not in found[n]] == []
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cache", "report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "cache", "report.html", "report.json"]
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "lone surrogate U+D83D" in page and "cut off" in page
     report, code = run(tmp_path, rows, "--skip_bad", "--val_split", "0")
@@ -332,10 +333,75 @@ def test_rows_that_the_checkpoint_refuses(tmp_path, model, monkeypatch):  # noqa
 
 @pytest.mark.parametrize("flags, what", [((), "--input and --output_dir"), (("--loudness", "loud"), "rms:-23"), (("--val_split", "1"), "share"),
                                          (("--normalizer", "no_such:thing"), "module:function"), (("--format", "xml"), "jsonl"),
-                                         (("--ref", "some"), "other"), (("--max_second", "3"), "max_seconds")])
+                                         (("--ref", "some"), "other"), (("--max_second", "3"), "max_seconds"),
+                                         (("--batch_size", "0"), "at least 1"), (("--grad_accum_steps", "0"), "at least 1"), (("--workers", "-1"), "at least 0"),
+                                         (("--slice_min_seconds", "-1e30"), "at least 0"), (("--slice_hop", "0"), "at least"), (("--slice_hop", "1e30"), "at most"),
+                                         (("--loudness", "rms:-" + "9" * 400), "rms:-23"), (("--max_seconds", "1e308"), "a number"), (("--min_seconds", "1e300"), "a number"),
+                                         (("--input", "a\0b"), "a text"), (("--normalizer", "os:sep"), "no function"),
+                                         (("--transcripts", "/dev/null"), "no such file or folder")])
 def test_wrong_use(tmp_path, flags, what):
     with pytest.raises(configs.Usage, match=what):
         prepare(*(("--input", tmp_path, "--output_dir", tmp_path / "o") if flags else ()), *flags)
+
+
+def hurt(text):
+    if "row 1" in text:
+        raise KeyError("a\x1b[2Jb")
+    return None if "row 2" in text else text
+
+
+def test_a_normalizer_that_fails_costs_its_row_alone(tmp_path):
+    flags = ("--normalizer", f"{__name__}:hurt")
+    report, code = run(tmp_path, clean_set(tmp_path, 5), *flags, "--skip_bad")
+    assert code == 0 and [(d["line"], d["reason"]) for d in report["dropped"]] == [
+        (2, "--normalizer: KeyError: 'a\\x1b[2Jb'"), (3, "--normalizer gave None, expected a text")]
+    assert run(tmp_path, clean_set(tmp_path, 5), *flags)[1] == 1
+
+
+BAD_TEXTS = {"latin": lambda p: p.write_bytes(b"caf\xe9"), "utf-16": lambda p: p.write_text("words", encoding="utf-16"), "folder": os.mkdir, "pipe": os.mkfifo,
+             "loop": lambda p: p.symlink_to(p), "empty": Path.touch, "gzip": lambda p: p.write_bytes(b"\x1f\x8b\x08\xff"), "a library": lambda p: p.write_text("a " * (25 << 20)),
+             "sparse": lambda p: (p.touch(), os.truncate(p, 1 << 38)), "no right": lambda p: p.write_text("secret")}
+
+
+@pytest.mark.parametrize("kind, end", [(kind, ".txt") for kind in BAD_TEXTS] + [(kind, end) for kind in ("pipe", "no right", "latin") for end in (".srt", ".json", ".TextGrid")])
+def test_a_transcript_that_cannot_be_read_costs_its_row_alone(tmp_path, monkeypatch, kind, end):
+    for n in range(3):
+        put(tone(tmp_path / f"in/{n}.wav", 1, 300 + 20 * n).with_suffix(".txt"), f"words of number {n}")
+    (tmp_path / "in/1.txt").unlink()
+    BAD_TEXTS[kind](tmp_path / f"in/1{end}")
+    whole = Path.read_bytes
+
+    def read_bytes(path):
+        if kind == "no right" and path.name == f"1{end}":  # root has every right, so the test asks nobody
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--skip_bad", "--val_split", 0)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {row["id"] for row in rows_of(tmp_path / "out/train.jsonl")} == {"0", "2"}
+    assert report["dropped"] and all("1." in d["file"] + d["reason"] for d in report["dropped"])
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "wav/metadata.csv"])
+def test_a_pipe_is_not_read_as_a_table(tmp_path, name):
+    tone(tmp_path / "wav/0.wav")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Invalid, match="no file"):
+        prepare("--input", tmp_path / name if name == "m.jsonl" else (tmp_path / name).parent, "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\x9b31m", "\u202egnp", "a\n0 rows"])
+def test_names_of_others_rule_no_terminal(tmp_path, capsys, name):
+    folder = tmp_path / name / "wav"
+    for n in range(2):
+        put(tone(folder / f"{n}{name}.wav", 1, 300 + 50 * n).with_suffix(".txt"), f"words of number {n}")
+    tone(folder / f"{name}.wav", 1)
+    put(tmp_path / "m.jsonl", json.dumps({"audio": str(folder / f"0{name}.wav"), "text": "words", "id": name, "speaker": name, name: 1}))
+    for source in (tmp_path / name, tmp_path / "m.jsonl"):
+        prepare("--input", source, "--output_dir", tmp_path / f"out{name}", "--skip_bad", "--speaker_from_folder", "--overwrite")
+    said = capsys.readouterr().err
+    assert all(char.isprintable() or char == "\n" for char in said) and not [line for line in said.splitlines() if line.startswith("0 rows")]
 
 
 # ------------------------------------------------------------------------------------------------ size, signals, the command line

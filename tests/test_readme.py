@@ -495,7 +495,7 @@ def test_what_training_takes_is_what_the_shapes_give(row):
 
 
 CLAIM = re.compile(r"\d ms\b|times as (?:fast|long)|\bfaster\b|\bslower\b|\bfastest\b|real-time factor", re.I)
-PROOF = re.compile(r"tests[/.]peers[/.]\w+|bench\.py|tests/test_floor\.py")
+PROOF = re.compile(r"tests[/.]peers[/.]\w+|tests[/.]bench_parts|bench\.py|tests/test_floor\.py")
 
 
 def unnamed(text):

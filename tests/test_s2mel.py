@@ -145,7 +145,7 @@ def test_settings_that_were_never_published_are_refused(tmp_path):
     with pytest.raises(Invalid, match="s2mel.DiT.num_heads is 3, which does not divide the width 32"):
         s2mel.load(path, section)
     del section["DiT"]["num_heads"]
-    with pytest.raises(Invalid, match="s2mel.DiT.num_heads is missing"):
+    with pytest.raises(Invalid, match="s2mel: DiT does not say num_heads"):
         s2mel.load(path, section)
 
 

@@ -7,25 +7,27 @@ Every activation runs at twice the rate between two low-pass filters, so that it
 bigvgan_generator.pt and config.json of nvidia/bigvgan_v2_22khz_80band_256x; weight norm is folded on load. Frozen.
 """
 import math
+import operator
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.parts import Invalid, checkpoint
+from models.parts.plain import fixed, read_object, sized
 
 
 @dataclass
 class Config:
     """Names as in config.json; defaults are what BigVGAN takes where a key is missing."""
 
-    upsample_rates: list
-    upsample_kernel_sizes: list
+    upsample_rates: list[int]
+    upsample_kernel_sizes: list[int]
     upsample_initial_channel: int
-    resblock_kernel_sizes: list
-    resblock_dilation_sizes: list
+    resblock_kernel_sizes: list[int]
+    resblock_dilation_sizes: list[list[int]]
     num_mels: int
     sampling_rate: int
     use_tanh_at_final: bool = True
@@ -136,20 +138,31 @@ def rename(name):
     return name.replace(".act.", ".").replace(".upsample.filter", ".up").replace(".downsample.lowpass.filter", ".down")
 
 
+MOST_SIZES = 16  # in a list of the config: published ones have six at most
+LARGEST_SIZE = 1000  # of a kernel, a rate or a dilation: published ones have sixteen at most
+
+
+def check_lists(c, where):
+    """Invalid where lists of a Config are not as long as each other, or hold what is no size."""
+    pairs = (c.upsample_rates, c.upsample_kernel_sizes), (c.resblock_kernel_sizes, c.resblock_dilation_sizes)
+    sizes = [*c.upsample_rates, *c.upsample_kernel_sizes, *c.resblock_kernel_sizes, *sum(c.resblock_dilation_sizes, [])]
+    fit = all(len(one) == len(other) and 0 < len(one) <= MOST_SIZES for one, other in pairs)
+    fit = fit and all(1 <= size <= LARGEST_SIZE for size in sizes) and all(map(operator.le, *pairs[0]))
+    if not fit or c.upsample_initial_channel % 2 ** len(c.upsample_rates):
+        raise Invalid(f"{where}: the rates, kernels, dilations and channels do not make a BigVGAN. Copy the file again from where it "
+                      "came from.")
+
+
 def load(path, device="cpu", allow_unused=False):
     """The vocoder in a folder with config.json and bigvgan_generator.pt, or in such a file, frozen, float32."""
     path = checkpoint.find(path, ("bigvgan_generator.pt",), "BigVGAN as nvidia publishes it")
     folder = path.parent
     if not (folder / "config.json").is_file():
         raise Invalid(f"{folder} has no config.json, which says at what rates BigVGAN upsamples")
-    published = checkpoint.read_object(folder / "config.json")
-    for key, value in FIXED.items():
-        if published.get(key, value) != value:
-            raise Invalid(f"{folder / 'config.json'}: {key} is {published[key]!r}; only {value!r} is supported, as in BigVGAN v2")
-    missing = [f.name for f in fields(Config) if f.name not in published and not f.name.startswith("use_")]
-    if missing:
-        raise Invalid(f"{folder / 'config.json'} lacks {', '.join(missing)}")
-    config = Config(**{f.name: published[f.name] for f in fields(Config) if f.name in published})
+    published = read_object(folder / "config.json")
+    fixed(published, FIXED)
+    config = sized(Config, published)
+    check_lists(config, published.where)
     stored = {name.removeprefix("generator."): value for name, value in checkpoint.read(path).items()}
     with torch.device("meta"):
         model = BigVGAN(config)

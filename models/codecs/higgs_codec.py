@@ -21,6 +21,7 @@ from torch import nn
 
 from models.parts import Invalid, audio, checkpoint
 from models.parts.layers import FeatureProjection, FeedForward, exact
+from models.parts.plain import LARGEST, LAYERS, as_record, fixed, need, shown
 
 # Never read by encode or decode, in either naming.
 UNUSED = {
@@ -599,6 +600,10 @@ def rename(name):
     return name
 
 
+HUBERT = dict(hidden_act="gelu", feat_extract_activation="gelu", feat_extract_norm="group", do_stable_layer_norm=False,
+              conv_pos_batch_norm=False)
+
+
 def build(stored, config, what):
     """A codec on the meta device whose widths are those of the stored tensors.
 
@@ -613,6 +618,9 @@ def build(stored, config, what):
                           f"bosonai/higgs-audio-v2-tokenizer)? Its names begin with {', '.join(sorted(shapes)[:3])}.")
         return shapes[name]
 
+    def number(key, usual):
+        return need(config, key, int, usual, at_least=1, at_most=LARGEST)
+
     def numbered(name):
         """The shapes of name with {} = 0, 1, 2, ... as far as they go."""
         return [shape(name.format(i)) for i in range(len(shapes)) if name.format(i) in shapes]
@@ -623,44 +631,46 @@ def build(stored, config, what):
                     strides=[s[2] // 2 for s in down], latent=shape("acoustic_encoder.conv2.weight")[0])
     dac_decoder = dict(latent=shape("acoustic_decoder.conv1.weight")[1], strides=[s[2] // 2 for s in up],
                        widths=[shape("acoustic_decoder.conv1.weight")[0], *(s[1] for s in up)])
-    said = config.get("acoustic_model_config") or {}
-    for name, ratios, strides in (("ratios", config.get("ratios"), acoustic["strides"]),
-                                  ("downsampling_ratios", said.get("downsampling_ratios"), acoustic["strides"]),
-                                  ("upsampling_ratios", said.get("upsampling_ratios"), dac_decoder["strides"])):
-        if ratios is not None and list(ratios) != strides:
-            raise Invalid(f"{what}: config.json says {name} {list(ratios)}, the kernels are those of {strides}. "
+    config = as_record(config, f"{what}, its config.json")
+    said = need(config, "acoustic_model_config", dict, {})
+    for section, name, strides in ((config, "ratios", acoustic["strides"]), (said, "downsampling_ratios", acoustic["strides"]),
+                                   (said, "upsampling_ratios", dac_decoder["strides"])):
+        ratios = need(section, name, list[int], strides)
+        if ratios != strides:
+            raise Invalid(f"{what}: config.json says {name} {shown(ratios)}, the kernels are those of {strides}. "
                           "They belong to two different checkpoints.")
 
-    told = config.get("semantic_model_config") or {}
-    for key, value in dict(hidden_act="gelu", feat_extract_activation="gelu", feat_extract_norm="group",
-                           do_stable_layer_norm=False, conv_pos_batch_norm=False).items():
-        if told.get(key, value) != value:
-            raise Invalid(f"{what}: semantic_model_config.{key} is {told[key]!r}; only HuBERT base's {value!r} is known")
+    told = need(config, "semantic_model_config", dict, {})
+    fixed(told, HUBERT)
     kernels = numbered("semantic_model.feature_extractor.conv_layers.{}.conv.weight")  # (out, in, kernel)
-    strides, heads = list(told.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])), told.get("num_attention_heads", 12)
+    strides = need(told, "conv_stride", list[int], STRIDES)
+    heads = need(told, "num_attention_heads", int, 12, at_least=1)
     width, group, pos_kernel = shape("semantic_model.encoder.pos_conv_embed.conv.weight")
-    if width % heads or len(strides) != len(kernels):
+    if width % heads or len(strides) != len(kernels) or min(strides) < 1:
         raise Invalid(f"{what}: HuBERT is {width} wide with {len(kernels)} convolutions, but {heads} heads and the strides "
                       f"{strides} are assumed. State num_attention_heads and conv_stride in config.json, under "
                       "semantic_model_config.")
     hubert = dict(feature_widths=[s[0] for s in kernels], kernels=[s[2] for s in kernels], strides=strides,
                   width=width, inner=shape("semantic_model.encoder.layers.0.feed_forward.intermediate_dense.weight")[0],
                   layers=len(numbered("semantic_model.encoder.layers.{}.layer_norm.weight")), heads=heads,
-                  pos_kernel=pos_kernel, pos_groups=width // group, eps=told.get("layer_norm_eps", 1e-5))
+                  pos_kernel=pos_kernel, pos_groups=width // group, eps=need(told, "layer_norm_eps", float, 1e-5, at_least=0))
 
-    if set(config.get("strides", [1])) != {1}:
-        raise Invalid(f"{what}: strides {config['strides']} of the semantic encoder; only 1 was ever published")
+    if set(need(config, "strides", list[int], [1])) != {1}:
+        raise Invalid(f"{what}: strides {shown(config['strides'])} of the semantic encoder; only 1 was ever published")
     units = numbered("encoder_semantic.conv_blocks.0.res_units.{}.conv1.weight")
+    dilations = need(config, "block_dilations", list[int], [1] * len(units))
+    if len(dilations) != len(units) or not all(1 <= dilation <= LAYERS for dilation in dilations):
+        raise Invalid(f"{what}: config.json says block_dilations {shown(dilations)}, expected {len(units)} numbers of at least 1")
     semantic = dict(widths=[width, *(s[0] for s in numbered("encoder_semantic.conv_blocks.{}.conv.weight"))],
                     kernel=shape("encoder_semantic.conv.weight")[2],
                     unit_kernel=shape("encoder_semantic.conv_blocks.0.res_units.0.conv1.weight")[2],
-                    dilations=list(config.get("block_dilations", [1] * len(units))))
+                    dilations=dilations)
     bins, size = shape("quantizer.quantizers.0.codebook.embed")
     quantizer = dict(stages=len(numbered("quantizer.quantizers.{}.codebook.embed")), width=shape("fc.weight")[0],
                      bins=bins, size=size)
     with torch.device("meta"):
-        return HiggsCodec(acoustic, dac_decoder, hubert, semantic, quantizer, config.get("sample_rate", 24000),
-                          config.get("semantic_sample_rate", 16000), config.get("downsample_factor", 320))
+        return HiggsCodec(acoustic, dac_decoder, hubert, semantic, quantizer, number("sample_rate", 24000),
+                          number("semantic_sample_rate", 16000), number("downsample_factor", 320))
 
 
 def load(path, device="cpu", weights=None, allow_unused=False):

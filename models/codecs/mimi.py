@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.parts import Invalid
 from models.parts.checkpoint import Stored, fill
 from models.parts.layers import exact, rotary, rotary_frequencies, rotate
+from models.parts.plain import LARGEST, as_record, fixed, need
 
 
 @dataclass
@@ -466,6 +467,11 @@ def published(codec, naming="transformers"):
     return out
 
 
+FIXED = {"use_causal_conv": True, "use_conv_shortcut": False, "hidden_act": "gelu", "pad_mode": "constant", "trim_right_ratio": 1.0,
+         "attention_bias": False, "audio_channels": 1}
+SIZES = {"sliding_window": 250, "sampling_rate": 24000}  # whole numbers that no shape tells, and what they are without
+
+
 def config_of(stored, settings):
     """Config of a file with our names: shapes first, then `settings` (a transformers codec_config, or {})."""
     def shape(name):
@@ -476,18 +482,17 @@ def config_of(stored, settings):
     def count(pattern):
         return len({m[1] for n in stored if (m := re.match(pattern, n))})
 
-    for key, expected in (("use_causal_conv", True), ("use_conv_shortcut", False), ("hidden_act", "gelu"), ("pad_mode", "constant"),
-                          ("trim_right_ratio", 1.0), ("attention_bias", False), ("audio_channels", 1)):
-        if settings.get(key, expected) != expected:
-            raise Invalid(f"codec_config: {key} is {settings[key]!r}; every published Mimi has {expected!r}, and nothing else is read")
+    fixed(settings, FIXED)
     plain = [i for i in range(200) if f"encoder.layers.{i}.conv.weight" in stored]
     strided, vq = plain[1:-1], "quantizer.{}_residual_vector_quantizer.".format
     first = shape(f"encoder.layers.{plain[0] if plain else 0}.conv.weight")
     block, down = shape("encoder.layers.1.block.1.conv.weight"), shape("downsample.conv.weight")
     q = shape("encoder_transformer.layers.0.self_attn.q_proj.weight")
-    heads = settings.get("num_attention_heads", 8)
-    known = {k: settings[k] for k in ("sliding_window", "norm_eps", "dilation_growth_rate", "sampling_rate") if k in settings}
-    theta = (settings.get("rope_parameters") or {}).get("rope_theta", settings.get("rope_theta", 10000.0))
+    heads = heads_of(settings)
+    if q[0] % (2 * heads):
+        raise Invalid(f"{settings.where}: {heads} heads do not divide the {q[0]} rows of q_proj into pairs")
+    theta = need(settings, "rope_theta", float, 10000.0, at_least=1)
+    known = {key: need(settings, key, int, usual, at_least=1, at_most=LARGEST) for key, usual in SIZES.items()}
     return Config(
         channels=[shape(f"encoder.layers.{i}.conv.weight")[1] for i in strided],
         ratios=[shape(f"encoder.layers.{i}.conv.weight")[2] // 2 for i in strided],
@@ -502,7 +507,13 @@ def config_of(stored, settings):
         codebook_dim=shape(vq("semantic") + "layers.0.codebook.embed_sum")[1],
         projected=vq("semantic") + "input_proj.weight" in stored,
         semantic=count(vq("semantic") + r"layers\.(\d+)\."), acoustic=count(vq("acoustic") + r"layers\.(\d+)\."),
-        num_attention_heads=heads, head_dim=q[0] // heads, rope_theta=theta, **known)
+        num_attention_heads=heads, head_dim=q[0] // heads, norm_eps=need(settings, "norm_eps", float, 1e-5, at_least=0),
+        rope_theta=need(need(settings, "rope_parameters", dict, {}), "rope_theta", float, theta, at_least=1),
+        dilation_growth_rate=need(settings, "dilation_growth_rate", int, 2, at_least=1, at_most=8), **known)
+
+
+def heads_of(settings):
+    return need(settings, "num_attention_heads", int, 8, at_least=1, at_most=LARGEST)
 
 
 def settings_of(c):
@@ -520,8 +531,8 @@ def settings_of(c):
 
 def load(stored, settings=None, codebooks=None, device="cpu", allow_unused=False, what="Mimi"):
     """A frozen float32 codec from {published name: Stored} of either naming; `settings` is a transformers codec_config."""
-    settings = settings or {}
-    stored = ours(stored, settings.get("num_attention_heads", 8))
+    settings = as_record(settings or {}, getattr(settings, "where", "codec_config"))
+    stored = ours(stored, heads_of(settings))
     config = config_of(stored, settings)
     if codebooks and not config.semantic < codebooks <= config.semantic + config.acoustic:
         raise Invalid(f"{what} has {config.semantic + config.acoustic} codebooks, but {codebooks} are wanted")

@@ -17,6 +17,7 @@ from torch import nn
 
 from models.parts import Invalid, checkpoint
 from models.parts.layers import RMSNorm, rotary, rotary_frequencies, rotate
+from models.parts.plain import LARGEST, an_object, fixed, need, shown, written
 
 
 @dataclass
@@ -303,12 +304,15 @@ FIXED = {  # what the published config says and this file computes
 
 def mel_settings(config):
     """Arguments for audio.mel_spectrogram from the `s2mel:` section of config.yaml. No upper limit is the text "None" there."""
-    numbers = config["preprocess_params"]
-    spect = numbers["spect_params"]
-    if spect.get("fmax", "None") not in (None, "None"):
-        raise Invalid(f"s2mel.preprocess_params.spect_params.fmax is {spect['fmax']!r}; only 'None' was ever published")
-    return dict(rate=numbers["sr"], n_fft=spect["n_fft"], hop=spect["hop_length"], win=spect["win_length"],
-                n_mels=spect["n_mels"], fmin=float(spect.get("fmin", 0)))
+    numbers = need(an_object(config, "config.yaml: s2mel"), "preprocess_params", dict)
+    spect = need(numbers, "spect_params", dict)
+    fixed(spect, {"fmax": ("None", None)})
+
+    def size(record, key):
+        return need(record, key, int, at_least=1, at_most=LARGEST)
+
+    return dict(rate=size(numbers, "sr"), n_fft=size(spect, "n_fft"), hop=size(spect, "hop_length"), win=size(spect, "win_length"),
+                n_mels=size(spect, "n_mels"), fmin=need(spect, "fmin", float, 0.0, at_least=0))
 
 
 def config_of(stored, section, what="checkpoint"):
@@ -329,17 +333,16 @@ def config_of(stored, section, what="checkpoint"):
 
     for name, value in FIXED.items():
         if setting(name) not in (None, value):
-            raise Invalid(f"config.yaml: s2mel.{name} is {setting(name)!r}; only {value!r} was ever published and is supported")
-    if not setting("DiT.num_heads"):
-        raise Invalid("config.yaml: s2mel.DiT.num_heads is missing; the tensors do not tell it")
+            raise Invalid(f"config.yaml: s2mel.{name} is {shown(written(setting(name)))}; only {value!r} was ever published and is supported")
+    heads = need(need(an_object(section, "config.yaml: s2mel"), "DiT", dict), "num_heads", int, at_least=1)
     e, blocks = "cfm.estimator.", "cfm.estimator.transformer.layers."
     width, mels = shape(blocks + "0.attention.wqkv.weight")[1], shape(e + "conv2.weight")[0]
-    if width % (2 * int(setting("DiT.num_heads"))):
-        raise Invalid(f"config.yaml: s2mel.DiT.num_heads is {setting('DiT.num_heads')}, which does not divide the width {width} of {what}")
+    if width % (2 * heads):
+        raise Invalid(f"config.yaml: s2mel.DiT.num_heads is {shown(written(heads))}, which does not divide the width {width} of {what}")
     convs = count(r"length_regulator\.model\.(\d+)\.weight") // 2  # each has a norm beside it; the last one has none
     linears = [shape(f"gpt_layer.{i}.weight") for i in range(count(r"gpt_layer\.(\d+)\."))]
     return Config(
-        heads=int(setting("DiT.num_heads")), mels=mels, content=shape(e + "cond_projection.weight")[1],
+        heads=heads, mels=mels, content=shape(e + "cond_projection.weight")[1],
         style=shape(e + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
         width=width, hidden=shape(blocks + "0.feed_forward.w1.weight")[0], depth=count(re.escape(blocks) + r"(\d+)\."),
         frequencies=shape(e + "t_embedder.freqs")[0], wavenet=shape(e + "conv1.weight")[0],

@@ -10,7 +10,6 @@ Each part is read when it is first needed: who trains from cached codes needs no
 import contextlib
 import hashlib
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from models.codecs import bigvgan, campplus, repcodec, s2mel, w2vbert
-from models.parts import Invalid, audio, checkpoint
+from models.parts import Invalid, Part, audio, checkpoint
 
 RATE = 16000  # of what w2v-BERT and CAM++ hear
 LAYERS = 17  # hidden state of w2v-BERT that the features are
@@ -32,19 +31,9 @@ REFERENCES = 16  # prompts that are kept: the voices of one session, some megaby
 FIRST_FRAMES, FRAMES = 8, 256
 
 
-class Part(NamedTuple):
-    """Where a part may lie: names in a checkpoint's folder or beside it, its hub repository, the file within
-    that."""
-
-    names: tuple
-    repository: str
-    file: str  # within the repository; empty: the whole of it
-    purpose: str
-
-
 PARTS = {
     "w2v_bert": Part(
-        names=("w2v-bert-2.0",), repository="facebook/w2v-bert-2.0", file="",
+        repository="facebook/w2v-bert-2.0", names=("w2v-bert-2.0",),
         purpose="to turn recordings into features and codes"),
     "semantic_codec": Part(
         names=("semantic_codec_model.safetensors", "MaskGCT/semantic_codec/model.safetensors"),
@@ -54,53 +43,9 @@ PARTS = {
         names=("campplus_cn_common.bin",), repository="funasr/campplus", file="campplus_cn_common.bin",
         purpose="to take the voice from a prompt"),
     "bigvgan": Part(
-        names=("bigvgan", "bigvgan_v2_22khz_80band_256x"), repository="nvidia/bigvgan_v2_22khz_80band_256x",
-        file="", purpose="to make sound of a mel"),
+        repository="nvidia/bigvgan_v2_22khz_80band_256x", names=("bigvgan", "bigvgan_v2_22khz_80band_256x"),
+        purpose="to make sound of a mel"),
 }
-
-
-def hub_cache():
-    """The hub cache of this user, there or not."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-
-
-def snapshots(cache, repository):
-    """The copies of a repository in a hub cache, the one named by refs/main first."""
-    place = cache / f"models--{repository.replace('/', '--')}"
-    found = sorted((place / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)
-    main = place / "refs" / "main"
-    name = main.read_text().strip() if main.is_file() else ""
-    return sorted(found, key=lambda p: p.name != name)
-
-
-def find(folder, key, given=None):
-    """The file or folder of a part: the one given, in the folder or its hf_cache, beside the folder, in the
-    hub cache."""
-    part = PARTS[key]
-    if given is not None:
-        if not Path(given).exists():
-            raise Invalid(f"extra.{key}: nothing at {given}; expected {part.repository}, which is needed "
-                          f"{part.purpose}")
-        return Path(given)
-    local = []
-    for place in (folder / "hf_cache", folder, folder.absolute().parent):
-        local += [place / name for name in part.names]
-    for cache in (folder / "hf_cache", hub_cache()):
-        local += [snapshot / part.file for snapshot in snapshots(cache, part.repository)]
-    for path in local:
-        if path.exists():
-            return path
-    target = folder / "hf_cache"
-    fetch = f"hf download {part.repository} {part.file}".rstrip()
-    if part.file:
-        way = f"{fetch} --local-dir {target} and name the file {target / part.names[0]}"
-    else:
-        way = f"{fetch} --local-dir {target / part.names[0]}"
-    raise Invalid(f"{folder}: {part.names[0]} of {part.repository} is missing, which is needed "
-                  f"{part.purpose}. Looked in the folder, its "
-                  f"hf_cache, beside it and in the hub cache. Nothing is downloaded; run\n    {way}\nor "
-                  f"give its path as extra.{key}.")
 
 
 def spots(path, count=16, size=4096):
@@ -119,11 +64,11 @@ def spots(path, count=16, size=4096):
 
 @dataclass
 class Places:
-    """Where everything lies. `extra` names parts that are kept elsewhere."""
+    """Where everything lies."""
 
     folder: Path
     config: dict  # config.yaml
-    extra: dict
+    extra: dict  # {part: place} of those that were found
 
     def file(self, key, default):
         """A file that belongs to the checkpoint itself, by its name in config.yaml."""
@@ -135,7 +80,19 @@ class Places:
         return path
 
     def part(self, key):
-        return find(self.folder, key, self.extra.get(key))
+        """Where models.find_parts has found a part."""
+        if key in self.extra:
+            return Path(self.extra[key])
+        part = PARTS[key]
+        target = self.folder / "hf_cache"
+        fetch = f"hf download {part.repository} {part.file}".rstrip()
+        if part.file:
+            way = f"{fetch} --local-dir {target} and name the file {target / part.names[0]}"
+        else:
+            way = f"{fetch} --local-dir {target / part.names[0]}"
+        raise Invalid(f"{self.folder}: {part.names[0]} of {part.repository} is missing, which is needed "
+                      f"{part.purpose}. Looked in the folder, its hf_cache, beside it and in the hub cache. "
+                      f"Nothing is downloaded; run\n    {way}\nor give its path as extra.{key}.")
 
 
 class Spoken(NamedTuple):

@@ -17,9 +17,10 @@ from torch import nn
 
 from models.parts import Invalid, checkpoint
 from models.parts.layers import FeatureProjection, FeedForward, exact
+from models.parts.plain import as_record, fixed, need
 
 # What the arithmetic below is; config.json may state these keys with no other value.
-FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type=("relative_key",), add_adapter=(False,))
+FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type="relative_key", add_adapter=False)
 
 
 class Attention(nn.Module):
@@ -139,13 +140,13 @@ def build(stored, config, layers, what):
                           f"Its names begin with {', '.join(sorted(stored)[:3])}.")
         return stored[name].shape[axis]
 
-    for key, values in FIXED.items():
-        if config.get(key, values[0]) not in values:
-            raise Invalid(f"{what}: {key} is {config[key]!r}; only {values[0]!r}, as in facebook/w2v-bert-2.0, is known")
+    config = as_record(config, f"{what}, its config.json")
+    fixed(config, FIXED)
     first = "encoder.layers.0."
     width = size(first + "self_attn.linear_q.weight", 0)
     distances, head_size = (size(first + "self_attn.distance_embedding.weight", axis) for axis in (0, 1))
-    left, right = config.get("left_max_position_embeddings", 64), config.get("right_max_position_embeddings", 8)
+    left = need(config, "left_max_position_embeddings", int, 64, at_least=0)
+    right = need(config, "right_max_position_embeddings", int, 8, at_least=0)
     held = next(i for i in range(len(stored) + 1) if f"encoder.layers.{i}.ffn1_layer_norm.weight" not in stored)
     if held < layers:
         raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted; facebook/w2v-bert-2.0 has 24")
@@ -153,7 +154,7 @@ def build(stored, config, layers, what):
         raise Invalid(f"{what}: {distances} distances are stored, config.json speaks of {left} back and {right} ahead")
     with torch.device("meta"):
         return W2vBert(size("feature_projection.layer_norm.weight", 0), layers, width=width, left=left, right=right,
-                       inner=size(first + "ffn1.intermediate_dense.weight", 0), eps=config.get("layer_norm_eps", 1e-5),
+                       inner=size(first + "ffn1.intermediate_dense.weight", 0), eps=need(config, "layer_norm_eps", float, 1e-5, at_least=0),
                        heads=width // head_size,
                        kernel=size(first + "conv_module.depthwise_conv.weight", 2))
 

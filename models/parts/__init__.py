@@ -1,5 +1,6 @@
 """What backbones share. A part takes numbers and tensors, never a backbone's config; it knows no backbone."""
 from dataclasses import field, fields
+from typing import NamedTuple
 
 
 class Invalid(ValueError):
@@ -10,11 +11,21 @@ class Invalid(ValueError):
     """
 
 
+class Part(NamedTuple):
+    """A frozen model that may lie outside of a checkpoint's folder."""
+
+    repository: str  # its hub id
+    file: str = ""  # within the repository; empty: the whole of it
+    names: tuple = ()  # of the file or folder elsewhere; none: the repository's
+    purpose: str = ""  # "to ..", for who misses it
+
+
 def opt(default, help="", **meta):
     """A dataclass field with the one sentence that --help shows; the other marks are for configs.parse.
 
     config=True is the settings file, positional=True a flag that needs no name, repeat=True a list flag that
-    may come several times, choices=(...) the only values allowed, most=1000 the largest number for `check`.
+    may come several times, choices=(...) the only values allowed, least=1 and most=1000 the smallest and the
+    largest number.
     """
     meta = {"help": help, **meta}
     compare = not meta.get("config")  # two runs with equal settings are equal, whatever their file was called

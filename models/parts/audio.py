@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from models.parts import Invalid, containers
-from models.parts.plain import temporary_name
+from models.parts.plain import forget, temporary_name
 
 # ------------------------------------------------------------------------------------------------ files
 
@@ -151,7 +151,7 @@ def write(path, wave, rate):
     except (OSError, soundfile.LibsndfileError) as e:
         raise Invalid(f"{path}: cannot be written ({e})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        forget(temporary)
     return int((wave.abs() > 1).sum())
 
 

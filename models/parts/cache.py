@@ -26,7 +26,7 @@ import torch
 from models.parts import Invalid, audio
 from models.parts.clips import hash_file
 from models.parts.manifests import CUT, FEATURES, Fault, Place, for_encode, holders, listing, voices
-from models.parts.plain import parse, shown, sweep_one, write_file
+from models.parts.plain import parse, shown, sweep, write_file
 
 # A shard is written when it has one of these: little is lost by a kill, and the files stay few.
 SHARD_BYTES = 64 << 20
@@ -328,6 +328,10 @@ class ClipCache:
             raise Invalid(f"{name_of(row)} is not in {self.folder}; run prepare_data.py for this checkpoint")
         return key
 
+    def make(self, row) -> dict[str, torch.Tensor]:
+        """The example of a row whose recordings are here, made anew: it is not stored, no codec runs."""
+        return self._example(self._plan(row))
+
     def load(self, key):
         example = {}
         for name, (tensor, shape) in self.records[key].items():
@@ -397,8 +401,7 @@ class ClipCache:
 
     def _sweep(self):
         """Delete what a killed process was writing, if it is named as we name that."""
-        for temporary in self.folder.glob(".*.tmp"):
-            sweep_one(temporary, rf"(?:{SHARD_NAME}|files\.json|shards\.json)")
+        sweep(self.folder, rf"{SHARD_NAME}|(files|shards|facts)\.json")
 
     def _refuse_failed(self):
         """Name each reason once, with the first row that has it."""

@@ -80,9 +80,7 @@ def recordings_in(path, how=Reading()):
 def foreign(path):
     """An Invalid that says what a file is which holds a data set in another form, or None."""
     try:
-        return refuse_foreign(path)
-    except OSError:  # a link to nothing
-        return None
+        return refuse_foreign(path) if is_file(path) else None
     except Invalid as e:
         return e
 

@@ -16,17 +16,15 @@ import json
 import math
 import os
 import re
-import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from models.parts import Invalid, audio
+from models.parts import Invalid, audio, plain
 from models.parts.clips import hash_file
 from models.parts.corpora import (
     HOMES, SOUND, SUBTITLES, Reading, read_kaldi, read_subtitles, recordings_in, tables_in, with_text,
     words_in)
-from models.parts.plain import read_object
 from models.parts.textfiles import (
     check_text, is_file, lines, parse, one_line, read_text, refuse_foreign, shown)
 
@@ -58,6 +56,7 @@ KEYS = {
     "duration": ("duration",),
     "sample_rate": ("sample_rate",),
     "dataset_id": ("dataset_id",),
+    "transcriber": ("transcriber",),
     "start": ("start", "offset", "start_time"),
     "end": ("end", "end_time"),
     "gain_db": ("gain_db",),
@@ -69,7 +68,7 @@ KEYS = {
 }
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
-LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
+LABELS = ("id", "duration", "sample_rate", "dataset_id", "transcriber", "alignment")
 # What belongs to a whole row: a turn has none of these.
 OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
 # What else is read of a row, a turn or a message.
@@ -102,7 +101,8 @@ class Place(NamedTuple):
     line: int = 0
 
     def __str__(self):
-        return f"{self.file} line {self.line}" if self.line else self.file
+        file = plain.shown(self.file, plain.LONGEST_LINE)
+        return f"{file} line {self.line}" if self.line else file
 
 
 class Fault(NamedTuple):
@@ -171,7 +171,7 @@ def read_items(text):
         begin = line_at(at)
         try:
             raw, at = json.JSONDecoder().raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # ValueError: a number of thousands of digits
             wrong, fault = getattr(e, "pos", at), getattr(e, "msg", str(e))
             if text[wrong : wrong + 1] == "]":
                 fault = "a comma after the last row"
@@ -587,7 +587,7 @@ def check_holder(holder, roots):
     start, end = holder.get("start", 0), holder.get("end", math.inf)
     if end <= start:
         raise Invalid(f"end {end} is not after start {start}")
-    for key in ("speaker", "dataset_id", "id"):
+    for key in ("speaker", "dataset_id", "id", "transcriber"):
         value = holder.get(key)
         if isinstance(value, str):
             check_text(value, key)
@@ -807,7 +807,7 @@ def is_own(path):
     if Path(path).name not in OWN or not is_file(report) or not is_file(path):
         return False
     try:
-        return hash_file(path) in read_object(report).get("written", [])
+        return hash_file(path) in plain.read_object(report).get("written", [])
     except (Invalid, OSError, TypeError):  # no report of ours
         return False
 
@@ -849,7 +849,7 @@ def say_unread(path, unread):
     """One line for an input: what it holds that nobody reads."""
     if unread:
         names = ", ".join(f"{shown(key)} ({count} rows)" for key, count in sorted(unread.items()))
-        print(f"{path}: nobody reads {names}", file=sys.stderr, flush=True)
+        plain.say(f"{path}: nobody reads {names}")
 
 
 def stem(row):
@@ -867,12 +867,12 @@ def unused(name, taken, n):
     return next(f"{name}-{ending}" for ending in endings if f"{name}-{ending}" not in taken)
 
 
-def read_manifest(path, speakers=None) -> list[dict]:
+def read_manifest(path, speakers=None, files=None) -> list[dict]:
     """The canonical rows of a manifest or of several; everything that is wrong with them in one Invalid.
 
     With speakers = {} (or {name: number}) each row's speaker becomes a number: a number stays what it is, a
     name keeps its speaker_id or takes the lowest number that is free, and the map is filled so that it can be
-    stored.
+    stored. With files = {} that becomes {id: the manifest that the row is of}.
     """
     rows, bad, ids = [], [], set()
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
@@ -893,6 +893,8 @@ def read_manifest(path, speakers=None) -> list[dict]:
                 bad.append(Fault(at, str(e)))
             row["id"] = unused(row["id"], ids, k)
             ids.add(row["id"])
+            if files is not None:
+                files[row["id"]] = str(one)
         rows += found.rows
     if bad:
         raise Invalid(listing(bad))
@@ -953,7 +955,7 @@ def number_speakers(rows, speakers):
 
 def listing(bad, limit=LISTING_LINES):
     """file, line and reason of bad rows, one per line."""
-    said = [f"{fault.at}: {fault.reason}" for fault in bad[:limit]]
+    said = [plain.shown(f"{fault.at}: {fault.reason}", plain.LONGEST_LINE) for fault in bad[:limit]]
     if len(bad) > limit:
         said.append(f"... and {len(bad) - limit} more")
     return "\n".join(said)

@@ -16,6 +16,8 @@ import zlib
 import soundfile
 import torch
 
+from models.parts.plain import write_file
+
 TABLE_ROWS = 500  # more of them nobody reads, and a browser takes seconds to lay them out
 BINS = 24  # of a histogram: about as wide as a finger on a telephone
 TAIL_PART = 200  # of the values, on each side, may be wild without flattening all the others: 0.5 %
@@ -78,9 +80,7 @@ def facts(pairs):
 
 def write(path, text):
     """A page that appears whole or not at all: a browser may be reading it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, text.encode("utf-8", "replace"))
 
 
 class Piece(str):

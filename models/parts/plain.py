@@ -4,16 +4,21 @@
     r = need(config, "r", int, at_least=1)                    # or an Invalid with file, key and value
 """
 import dataclasses
-import glob
 import json
 import math
 import os
 import re
 import stat
+import sys
 import time
 import types
 import typing
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import yaml
 
@@ -74,11 +79,22 @@ def read_bytes(path, most):
             raise Invalid(f"{path} is no file, expected one")
         if status.st_size > most:
             raise Invalid(f"{path} has {status.st_size} bytes, at most {most} are read; is it the right one?")
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
+        refuse_pointer(path, data)
+        return data
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         if isinstance(e, Invalid):
             raise
         raise Invalid(f"{shown(path, 300)} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+POINTER = b"version https://git-lfs"  # begins what lies in the place of a file until Git LFS brings it
+
+
+def refuse_pointer(path, begin):
+    """Invalid for a file that begins as a pointer of Git LFS does."""
+    if begin.startswith(POINTER):
+        raise Invalid(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
 class Record(dict):
@@ -140,6 +156,15 @@ def checked(cls, record):
         bounds = {"at_least": 1, "at_most": f.metadata.get("at_most", LARGEST)} if is_size else {}
         need(record, f.name, kind, None, **bounds)
     return record
+
+
+def fixed(record, values):
+    """Refuse a record that states another value than the only one, or those of a tuple, ever published."""
+    for key, value in values.items():
+        known = value if isinstance(value, tuple) else (value,)
+        if record.get(key, known[0]) not in known:
+            where, stated = getattr(record, "where", "JSON"), shown(written(record[key]))
+            raise Invalid(f"{where}: {key} is {stated}; only {known[0]!r} was ever published, and is read")
 
 
 def alike(record, examples):
@@ -274,6 +299,12 @@ def shown(text, most=SHOWN):
 LONGEST_LINE = 4000  # characters of a message: a path has at most as many
 
 
+def say(*lines):
+    """Lines to stderr, each of them one whatever names it holds."""
+    for line in lines:
+        print(shown(line, LONGEST_LINE), file=sys.stderr, flush=True)
+
+
 def lines_of(text):
     """A message of several lines for a terminal or a log: what a terminal would obey is written out."""
     return "\n".join(shown(line, LONGEST_LINE) for line in str(text).split("\n"))
@@ -290,7 +321,7 @@ def write_file(path, data):
     temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)
+        sweep(path.parent, exactly([path.name]))
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as f:
             f.write(data)
@@ -303,36 +334,46 @@ def write_file(path, data):
                       "what was written before is whole.") from None
 
 
-LONGEST_NAME = 255  # bytes that file systems take
-TEMPORARY = r"\.{name}\.(\d+)\.tmp"  # the number is the process
+LONGEST_NAME = 255 - len(".") - len(".4194304.tmp")  # bytes that file systems take, with the largest process
+TEMPORARY = r"\.(?:{names})\.(?P<process>\d+)\.tmp"
 
 
 def temporary_name(name):
     """Where a process writes what will be `name`; a name that is as long as names may be is cut for it."""
-    behind = f".{os.getpid()}.tmp"
-    while len(os.fsencode(name)) > LONGEST_NAME - len(behind) - 1:
+    return f".{shortened(name)}.{os.getpid()}.tmp"
+
+
+def shortened(name):
+    while len(os.fsencode(name)) > LONGEST_NAME:
         name = name[:-1]
-    return f".{name}{behind}"
+    return name
+
+
+def exactly(names):
+    """A pattern for `sweep` that means files of these names and no others."""
+    return "|".join(re.escape(shortened(name)) for name in names)
 
 
 STALE_SECONDS = 60  # without a byte written, by a process that does not run here: it was killed
 
 
-def sweep(path):
-    """Delete what killed processes were writing in place of a file."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        sweep_one(temporary, re.escape(path.name))
-
-
-def sweep_one(temporary, names):
-    """Delete a file if it is the temporary one of a killed process for a name of that pattern."""
-    match = re.fullmatch(TEMPORARY.format(name=names), temporary.name)
-    if match and not is_alive(int(match.groups()[-1])):
+def sweep(folder, names):
+    """Delete what killed processes were writing in a folder; names: a pattern of what it was to be called."""
+    for temporary in folder.glob(".*.tmp"):
+        process = writer_of(temporary, names)
+        if process is None or is_alive(process):
+            continue
         try:
             if time.time() - temporary.lstat().st_mtime > STALE_SECONDS:
                 temporary.unlink()
         except OSError:  # another process has swept it, or it cannot be deleted
             pass
+
+
+def writer_of(temporary, names):
+    """The process that writes one of these names there, None where it is no name of ours."""
+    match = re.fullmatch(TEMPORARY.format(names=names), temporary.name)
+    return int(match["process"]) if match else None
 
 
 def forget(path):
@@ -341,6 +382,26 @@ def forget(path):
         path.unlink(missing_ok=True)
     except OSError:
         pass
+
+
+LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
+
+
+def lock(path) -> bool:
+    """Whether the lock at `path` is this process's, from now on until it ends.
+
+    True also where nothing can be locked: some systems and some network file systems have no locks. It is one
+    that a fork does not inherit: a worker that outlives its parent would go on holding it.
+    """
+    try:
+        # A pipe of that name would wait for ever, a link could lead out of the folder: neither is opened.
+        LOCKS.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666))
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):
+        pass
+    return True
 
 
 def is_alive(process):

@@ -23,39 +23,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
 import torch
 
-from models.parts import Invalid, audio, checkpoint
+from models.parts import Invalid, audio, checkpoint, plain
 from models.parts.manifests import holders
 from models.parts.plain import (an_object, lines_of, need, parse, read_object, shown, typed,
                                 write_file)
+from models.parts.ranks import others
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 STEPS_BEFORE = 2000  # of a run whose checkpoints do not say: the default that was in force then
-LOCKS = []  # open lock files; the system frees a lock when its process ends, however it ends
 
 
 # ------------------------------------------------------------------------------------------------ the folder
 
 
 def lock(root) -> str | None:
-    """Keep other runs out of a folder while this process lives. Returns what is wrong.
-
-    None also where nothing can be locked: some systems and some network file systems have no locks.
-    """
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        LOCKS.append(open(Path(root) / ".lock", "w"))
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """Keep other runs out of a folder while this process lives. Returns what is wrong."""
+    if not plain.lock(Path(root) / ".lock"):
         return f"another train.py is writing into {root}; wait for it or choose another save_path"
-    except (AttributeError, OSError):
-        pass
     return None
 
 
@@ -94,6 +84,7 @@ def sweep(root):
             checkpoint.remove(path)
     for name in ("latest", "config.yaml", "metrics.jsonl"):
         checkpoint.sweep(root / name)
+    plain.sweep(root / "samples", r"(step_\d{7,}|recording)_\d+\.(wav|flac)|listen\.html")
 
 
 def set_aside(root, say) -> None:
@@ -101,6 +92,7 @@ def set_aside(root, say) -> None:
     if any(path.name != ".lock" for path in Path(root).iterdir()):
         try:
             place = checkpoint.put_aside(root)
+            Path(root).mkdir()
         except OSError as e:  # a mount point stays where it is
             raise Invalid(f"--overwrite: {root} cannot be moved aside ({e.strerror}); choose another "
                           "save_path, such as a folder inside of it") from None
@@ -153,6 +145,8 @@ class Progress:
     epoch: int = 0
     position: int = 0  # micro-batches of the epoch that are done
     best: Best = Best()
+    lowest: Best = Best()  # of all validations, saved or not
+    stale: int = 0  # validations since then
     skipped: int = 0
     steps: int = 0  # the length of the run, where settings do not say it anew
     micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
@@ -166,11 +160,14 @@ class Progress:
     @classmethod
     def read(cls, folder):
         index = read_object(folder / checkpoint.INDEX)
-        best = need(index, "best", list)
-        if len(best) != len(Best._fields):
-            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        bests = {}
+        for key, default in (("best", []), ("lowest", list(Best()))):
+            best = need(index, key, list, default)
+            if len(best) != len(Best._fields):
+                raise Invalid(f"{index.where}: {key} is {best}, expected a loss and a step")
+            bests[key] = Best(*best)
         steps = need(index, "steps", int, STEPS_BEFORE)
-        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
+        return typed(cls, index, **bests, folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -182,8 +179,20 @@ class Progress:
 
         Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
-        names = ("step", "epoch", "position", "best", "skipped", "steps", "micro_per_step", "folder")
+        names = ("step", "epoch", "position", "best", "lowest", "stale", "skipped",
+                 "steps", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
+
+
+    def judge(self, loss):
+        """Count the validations in a row that were not the lowest so far, once there is one."""
+        if loss < self.lowest.loss:
+            self.lowest, self.stale = Best(loss, self.step), 0
+        elif self.lowest != Best():
+            self.stale += 1
+
+    def is_out_of(self, patience):
+        return bool(patience) and self.stale >= patience
 
 
 def find(root, resume_from, say) -> Progress | None:
@@ -260,6 +269,7 @@ class Clip(NamedTuple):
     key: str  # by which the cache finds its example; empty while nobody has looked
     length: int  # positions of the trained network; while there is no key, what its audio takes at least
     seconds: float  # of audio
+    file: str = ""  # the manifest
 
 
 def seconds_of(row):
@@ -285,9 +295,16 @@ def positions(row, rate):
     return math.floor(seconds_of({**row, "duration": None}) * rate)
 
 
-def outlines(rows, rate) -> list[Clip]:
-    """Clips of which only the headers of the files were read."""
-    return [Clip(row, "", positions(row, rate), seconds_of(row)) for row in rows]
+def outlines(rows, rate, files) -> list[Clip]:
+    """Clips of which only the headers of the files were read; files: {id of a row: its manifest}."""
+    return [Clip(row, "", positions(row, rate), seconds_of(row), files[row["id"]]) for row in rows]
+
+
+def short(path, paths):
+    """A name for one of several files: without folder and ending, unless two are then called the same."""
+    stems = [Path(one).stem for one in paths]
+    stem = Path(path).stem
+    return stem if stems.count(stem) == 1 else str(path)
 
 
 def measured(clips, model, cache, limit) -> list[Clip]:
@@ -422,12 +439,11 @@ class Log:
     def say(self, text, level="info"):
         if self.rank or LEVELS[level] < self.level:
             return
-        text = lines_of(text)
+        # Further lines are set in, so that no name with a line break passes for a line of ours.
+        text = lines_of(text).replace("\n", "\n    ")
         with contextlib.suppress(OSError):  # nobody is listening any more: no reason to stop
             print(text, file=sys.stderr, flush=True)
-        # Further lines are set in, so that no name with a line break passes for a line of ours.
-        inset = text.replace("\n", "\n    ")
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {inset}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {text}\n"
         if self.file:
             self.put(self.file, line)
         else:
@@ -507,4 +523,5 @@ def catch_signals() -> list[int]:
         numbers.append(hangup)
     for number in numbers:
         signal.signal(number, on_signal)
+    others.longest = 0.0  # what was waited for before the first step says nothing of steps
     return caught

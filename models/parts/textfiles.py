@@ -7,13 +7,15 @@ import json
 import os
 import re
 import unicodedata
-from pathlib import Path
+from functools import partial
 
-from models.parts import Invalid
+from models.parts import Invalid, plain
 
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-VALUE_LENGTH = 80  # of a value within a message, which then fits into a line or two of a terminal
+LARGEST_TEXT = 1 << 30  # bytes of a file that is read at once: a JSON list of millions of rows
+LONGEST_LINE = 1 << 26  # bytes: a row may hold a whole conversation, and nothing holds 64 MB
+LONGEST_SAID = 1 << 20  # characters of a text that somebody speaks: some twenty hours
 # What tables and models come in that is no text: the first bytes of a file, what it is, and the way out.
 FOREIGN = (
     (b"PAR1", "Parquet", "export it as JSONL, such as with pandas' to_json(orient='records', lines=True), "
@@ -22,7 +24,6 @@ FOREIGN = (
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV in UTF-8"),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet", "save it as CSV in UTF-8"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "run git lfs pull"),
 )
 
 
@@ -31,10 +32,21 @@ def refuse_utf16(path, data):
         raise Invalid(f"{path} is UTF-16; save it as UTF-8")
 
 
+def opened(path):
+    """A regular file, open for its bytes: a pipe of that name would be waited for."""
+    if not is_file(path):
+        raise Invalid(f"{path} is no file, expected one")
+    try:
+        return open(path, "rb")
+    except OSError as e:
+        raise Invalid(f"{path} cannot be read: {e.strerror}") from None
+
+
 def refuse_foreign(path):
     """Invalid for a file that is no text, with what it is."""
-    with open(path, "rb") as f:
+    with opened(path) as f:
         begin = f.read(32)
+    plain.refuse_pointer(path, begin)
     for magic, what, way_out in FOREIGN:
         if begin.startswith(magic):
             raise Invalid(f"{path} is {what}: {way_out}")
@@ -42,15 +54,17 @@ def refuse_foreign(path):
 
 def read_text(path):
     """A text file without BOM; bytes that are no UTF-8 become surrogates, which check_text names."""
-    data = Path(path).read_bytes().removeprefix(BOM)
+    data = plain.read_bytes(path, LARGEST_TEXT).removeprefix(BOM)
     refuse_utf16(path, data)
     return data.decode("utf-8", "surrogateescape")
 
 
 def lines(path):
     """(number, line) without BOM, line ends and blank lines; one line is in memory at a time."""
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
+    with opened(path) as f:
+        for n, line in enumerate(iter(partial(f.readline, LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise Invalid(f"{path} line {n} has {LONGEST_LINE} bytes or more; is it a text file?")
             if n == 1:
                 line = line.removeprefix(BOM)
                 refuse_utf16(path, line)
@@ -78,6 +92,12 @@ def one_line(text):
     return "".join(c for c in spaced if not is_control(c)).strip()
 
 
+def refuse_blank(text):
+    """Invalid for a text that holds nothing to say."""
+    if not one_line(text):
+        raise Invalid(f"text {shown(text)} is empty")
+
+
 def is_control(character):
     return unicodedata.category(character) == "Cc" and not character.isspace()
 
@@ -90,13 +110,15 @@ def is_file(path):
 
 
 def shown(value):
-    text = repr(value)
-    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
+    """A value for a message, as Python writes it."""
+    return plain.shown(plain.written(value))
 
 
 def check_text(text, key):
     if not isinstance(text, str):
         raise Invalid(f"{key} must be text, got {shown(text)}")
+    if len(text) > LONGEST_SAID:
+        raise Invalid(f"{key} has {len(text)} characters, at most {LONGEST_SAID} are taken; is it one text?")
     if not text.strip():
         raise Invalid(f"{key} is empty")
     bad = re.search("[\ud800-\udfff]", text)

@@ -17,6 +17,7 @@ from array import array
 
 from models.parts import Invalid
 from models.parts.plain import as_record, need, read_object, shown, written
+from models.parts.textfiles import LONGEST_SAID
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,7 +40,6 @@ VALUES = {  # what a step must hold beside its type
 EDGES = {"at_least": 0, "at_most": 1000}  # characters that are stripped
 FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # of an added token
 MOST_GROWTH = 32  # times: the published ones put three bytes in place of a space; doubling in turn has no end
-LONGEST_TEXT = 1 << 20  # characters: some twenty hours of speech
 CACHED_WORDS, CACHED_LENGTH = 1 << 16, 256  # a longer word is merged anew each time; a full cache starts over
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
@@ -97,9 +97,11 @@ class Tokenizer:
     """A tokenizer.json, given as a path or as the parsed dictionary.
 
     `vocab` maps piece -> id, added tokens included; `unk_id` is None where the file names no unknown token.
+    rows: of the model's table, beyond which no text may lead.
     """
 
-    def __init__(self, source):
+    def __init__(self, source, rows=None):
+        self.rows = rows
         is_path = not isinstance(source, dict)
         self.name = str(source) if is_path else "tokenizer.json"
         spec = read_object(source) if is_path else as_record(source, self.name)
@@ -155,6 +157,7 @@ class Tokenizer:
         for step in self.post_processors:
             if template and step["type"] == "TemplateProcessing":
                 ids = in_template(ids, step)
+        check_ids(ids, self.rows, self.name)
         return ids
 
     def _encode_part(self, part, start, special):
@@ -409,8 +412,8 @@ def merge_pairs(symbols, rank) -> list[str]:
 
 def check_characters(text):
     """Raise Invalid for half of a surrogate pair, which has no UTF-8, and for what nobody can speak."""
-    if len(text) > LONGEST_TEXT:
-        raise Invalid(f"a text has {len(text)} characters, at most {LONGEST_TEXT} are taken; is it the right "
+    if len(text) > LONGEST_SAID:
+        raise Invalid(f"a text has {len(text)} characters, at most {LONGEST_SAID} are taken; is it the right "
                       "file? Cut a long text into sentences.")
     try:
         text.encode()
@@ -418,6 +421,13 @@ def check_characters(text):
         code = f"U+{ord(text[e.start]):04X}"
         raise Invalid(f"character {e.start} of the text is {code}, half of a surrogate pair and no "
                       "character. Read the text in the encoding that it was written in.") from None
+
+
+def check_ids(ids, rows, name):
+    """Raise Invalid for an id that the model's table has no row for: on a GPU it would end the process."""
+    if rows and ids and max(ids) >= rows:
+        raise Invalid(f"{name} gives the id {max(ids)} for this text, and the model's table has {rows} rows. "
+                      "Do tokenizer and weights come from the same checkpoint?")
 
 
 def find_longest(texts):

@@ -3,6 +3,9 @@
 INDEX_TTS_FOLDER is a checkout of index-tts/index-tts at ee40fa7. Weights, vocabulary and config are those of
 tests/tiny_indextts2.py; upstream's numbers that are written into its code (1024 features, 1024 wide emotion, 1280 states)
 are replaced by the tiny ones. Stored are inputs and outputs. Writes indextts2.safetensors and indextts2.json.
+
+With a second word, `merged`, it writes nothing: an adapter on GPT, heads and encoders is merged here, and upstream's class
+loads the gpt.pth and must find the same states at the codes.
 """
 import importlib.abc
 import importlib.machinery
@@ -15,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from munch import munchify
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -99,13 +103,14 @@ def latents(model, features):
 
 def training(model, out):
     """Losses, logits, gradients and latents, each row by itself: alone nothing attends to padding."""
+    dtype = model.mel_head.weight.dtype
     g = torch.Generator().manual_seed(1)
     sums = {"text": 0.0, "mel": 0.0}
     counts = {"text": sum(a + 1 for a, _ in ROWS), "mel": sum(b + 1 for _, b in ROWS)}
     for i, (n_text, n_mel) in enumerate(ROWS):
         text = torch.randint(2, model.number_text_tokens, (1, n_text), generator=g)
         codes = torch.randint(0, T.CODES, (1, n_mel), generator=g)
-        features, emotion = clip(CLIPS[i], 10 + i), clip(CLIPS[1 - i], 20 + i)
+        features, emotion = clip(CLIPS[i], 10 + i).to(dtype), clip(CLIPS[1 - i], 20 + i).to(dtype)
         spk = latents(model, features)
         emovec = model.get_emovec(emotion, torch.tensor([emotion.shape[1]]))
         speed = model.speed_emb(torch.tensor([[1, 0]]))
@@ -127,7 +132,8 @@ def training(model, out):
     out["losses"] = torch.stack([sums["text"], sums["mel"]])
     named = sorted((n, p) for n, p in model.named_parameters() if p.grad is not None)
     probes = tiny.fill({f"probe.{n}": tuple(p.shape) for n, p in named})
-    out["gradients"] = torch.tensor([[float((p.grad * probes[f"probe.{n}"]).sum()), float(p.grad.norm())] for n, p in named])
+    products = [[float((p.grad * probes[f"probe.{n}"]).sum()), float(p.grad.norm())] for n, p in named]
+    out["gradients"] = torch.tensor(products, dtype=torch.float64)
     model.zero_grad()
     return [n for n, _ in named]
 
@@ -232,15 +238,54 @@ def chain(model, tokenizer, out):
     return {name: how for name, how in runs.items()}
 
 
+TARGETS = ["c_attn", "c_proj", "c_fc", "text_head", "mel_head", "linear_q", "w_1", "pointwise_conv1", "to_kv", "proj_context", "emo_layer"]
+
+
+def merged():
+    """The largest difference between our states with an adapter on and upstream's from the merged file."""
+    import lora
+    import models
+
+    with tempfile.TemporaryDirectory() as name:
+        base, c = Path(name) / "base", T.config()
+        base.mkdir()
+        (base / "config.yaml").write_text(yaml.safe_dump(c))
+        (base / "bpe.model").write_bytes(T.bpe_model())
+        torch.save(T.gpt_weights(c), base / "gpt.pth")
+        ours, theirs, out, plain = models.load(base), gpt(), {}, {}
+        training(theirs, plain)
+        lora.apply_lora_to_model(ours, {"r": 4, "alpha": 8.0, "target_modules": TARGETS})
+        for module in lora.lora_modules(ours).values():
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+        missing, unexpected = theirs.load_state_dict(torch.load(ours.save(Path(name) / "merged", merged=True) / "gpt.pth", weights_only=True))
+        assert not missing and not unexpected
+    training(theirs, out)
+    worst, moved = 0.0, 0.0
+    for i in range(len(ROWS)):
+        clips = {"features": out[f"features.{i}"], "emo_features": out[f"emotion.{i}"]}
+        heard = ours.conditioned(clips)
+        conds = torch.cat([heard["spk"] + heard["emovec"], ours.speed_emb.weight.detach().flip(0)])
+        states = ours._latents({"conds": conds}, out[f"text.{i}"].tolist(), out[f"codes.{i}"])
+        worst = max(worst, float((states - out[f"latent.{i}"]).abs().max()))
+        moved = max(moved, float((plain[f"latent.{i}"] - out[f"latent.{i}"]).abs().max()))
+    print(f"merged: states differ by {worst:.1e}; the adapter changes them by {moved:.1e}")
+
+
 def main():
     torch.manual_seed(0)
+    if sys.argv[2:] == ["merged"]:
+        return merged()
     model, out = gpt(), {}
-    names = training(model, out)
+    training(model, out)
+    exact = {}
+    names = training(model.double(), exact)  # float32 would leave a gradient off by a thousandth of its norm
+    out["gradients"] = exact["gradients"]
+    model.float()
     generation(model, out)
     rows, tokenizer = front_end()
     chain(model, tokenizer, out)
     keep = {n: t.detach().contiguous() for n, t in out.items()}
-    save_file({n: t.float() if t.is_floating_point() else t for n, t in keep.items()}, HERE / "indextts2.safetensors", {"gradients": json.dumps(names)})
+    save_file({n: t.float() if t.is_floating_point() and n != "gradients" else t for n, t in keep.items()}, HERE / "indextts2.safetensors", {"gradients": json.dumps(names)})
     text = json.dumps(rows, ensure_ascii=False, indent=0)
     (HERE / "indextts2.json").write_text(text + "\n", encoding="utf-8")
     for name, t in keep.items():

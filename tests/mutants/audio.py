@@ -14,7 +14,7 @@ MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("clipped samples", "int((wave.abs() > 1).sum())", "int((wave.abs() >= 1).sum())"),
     ("NaN written", "finite = wave.isfinite()", "finite = wave.isfinite() | True"),
     ("torn file", "temporary = path.with_name(", "temporary = path or path.with_name("),
-    ("left-over file", "temporary.unlink(missing_ok=True)", "pass"),
+    ("left-over file", "        forget(temporary)\n", "        pass\n"),
     ("resampler: zeros", "ZEROS = 6", "ZEROS = 7"),
     ("resampler: roll-off", "ROLLOFF = 0.99", "ROLLOFF = 0.95"),
     ("resampler: window", "torch.cos(t * math.pi / ZEROS / 2) ** 2", "torch.cos(t * math.pi / ZEROS / 2)"),

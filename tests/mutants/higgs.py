@@ -27,7 +27,7 @@ MUTANTS = [
      "self.audio_decoder_proj.text_lm_head = self.embed_tokens", FILES),
     ("5 two ids less in the table", FILE, "device=device) * c.codebook_size", "device=device) * (c.codebook_size - 2)", LOSS),
     ("5 the class default decides", FILE, "size = table[0] // codebooks if table else max(counted, (end or 0) + 1)", "size = counted", some("class_default")),
-    ("5 the original counts both ids", FILE, 'counted = raw["audio_codebook_size"] + 2', 'counted = raw["audio_codebook_size"]', some("class_default")),
+    ("5 the original counts both ids", FILE, '"audio_codebook_size", None) + 2', '"audio_codebook_size", None)', some("class_default")),
     ("6 the mean of the table rows", FILE, 'table, mode="sum")', 'table, mode="mean")', LOSS),
     ("7 norms of text at audio", FILE, "normed = by_kind(x, texts, self.input_layernorm, self.audio_input_layernorm)", "normed = self.input_layernorm(x)", LOSS),
     ("7 the second norm of text at audio", FILE, "return self.audio_mlp(self.audio_post_attention_layernorm(x))",
@@ -124,6 +124,6 @@ MUTANTS = [
     ("attn is no word", "models/parts/targets.py", 'step = not word.isdigit() and (word in steps or f"self_{word}" in steps)', "step = not word.isdigit() and word in steps", some("targets_are")),
     ("a recorded part that is gone", "models/__init__.py", "return {key: place for key, place in parts.items() if Path(place).exists()}", "return dict(parts)", some("recorded_and_found")),
     ("parts are not recorded", "train.py", "cfg.extra = models.parts_elsewhere(cfg.pretrained_path, extra)", "cfg.extra = {}", some("recorded_and_found")),
-    ("beside before inside", "models/__init__.py", "for place in (home / name, home.resolve().parent / name):", "for place in (home.resolve().parent / name, home / name):", some("hub_cache")),
+    ("beside before inside", "models/__init__.py", "for place in (own_cache, home, home.resolve().parent) for", "for place in (home.resolve().parent, own_cache, home) for", some("hub_cache")),
     ("a part that nobody has", "models/__init__.py", "        if key not in parts:\n", "        if False:\n", some("recorded_and_found")),
 ]

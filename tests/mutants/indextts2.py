@@ -1,5 +1,6 @@
 """One-line faults in IndexTTS2, by the items of section 9 of its sheet; 11, 13 to 24 are with the frozen models."""
 FILE, CONFORMER, FRONT, BEAM = "models/indextts2.py", "models/parts/conformer.py", "models/parts/front.py", "models/parts/beam.py"
+STEPS, STEP = "models/parts/gpt_steps.py", "tests/test_indextts2.py -k all_at_once"
 CHAIN, ALL = "models/codecs/speech_chain.py", "tests/test_indextts2.py"
 
 
@@ -17,7 +18,7 @@ MUTANTS = [
     ("1 heads outside of q, k and v", FILE, "view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)", "view(B, L, self.heads, 3, -1).permute(3, 0, 2, 1, 4)", LOSS),
     ("2 only the first of the two norms", FILE, "mel = self.mel_head(self.final_norm(h[batch[\"mel_rows\"]]))", "mel = self.mel_head(h[batch[\"mel_rows\"]])", LOSS),
     ("2 only the second of the two norms", FILE, "        return self.ln_f(x)", "        return x", LOSS),
-    ("2 one norm in speaking", FILE, "return self.model.mel_head(self.model.final_norm(h))", "return self.model.mel_head(h)", CODES),
+    ("2 one norm in speaking", FILE, "return self.head(self.model.final_norm(h))", "return self.head(h)", CODES),
     ("3 speed rows in order", FILE, "speed = self.speed_emb.weight.flip(0).to(self.dtype).expand(B, -1, -1)",
      "speed = self.speed_emb.weight.to(self.dtype).expand(B, -1, -1)", LOSS),
     ("3 speed rows in order when speaking", FILE, "        speed = self.speed_emb.weight.flip(0).to(self.dtype)\n", "        speed = self.speed_emb.weight.to(self.dtype)\n", EMOTION),
@@ -38,6 +39,9 @@ MUTANTS = [
     ("6 a stop of low rank counts", BEAM, "            elif rank < self.beams:", "            else:", some("beams_end")),
     ("6 beams never give up", BEAM, "self.done = self.worst() >= max(scores)", "self.done = self.worst() > 1e9 + max(scores)", some("beams_end")),
     ("6 beams without their past", FILE, "        if W > 1:\n            running =", "        if W > 9:\n            running =", CODES),
+    ("2 steps without the last norm of the blocks", STEPS, "return self.ln_f(x)", "return x", STEP),
+    ("one row is not its own twin", STEPS, "                x = twins.copy_(x)", "                x = twins", STEP),
+    ("steps pass over an adapter", STEPS, 'if hasattr(linear, "lora_A") or', "if", STEP),
     ("6 the cache does not follow its beam", FILE, "spoken.copy_(spoken[rows])", "pass", CODES),
     ("6 the last of equal endings", BEAM, "max(reversed(self.endings)", "min(reversed(self.endings)", some("beams_end")),
     ("6 length penalty without the stop", BEAM, "score = score / length**self.length_penalty", "score = score / (length + 1)**self.length_penalty", some("beams_end")),

@@ -48,7 +48,7 @@ MUTANTS = [(item, FILE, old, new, TESTS) for item, old, new in [
     ("28 prefix", '.removeprefix("net.")', ""),
     ("29 widths", "width=width,", "width=512,"),
     ("29 widths", "regulator_convs=convs", "regulator_convs=3"),
-    ("24 fmax", '    if spect.get("fmax", "None") not in (None, "None"):', "    if False:"),
+    ("24 fmax", '    fixed(spect, {"fmax": ("None", None)})\n', ""),
     ("strict", "allow_unused=allow_unused, what=str(path))", "allow_unused=True, what=str(path))"),
     ("28 several state dicts", "checkpoint.read(path).items()}", "checkpoint._read_safetensors(path).items()}"),
 ]]
