@@ -42,7 +42,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
-from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
+from models.parts.layer_steps import Acting, StackSteps
+from models.parts.layers import (Attention, Context, Linear, Packing, RMSNorm, SwiGLU, make_caches,
+                                 rotary)
 from models.parts.plain import LARGEST, LAYERS, as_record, checked, layers, need, shown, written
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
@@ -615,6 +617,7 @@ class Speech:
         steps = max(p.frames + p.letters for p in prompts) + self.K + 2
         self.batch = LeftPadded([len(p.example["ids"]) for p in prompts], steps, device)
         self.caches = make_caches(model.layers, B, self.batch.columns, model.norm.weight)
+        self.steps = StackSteps(model.speaking(), model.norm, model.frequencies, self.batch.columns)
         self.generators = [generator(p.seed) for p in prompts]
         self.places = [p.slot for p in prompts]
         self.draws = torch.zeros(B, 1, 2 * self.K, device=device)
@@ -660,7 +663,10 @@ class Speech:
         if slots.mixed(model):  # the layers see all positions, as each has its own adapter
             texts = (torch.arange(len(place)) < texts).to(model.device)[None, :, None]
         with slots.picked(model, place, L):
-            return model._transform(x, context, texts, caches)[0, ends]
+            if slots.of(model) is not None:
+                return model._transform(x, context, texts, caches)[0, ends]
+            asked = Asked(ends, 0 if self.s.force_audio else B)  # B columns, or the ends of headers
+            return model._transform(x, context, texts, caches, asked)[0]
 
     def random(self, n):
         """(B, 2 K) numbers of step n, in (0, 1]: 0 would hit an id of probability 0."""
@@ -722,11 +728,12 @@ class Speech:
         if any(fresh):
             said = torch.tensor([r.total for r in replies], device=device)
             self._begin(torch.tensor(fresh, device=device)[:, None], said[:, None])
-        x, texts = model._columns(self.column)[:, None], 0
-        if any(r.mode != "speak" for r in replies):
-            letters = torch.tensor([r.letter for r in replies], device=device)
-            texts = torch.tensor([r.mode != "speak" for r in replies], device=device)[:, None, None]
-            x = torch.where(texts, model._letters(letters)[:, None], x)
+        x = model._columns(self.column)
+        if all(r.mode == "speak" for r in replies):
+            return self.steps(x, *self.batch.next(n), self.caches)
+        letters = torch.tensor([r.letter for r in replies], device=device)
+        texts = torch.tensor([r.mode != "speak" for r in replies], device=device)[:, None, None]
+        x = torch.where(texts, model._letters(letters)[:, None], x[:, None])
         place = self.batch.step(n)
         context = Context(rotary(place.positions, model.frequencies), mask=place.mask, column=place.column)
         return model._transform(x, context, texts, self.caches)[:, 0]
@@ -815,7 +822,7 @@ class Higgs(nn.Module):
         self.audio_decoder_proj = nn.Module()
         # A head of its own, although the published config says that the table is one with it.
         self.audio_decoder_proj.text_lm_head = nn.Linear(H, c.vocab_size, bias=False)
-        self.audio_decoder_proj.audio_lm_head = nn.Linear(H, rows, bias=False)
+        self.audio_decoder_proj.audio_lm_head = Linear(H, rows, bias=False)
         # (K,) first row of each codebook in the audio table
         self.register_buffer("offsets", None, persistent=False)
         self.register_buffer("frequencies", None, persistent=False)  # of the rotary pairs, always float32
@@ -1087,6 +1094,11 @@ class Higgs(nn.Module):
             else:
                 x = layer(x, context, texts, cache, wanted)
         return self.norm(x)
+
+    def speaking(self):
+        """What acts in every layer where a column of audio stands."""
+        return [Acting(layer.audio_input_layernorm, layer.self_attn, layer.audio_post_attention_layernorm,
+                       layer.audio_mlp) for layer in self.layers]
 
     def set_recompute(self, on):
         """Activation checkpointing of every layer: a third more time for most of the activation memory."""

@@ -676,16 +676,40 @@ def test_nothing_waits_for_the_device_between_frames(model, monkeypatch):
     assert len(rest) == 19
 
 
-def test_an_audio_step_runs_the_feed_forward_of_audio_only(model):
-    calls = []
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: calls.append(name)) for name, m in model.named_modules() if name.endswith("mlp")]
-    frames = model.frames("Hello", seed=1, max_len=3, min_len=3)
-    next(frames)
-    calls.clear()
-    next(frames)
-    for hook in hooks:
-        hook.remove()
-    assert calls == [f"layers.{i}.audio_mlp" for i in range(3)]
+def test_an_audio_step_runs_the_feed_forward_of_audio_only(folders):
+    m = load(folders["original"])
+    want = list(m.frames("Hello", seed=1, max_len=6, min_len=6))
+    frames = m.frames("Hello", seed=1, max_len=6, min_len=6)
+    first = next(frames)
+    for layer in m.layers:  # what acts on text is gone once the prompt is read
+        del layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
+    assert all(torch.equal(a, b) for a, b in zip([first, *frames], want))
+
+
+@pytest.mark.parametrize("rows, adapted", [(1, False), (3, False), (3, True)])
+def test_the_steps_compute_what_the_layers_do(folders, rows, adapted):
+    m = load(folders["original"])
+    if adapted:
+        lora.apply_lora_to_model(m, {"r": 2})
+        randomize(m)
+    s = higgs.Sampling(max_len=9)
+    pieces = [{"request": m._request(s, higgs.Wanted(w)), "text": w, "seed": 1} for w in ("Hello in the cat", "a", "it is")[:rows]]
+    prompts = [m._prompt(piece, s) for piece in pieces]
+    speeches = [higgs.Speech(m, prompts, s) for _ in range(2)]
+    for speech in speeches:
+        speech.read(prompts)
+    with torch.inference_mode():
+        for n in range(4):
+            a, b = speeches
+            if rows == 3 and n == 2:  # the second answer is done
+                for speech in speeches:
+                    speech.keep([0, 2])
+            x = m._columns(torch.full((len(a.generators), K), n + 3))
+            place = b.batch.step(n)
+            context = higgs.Context(higgs.rotary(place.positions, m.frequencies), mask=place.mask, column=place.column)
+            want = m._transform(x[:, None], context, 0, b.caches)[:, 0]
+            torch.testing.assert_close(a.steps(x, *a.batch.next(n), a.caches), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a.caches[2].k, b.caches[2].k, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_follows_the_distribution():
