@@ -68,6 +68,8 @@ GUIDE = {"messages": [
     {"role": "system", "content": [text("You speak in the voice of the reference.")]},
     {"role": "user", "content": [text("حلو لو سميته"), sound(6, 1), text("Please generate speech for: " + ARABIC)]},
     {"role": "assistant", "content": [text(ARABIC), sound(9, 2)]}]}
+# What Boson's own package makes of the rows below; golden/make_higgs.py says what each tensor is.
+GOLDEN = load_file(Path(__file__).parent / "golden" / "higgs.safetensors")
 ROWS = [{"audio": codes(9), "text": "Hello there, the cat"},
         {"audio": codes(5, 1), "text": "in it", "ref_audio": codes(7, 2), "ref_text": "the other"}, GUIDE]
 
@@ -429,6 +431,38 @@ def test_losses_states_and_logits_equal_transformers(model, hf):
         torch.testing.assert_close(logits, want.logits[0, batch["audio_to"] - 1], rtol=1e-4, atol=1e-4)
         text_logits = model.audio_decoder_proj.text_lm_head(h[batch["text_from"]])
         torch.testing.assert_close(text_logits, hf.text_lm_head(want.hidden_states[-1][0, batch["text_to"] - 1]), rtol=1e-4, atol=1e-4)
+
+
+def golden(number):
+    names = (name for name in GOLDEN if name.startswith(f"{number}."))
+    return SimpleNamespace(**{name[2:]: GOLDEN[name] for name in names})
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_rows_and_logits_equal_bosons_own(model, number):
+    want, example = golden(number), model.encode(ROWS[number])
+    is_audio = example["audio"]
+    assert torch.equal(example["ids"], want.ids.long()) and torch.equal(is_audio, want.audio)
+    assert torch.equal(example["text_labels"], want.text_labels.long())
+    assert torch.equal(example["codes"][is_audio].T, torch.cat([want.heard, want.out], 1).long())
+    assert torch.equal(example["audio_labels"][is_audio][want.heard.shape[1] :].T, want.audio_labels.long())
+    batch, _ = model.collate([example])
+    with torch.no_grad():
+        h = model.states(batch)
+        texts = model.audio_decoder_proj.text_lm_head(h[batch["text_from"]])
+        sounds = model.audio_decoder_proj.audio_lm_head(h[batch["audio_from"]]).view(-1, K, 34)
+    torch.testing.assert_close(texts, want.text_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sounds, want.audio_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_greedy_frames_equal_bosons_own(model, number):
+    row, columns = ROWS[number], golden(number).spoken.long()
+    prompts = [(row["ref_text"], row["ref_audio"], None)] if "ref_audio" in row else []
+    got = torch.stack(greedy(model, row["text"], 40, prompts), 1)
+    T = columns.shape[1] - K - 1
+    want = torch.stack([columns[k, 1 + k : 1 + k + T] for k in range(K)])
+    assert T > 2 and model.finish == ["end"] and torch.equal(got, want.clamp(max=BEGIN - 1))
 
 
 @pytest.mark.parametrize("naming", higgs.Higgs.namings)
