@@ -1320,6 +1320,9 @@ class Higgs(nn.Module):
         write_json(folder / "config.json", self._published_config(naming))
         # Boson's end of text and transformers' end of turn stop different loops, so each layout has its own.
         write_json(folder / "generation_config.json", self._generation_config(naming))
+        if naming == "transformers":  # its processor; a folder that was read so has its own, which is copied
+            write_json(folder / "processor_config.json", self._processor_config())
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         for role, path in self.files.items():
             if role == "generation_config.json":
                 continue
@@ -1338,6 +1341,19 @@ class Higgs(nn.Module):
             ids |= {"eos_token_id": self.marks["<|eot_id|>"], "use_text_head": True,
                     "ras_win_len": 7, "ras_win_max_num_repeat": 2}
         return {**ids, **raw}
+
+    def _processor_config(self):
+        """processor_config.json: how transformers makes inputs of conversations. It names the codec by its id
+        on the hub, since it cannot say that one lies inside the folder."""
+        c = self.config
+        features = {"feature_extractor_type": "DacFeatureExtractor", "feature_size": 1, "padding_side": "right",
+                    "padding_value": 0.0, "sampling_rate": self.sample_rate, "hop_length": self.codec.hop}
+        codec = {"audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
+                 "audio_tokenizer_name_or_path": PARTS["codec"]}
+        return {"processor_class": "HiggsAudioV2Processor", "feature_extractor": features,
+                "audio_tokenizer": codec, "audio_token": "<|AUDIO_OUT|>", "audio_delay_token": DELAY,
+                "audio_bos_token": "<|audio_out_bos|>", "audio_eos_token": "<|audio_eos|>",
+                "audio_stream_bos_id": c.audio_stream_bos_id, "audio_stream_eos_id": c.audio_stream_eos_id}
 
     def _published_config(self, naming):
         """config.json of a layout: what was read where it is the same one, completed from what is known."""
@@ -1406,6 +1422,26 @@ COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 CODEC_FOLDER = PARTS["codec"].split("/")[1]
 DELAY = "<|reserved_special_token_6|>"  # stands at the last seven columns of a clip in transformers' ids
+# What `_render` writes, for transformers, which knows only one placeholder. Its processor repeats that.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|begin_of_text|>' if loop.first else '' -}}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' -}}
+    {%- set text = [{'type': 'text', 'text': message.content}] -%}
+    {%- for part in (text if message.content is string else message.content) -%}
+        {%- if part.type == 'audio' -%}
+            {{- '<|audio_out_bos|>' if message.role == 'assistant' else '<|audio_bos|>' -}}
+            {{- '<|AUDIO_OUT|><|audio_eos|>' -}}
+        {%- else -%}
+            {{- part.text -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n<|audio_out_bos|>' -}}
+{%- endif -%}
+"""
 # Special tokens, and the keys of config.json that give their ids where the tokenizer does not name them.
 MARKS = {"<|begin_of_text|>": (), "<|start_header_id|>": (), "<|end_header_id|>": (), "<|eot_id|>": (),
          "<|audio_bos|>": (), "<|audio_eos|>": ("audio_eos_token_id",),

@@ -551,8 +551,8 @@ def test_recomputing_activations_changes_nothing(folders):
 # ------------------------------------------------------------------------------------------------ the codec
 
 
-def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
-    """Clips whose two branches agree in length; for the others transformers pads otherwise than the model was trained with."""
+def transformers_codec(folder, monkeypatch):
+    """A tiny audio tokenizer that transformers can load, written to a folder."""
     transformers = pytest.importorskip("transformers")
     sizes = test_higgs_codec.SMALL
     if importlib.util.find_spec("torchaudio") is None:  # which transformers asks for nothing but its resampling
@@ -569,7 +569,12 @@ def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
                         model_type="hubert", hidden_size=sizes["semantic"], intermediate_size=sizes["inner"], num_hidden_layers=sizes["layers"],
                         num_attention_heads=12, conv_dim=[sizes["extractor"]] * 7, num_conv_pos_embedding_groups=sizes["semantic"] // sizes["group"],
                         num_conv_pos_embeddings=sizes["position"]))
-    folder = tiny_higgs.write_codec(tmp_path / "codec", "transformers", settings=settings)
+    return tiny_higgs.write_codec(folder, "transformers", settings=settings)
+
+
+def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
+    """Clips whose two branches agree in length; for the others transformers pads otherwise than the model was trained with."""
+    folder = transformers_codec(tmp_path / "codec", monkeypatch)
     part = importlib.import_module("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
     theirs, ours = part.HiggsAudioV2TokenizerModel.from_pretrained(folder).eval(), higgs.higgs_codec.load(folder)
     for n in (960 * 4, 960 * 5 + 100, 960 * 7 + 700):
@@ -578,6 +583,33 @@ def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
             want = theirs.encode(wave[None, None]).audio_codes[0]
             assert torch.equal(ours.encode(wave), want)
             torch.testing.assert_close(ours.decode(want), theirs.decode(want[None]).audio_values[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_processor_makes_our_rows_and_hears_our_columns(folders, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)  # where the id of the audio tokenizer on the hub is a folder
+    (tmp_path / higgs.PARTS["codec"]).parent.mkdir()
+    codec = transformers_codec(tmp_path / higgs.PARTS["codec"], monkeypatch)
+    one = models.load(folders["original"], extra={"codec": codec})
+    one.save(tmp_path / "out", "transformers")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    heard, said = noise(960 * 4), noise(960 * 5, 1)
+    row = {"messages": [{"role": "system", "content": "Say it."},
+                        {"role": "user", "content": [text("it is"), {"type": "audio", "audio": heard}, text(ARABIC)]},
+                        {"role": "assistant", "content": [{"type": "audio", "audio": said}]}]}
+    example = one.encode(row)
+    told = [dict(m, content=[text(m["content"])] if isinstance(m["content"], str) else m["content"]) for m in row["messages"]]
+    words = processor.apply_chat_template(told, tokenize=False)
+    theirs = processor(text=words, audio=[heard.numpy(), said.numpy()], return_tensors="pt", add_special_tokens=False)
+    want = for_transformers(example)
+    delayed = theirs["input_ids"][0] == ID[higgs.DELAY]  # it marks the last seven columns of a clip
+    assert int(delayed.sum()) == 2 * 7 and torch.equal(theirs["input_ids"][0].where(~delayed, ID["<|AUDIO_OUT|>"]), want["input_ids"][0])
+    assert torch.equal(theirs["audio_input_ids"], want["audio_input_ids"])
+    asked = processor.apply_chat_template(told[:2], tokenize=False, add_generation_prompt=True)
+    assert words.startswith(asked)
+    columns = higgs.delayed(one.encode_audio(said).long(), one.config)[0]
+    sound = processor.batch_decode(columns[None])[0]
+    torch.testing.assert_close(sound, one.codec.decode(one.encode_audio(said).long()), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ speaking
