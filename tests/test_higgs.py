@@ -1,8 +1,12 @@
 """Higgs Audio v2 against transformers on tiny random checkpoints, and the properties that are its own."""
+import ctypes
+import gc
 import importlib.machinery
 import importlib.util
 import json
 import math
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -196,6 +200,26 @@ def test_rope_numbers_are_a_scale(model):
     wave = 2 * math.pi * 500000.0 ** (torch.arange(0, 128, 2) / 128)
     assert torch.allclose(f[wave < 2048], (2 * math.pi / wave)[wave < 2048]) and torch.allclose(f[wave > 8192] * 32, (2 * math.pi / wave)[wave > 8192])
     assert ((wave > 2048) & (wave < 8192)).any()
+
+
+def resident(name):
+    """Bytes that /proc/self/status tells under a name."""
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be set back here")
+@pytest.mark.parametrize("naming", higgs.Higgs.namings)
+def test_loading_never_holds_a_second_copy(tmp_path, monkeypatch, naming):
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, head_dim=64)
+    monkeypatch.setattr(tiny_higgs, "weights", lambda c: {n: torch.ones(s) for n, s in tiny_higgs.shapes(c).items()})
+    folder = tiny_higgs.write(tmp_path / "base", naming, shards=2, **sizes)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would be filled again and not be seen
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew with what is held now
+    before = resident("VmRSS")
+    m = load(folder)
+    copy = sum(p.nbytes for p in m.parameters())
+    assert copy > 80e6 and 0.8 < (resident("VmHWM") - before) / copy < 1.3
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
