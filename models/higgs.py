@@ -1346,8 +1346,9 @@ class Higgs(nn.Module):
         """processor_config.json: how transformers makes inputs of conversations. It names the codec by its id
         on the hub, since it cannot say that one lies inside the folder."""
         c = self.config
-        features = {"feature_extractor_type": "DacFeatureExtractor", "feature_size": 1, "padding_side": "right",
-                    "padding_value": 0.0, "sampling_rate": self.sample_rate, "hop_length": self.codec.hop}
+        features = {"feature_extractor_type": "DacFeatureExtractor", "feature_size": 1,
+                    "padding_side": "right", "padding_value": 0.0, "sampling_rate": self.sample_rate,
+                    "hop_length": self.codec.hop}
         codec = {"audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
                  "audio_tokenizer_name_or_path": PARTS["codec"]}
         return {"processor_class": "HiggsAudioV2Processor", "feature_extractor": features,
