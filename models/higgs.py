@@ -42,7 +42,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
-from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
+from models.parts.layer_steps import Acting, StackSteps
+from models.parts.layers import (Attention, Context, Linear, Packing, RMSNorm, SwiGLU, make_caches,
+                                 rotary)
 from models.parts.plain import LARGEST, LAYERS, as_record, checked, layers, need, shown, written
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
@@ -615,6 +617,7 @@ class Speech:
         steps = max(p.frames + p.letters for p in prompts) + self.K + 2
         self.batch = LeftPadded([len(p.example["ids"]) for p in prompts], steps, device)
         self.caches = make_caches(model.layers, B, self.batch.columns, model.norm.weight)
+        self.steps = StackSteps(model.speaking(), model.norm, model.frequencies, self.batch.columns)
         self.generators = [generator(p.seed) for p in prompts]
         self.places = [p.slot for p in prompts]
         self.draws = torch.zeros(B, 1, 2 * self.K, device=device)
@@ -660,7 +663,10 @@ class Speech:
         if slots.mixed(model):  # the layers see all positions, as each has its own adapter
             texts = (torch.arange(len(place)) < texts).to(model.device)[None, :, None]
         with slots.picked(model, place, L):
-            return model._transform(x, context, texts, caches)[0, ends]
+            if slots.of(model) is not None:
+                return model._transform(x, context, texts, caches)[0, ends]
+            asked = Asked(ends, 0 if self.s.force_audio else B)  # B columns, or the ends of headers
+            return model._transform(x, context, texts, caches, asked)[0]
 
     def random(self, n):
         """(B, 2 K) numbers of step n, in (0, 1]: 0 would hit an id of probability 0."""
@@ -722,11 +728,12 @@ class Speech:
         if any(fresh):
             said = torch.tensor([r.total for r in replies], device=device)
             self._begin(torch.tensor(fresh, device=device)[:, None], said[:, None])
-        x, texts = model._columns(self.column)[:, None], 0
-        if any(r.mode != "speak" for r in replies):
-            letters = torch.tensor([r.letter for r in replies], device=device)
-            texts = torch.tensor([r.mode != "speak" for r in replies], device=device)[:, None, None]
-            x = torch.where(texts, model._letters(letters)[:, None], x)
+        x = model._columns(self.column)
+        if all(r.mode == "speak" for r in replies):
+            return self.steps(x, *self.batch.next(n), self.caches)
+        letters = torch.tensor([r.letter for r in replies], device=device)
+        texts = torch.tensor([r.mode != "speak" for r in replies], device=device)[:, None, None]
+        x = torch.where(texts, model._letters(letters)[:, None], x[:, None])
         place = self.batch.step(n)
         context = Context(rotary(place.positions, model.frequencies), mask=place.mask, column=place.column)
         return model._transform(x, context, texts, self.caches)[:, 0]
@@ -815,7 +822,7 @@ class Higgs(nn.Module):
         self.audio_decoder_proj = nn.Module()
         # A head of its own, although the published config says that the table is one with it.
         self.audio_decoder_proj.text_lm_head = nn.Linear(H, c.vocab_size, bias=False)
-        self.audio_decoder_proj.audio_lm_head = nn.Linear(H, rows, bias=False)
+        self.audio_decoder_proj.audio_lm_head = Linear(H, rows, bias=False)
         # (K,) first row of each codebook in the audio table
         self.register_buffer("offsets", None, persistent=False)
         self.register_buffer("frequencies", None, persistent=False)  # of the rotary pairs, always float32
@@ -1088,6 +1095,11 @@ class Higgs(nn.Module):
                 x = layer(x, context, texts, cache, wanted)
         return self.norm(x)
 
+    def speaking(self):
+        """What acts in every layer where a column of audio stands."""
+        return [Acting(layer.audio_input_layernorm, layer.self_attn, layer.audio_post_attention_layernorm,
+                       layer.audio_mlp) for layer in self.layers]
+
     def set_recompute(self, on):
         """Activation checkpointing of every layer: a third more time for most of the activation memory."""
         self.recompute = on
@@ -1308,6 +1320,9 @@ class Higgs(nn.Module):
         write_json(folder / "config.json", self._published_config(naming))
         # Boson's end of text and transformers' end of turn stop different loops, so each layout has its own.
         write_json(folder / "generation_config.json", self._generation_config(naming))
+        if naming == "transformers":  # its processor; a folder that was read so has its own, which is copied
+            write_json(folder / "processor_config.json", self._processor_config())
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         for role, path in self.files.items():
             if role == "generation_config.json":
                 continue
@@ -1326,6 +1341,20 @@ class Higgs(nn.Module):
             ids |= {"eos_token_id": self.marks["<|eot_id|>"], "use_text_head": True,
                     "ras_win_len": 7, "ras_win_max_num_repeat": 2}
         return {**ids, **raw}
+
+    def _processor_config(self):
+        """processor_config.json: how transformers makes inputs of conversations. It names the codec by its id
+        on the hub, since it cannot say that one lies inside the folder."""
+        c = self.config
+        features = {"feature_extractor_type": "DacFeatureExtractor", "feature_size": 1,
+                    "padding_side": "right", "padding_value": 0.0, "sampling_rate": self.sample_rate,
+                    "hop_length": self.codec.hop}
+        codec = {"audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
+                 "audio_tokenizer_name_or_path": PARTS["codec"]}
+        return {"processor_class": "HiggsAudioV2Processor", "feature_extractor": features,
+                "audio_tokenizer": codec, "audio_token": "<|AUDIO_OUT|>", "audio_delay_token": DELAY,
+                "audio_bos_token": "<|audio_out_bos|>", "audio_eos_token": "<|audio_eos|>",
+                "audio_stream_bos_id": c.audio_stream_bos_id, "audio_stream_eos_id": c.audio_stream_eos_id}
 
     def _published_config(self, naming):
         """config.json of a layout: what was read where it is the same one, completed from what is known."""
@@ -1394,6 +1423,26 @@ COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 CODEC_FOLDER = PARTS["codec"].split("/")[1]
 DELAY = "<|reserved_special_token_6|>"  # stands at the last seven columns of a clip in transformers' ids
+# What `_render` writes, for transformers, which knows only one placeholder. Its processor repeats that.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|begin_of_text|>' if loop.first else '' -}}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' -}}
+    {%- set text = [{'type': 'text', 'text': message.content}] -%}
+    {%- for part in (text if message.content is string else message.content) -%}
+        {%- if part.type == 'audio' -%}
+            {{- '<|audio_out_bos|>' if message.role == 'assistant' else '<|audio_bos|>' -}}
+            {{- '<|AUDIO_OUT|><|audio_eos|>' -}}
+        {%- else -%}
+            {{- part.text -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n<|audio_out_bos|>' -}}
+{%- endif -%}
+"""
 # Special tokens, and the keys of config.json that give their ids where the tokenizer does not name them.
 MARKS = {"<|begin_of_text|>": (), "<|start_header_id|>": (), "<|end_header_id|>": (), "<|eot_id|>": (),
          "<|audio_bos|>": (), "<|audio_eos|>": ("audio_eos_token_id",),

@@ -1,8 +1,12 @@
 """Higgs Audio v2 against transformers on tiny random checkpoints, and the properties that are its own."""
+import ctypes
+import gc
 import importlib.machinery
 import importlib.util
 import json
 import math
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -68,6 +72,8 @@ GUIDE = {"messages": [
     {"role": "system", "content": [text("You speak in the voice of the reference.")]},
     {"role": "user", "content": [text("حلو لو سميته"), sound(6, 1), text("Please generate speech for: " + ARABIC)]},
     {"role": "assistant", "content": [text(ARABIC), sound(9, 2)]}]}
+# What Boson's own package makes of the rows below; golden/make_higgs.py says what each tensor is.
+GOLDEN = load_file(Path(__file__).parent / "golden" / "higgs.safetensors")
 ROWS = [{"audio": codes(9), "text": "Hello there, the cat"},
         {"audio": codes(5, 1), "text": "in it", "ref_audio": codes(7, 2), "ref_text": "the other"}, GUIDE]
 
@@ -194,6 +200,26 @@ def test_rope_numbers_are_a_scale(model):
     wave = 2 * math.pi * 500000.0 ** (torch.arange(0, 128, 2) / 128)
     assert torch.allclose(f[wave < 2048], (2 * math.pi / wave)[wave < 2048]) and torch.allclose(f[wave > 8192] * 32, (2 * math.pi / wave)[wave > 8192])
     assert ((wave > 2048) & (wave < 8192)).any()
+
+
+def resident(name):
+    """Bytes that /proc/self/status tells under a name."""
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be set back here")
+@pytest.mark.parametrize("naming", higgs.Higgs.namings)
+def test_loading_never_holds_a_second_copy(tmp_path, monkeypatch, naming):
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, head_dim=64)
+    monkeypatch.setattr(tiny_higgs, "weights", lambda c: {n: torch.ones(s) for n, s in tiny_higgs.shapes(c).items()})
+    folder = tiny_higgs.write(tmp_path / "base", naming, shards=2, **sizes)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would be filled again and not be seen
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew with what is held now
+    before = resident("VmRSS")
+    m = load(folder)
+    copy = sum(p.nbytes for p in m.parameters())
+    assert copy > 80e6 and 0.8 < (resident("VmHWM") - before) / copy < 1.3
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
@@ -431,6 +457,38 @@ def test_losses_states_and_logits_equal_transformers(model, hf):
         torch.testing.assert_close(text_logits, hf.text_lm_head(want.hidden_states[-1][0, batch["text_to"] - 1]), rtol=1e-4, atol=1e-4)
 
 
+def golden(number):
+    names = (name for name in GOLDEN if name.startswith(f"{number}."))
+    return SimpleNamespace(**{name[2:]: GOLDEN[name] for name in names})
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_rows_and_logits_equal_bosons_own(model, number):
+    want, example = golden(number), model.encode(ROWS[number])
+    is_audio = example["audio"]
+    assert torch.equal(example["ids"], want.ids.long()) and torch.equal(is_audio, want.audio)
+    assert torch.equal(example["text_labels"], want.text_labels.long())
+    assert torch.equal(example["codes"][is_audio].T, torch.cat([want.heard, want.out], 1).long())
+    assert torch.equal(example["audio_labels"][is_audio][want.heard.shape[1] :].T, want.audio_labels.long())
+    batch, _ = model.collate([example])
+    with torch.no_grad():
+        h = model.states(batch)
+        texts = model.audio_decoder_proj.text_lm_head(h[batch["text_from"]])
+        sounds = model.audio_decoder_proj.audio_lm_head(h[batch["audio_from"]]).view(-1, K, 34)
+    torch.testing.assert_close(texts, want.text_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sounds, want.audio_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_greedy_frames_equal_bosons_own(model, number):
+    row, columns = ROWS[number], golden(number).spoken.long()
+    prompts = [(row["ref_text"], row["ref_audio"], None)] if "ref_audio" in row else []
+    got = torch.stack(greedy(model, row["text"], 40, prompts), 1)
+    T = columns.shape[1] - K - 1
+    want = torch.stack([columns[k, 1 + k : 1 + k + T] for k in range(K)])
+    assert T > 2 and model.finish == ["end"] and torch.equal(got, want.clamp(max=BEGIN - 1))
+
+
 @pytest.mark.parametrize("naming", higgs.Higgs.namings)
 def test_gradients_equal_transformers_under_every_naming(folders, hf, naming):
     m = load(folders[naming])
@@ -517,8 +575,8 @@ def test_recomputing_activations_changes_nothing(folders):
 # ------------------------------------------------------------------------------------------------ the codec
 
 
-def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
-    """Clips whose two branches agree in length; for the others transformers pads otherwise than the model was trained with."""
+def transformers_codec(folder, monkeypatch):
+    """A tiny audio tokenizer that transformers can load, written to a folder."""
     transformers = pytest.importorskip("transformers")
     sizes = test_higgs_codec.SMALL
     if importlib.util.find_spec("torchaudio") is None:  # which transformers asks for nothing but its resampling
@@ -535,15 +593,48 @@ def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
                         model_type="hubert", hidden_size=sizes["semantic"], intermediate_size=sizes["inner"], num_hidden_layers=sizes["layers"],
                         num_attention_heads=12, conv_dim=[sizes["extractor"]] * 7, num_conv_pos_embedding_groups=sizes["semantic"] // sizes["group"],
                         num_conv_pos_embeddings=sizes["position"]))
-    folder = tiny_higgs.write_codec(tmp_path / "codec", "transformers", settings=settings)
     part = importlib.import_module("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
-    theirs, ours = part.HiggsAudioV2TokenizerModel.from_pretrained(folder).eval(), higgs.higgs_codec.load(folder)
+    monkeypatch.setattr(transformers, "HiggsAudioV2TokenizerModel", part.HiggsAudioV2TokenizerModel, raising=False)  # None if asked for before
+    return tiny_higgs.write_codec(folder, "transformers", settings=settings)
+
+
+def test_codes_and_sound_equal_transformers(tmp_path, monkeypatch):
+    """Clips whose two branches agree in length; for the others transformers pads otherwise than the model was trained with."""
+    folder = transformers_codec(tmp_path / "codec", monkeypatch)
+    theirs, ours = sys.modules["transformers"].HiggsAudioV2TokenizerModel.from_pretrained(folder).eval(), higgs.higgs_codec.load(folder)
     for n in (960 * 4, 960 * 5 + 100, 960 * 7 + 700):
         wave = noise(n, n)
         with torch.no_grad():
             want = theirs.encode(wave[None, None]).audio_codes[0]
             assert torch.equal(ours.encode(wave), want)
             torch.testing.assert_close(ours.decode(want), theirs.decode(want[None]).audio_values[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_processor_makes_our_rows_and_hears_our_columns(folders, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)  # where the id of the audio tokenizer on the hub is a folder
+    (tmp_path / higgs.PARTS["codec"]).parent.mkdir()
+    codec = transformers_codec(tmp_path / higgs.PARTS["codec"], monkeypatch)
+    one = models.load(folders["original"], extra={"codec": codec})
+    one.save(tmp_path / "out", "transformers")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    heard, said = noise(960 * 4), noise(960 * 5, 1)
+    row = {"messages": [{"role": "system", "content": "Say it."},
+                        {"role": "user", "content": [text("it is"), {"type": "audio", "audio": heard}, text(ARABIC)]},
+                        {"role": "assistant", "content": [{"type": "audio", "audio": said}]}]}
+    example = one.encode(row)
+    told = [dict(m, content=[text(m["content"])] if isinstance(m["content"], str) else m["content"]) for m in row["messages"]]
+    words = processor.apply_chat_template(told, tokenize=False)
+    theirs = processor(text=words, audio=[heard.numpy(), said.numpy()], return_tensors="pt", add_special_tokens=False)
+    want = for_transformers(example)
+    delayed = theirs["input_ids"][0] == ID[higgs.DELAY]  # it marks the last seven columns of a clip
+    assert int(delayed.sum()) == 2 * 7 and torch.equal(theirs["input_ids"][0].where(~delayed, ID["<|AUDIO_OUT|>"]), want["input_ids"][0])
+    assert torch.equal(theirs["audio_input_ids"], want["audio_input_ids"])
+    asked = processor.apply_chat_template(told[:2], tokenize=False, add_generation_prompt=True)
+    assert words.startswith(asked)
+    columns = higgs.delayed(one.encode_audio(said).long(), one.config)[0]
+    sound = processor.batch_decode(columns[None])[0]
+    torch.testing.assert_close(sound, one.codec.decode(one.encode_audio(said).long()), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ speaking
@@ -676,16 +767,40 @@ def test_nothing_waits_for_the_device_between_frames(model, monkeypatch):
     assert len(rest) == 19
 
 
-def test_an_audio_step_runs_the_feed_forward_of_audio_only(model):
-    calls = []
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: calls.append(name)) for name, m in model.named_modules() if name.endswith("mlp")]
-    frames = model.frames("Hello", seed=1, max_len=3, min_len=3)
-    next(frames)
-    calls.clear()
-    next(frames)
-    for hook in hooks:
-        hook.remove()
-    assert calls == [f"layers.{i}.audio_mlp" for i in range(3)]
+def test_an_audio_step_runs_the_feed_forward_of_audio_only(folders):
+    m = load(folders["original"])
+    want = list(m.frames("Hello", seed=1, max_len=6, min_len=6))
+    frames = m.frames("Hello", seed=1, max_len=6, min_len=6)
+    first = next(frames)
+    for layer in m.layers:  # what acts on text is gone once the prompt is read
+        del layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
+    assert all(torch.equal(a, b) for a, b in zip([first, *frames], want))
+
+
+@pytest.mark.parametrize("rows, adapted", [(1, False), (3, False), (3, True)])
+def test_the_steps_compute_what_the_layers_do(folders, rows, adapted):
+    m = load(folders["original"])
+    if adapted:
+        lora.apply_lora_to_model(m, {"r": 2})
+        randomize(m)
+    s = higgs.Sampling(max_len=9)
+    pieces = [{"request": m._request(s, higgs.Wanted(w)), "text": w, "seed": 1} for w in ("Hello in the cat", "a", "it is")[:rows]]
+    prompts = [m._prompt(piece, s) for piece in pieces]
+    speeches = [higgs.Speech(m, prompts, s) for _ in range(2)]
+    for speech in speeches:
+        speech.read(prompts)
+    with torch.inference_mode():
+        for n in range(4):
+            a, b = speeches
+            if rows == 3 and n == 2:  # the second answer is done
+                for speech in speeches:
+                    speech.keep([0, 2])
+            x = m._columns(torch.full((len(a.generators), K), n + 3))
+            place = b.batch.step(n)
+            context = higgs.Context(higgs.rotary(place.positions, m.frequencies), mask=place.mask, column=place.column)
+            want = m._transform(x[:, None], context, 0, b.caches)[:, 0]
+            torch.testing.assert_close(a.steps(x, *a.batch.next(n), a.caches), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a.caches[2].k, b.caches[2].k, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_follows_the_distribution():

@@ -45,6 +45,7 @@ class LeftPadded:
         self.columns = self.width + steps
         pad = torch.tensor([self.width - n for n in lengths])
         self.pad = pad.to(device)  # (B,)
+        self.padded = min(lengths) < self.width
         self.numbers = torch.arange(self.columns, device=device)
         self.used = self.numbers[None] >= self.pad[:, None]  # (B, S): all columns but the padding
 
@@ -71,6 +72,15 @@ class LeftPadded:
         mask = (self.used & (self.numbers <= column))[:, None, None]
         positions = (column - self.pad)[:, None, None]
         return Place(positions, mask, column)
+
+    def next(self, n):
+        """The same for layer_steps: positions (B,), the number of the column, a mask or None.
+
+        The mask tells of the columns up to there, (B, 1, 1, so many); None where no row was padded.
+        """
+        column = self.width + n
+        mask = self.used[:, None, None, : column + 1] if self.padded else None
+        return column - self.pad, column, mask
 
     def keep(self, rows):
         """Only these rows stay. rows: (R,) int64."""

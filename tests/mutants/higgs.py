@@ -1,6 +1,7 @@
 """One-line faults in Higgs Audio, by the items of section 9 of its sheet (11 to 15 and 23, the codec, are in higgs_codec.py)."""
 FILE, ALL = "models/higgs.py", "tests/test_higgs.py"
 ROPE = "models/parts/rope.py"
+STEPS = "models/parts/layer_steps.py"
 
 
 def some(word):
@@ -34,7 +35,14 @@ MUTANTS = [
      "return self.audio_mlp(self.post_attention_layernorm(x))", LOSS),
     ("7 the audio path at <|audio_out_bos|>", FILE, "place = slice(first, first + len(columns))", "place = slice(first - 1, first - 1 + len(columns))", some("written")),
     ("7 one text less", FILE, "x, texts = x[:, asked.places], asked.texts", "x, texts = x[:, asked.places], asked.texts - 1", LOSS),
-    ("7 text runs in a step of audio", FILE, "    if texts == 0:\n        return sound(x)\n", "    if texts == 0:\n        text(x)\n        return sound(x)\n", some("audio_step_runs")),
+    ("7 the feed-forward of text in a step of audio", FILE, "layer.audio_mlp) for layer in self.layers]", "layer.mlp) for layer in self.layers]", GREEDY),
+    ("7 the norms of text in a step of audio", FILE, "return [Acting(layer.audio_input_layernorm,", "return [Acting(layer.input_layernorm,", GREEDY),
+    ("steps without eps", STEPS, "math.sqrt(C * self.last_norm.eps)", "0.0", some("the_steps")),
+    ("steps turn the other way", STEPS, "self.same.roll(self.D // 2, 0)", "-self.same.roll(self.D // 2, 0)", some("the_steps")),
+    ("steps forget values", STEPS, "cache.v[:, :, column].copy_(v)", "pass", some("the_steps")),
+    ("steps without an adapter", STEPS, 'changed = hasattr(linear, "lora_A") or', "changed =", some("the_steps")),
+    ("steps see padding", "models/parts/sampling.py", "self.used[:, None, None, : column + 1] if self.padded else None", "None", some("the_steps")),
+    ("steps count padding", "models/parts/sampling.py", "return column - self.pad, column, mask", "return column - 0 * self.pad, column, mask", some("the_steps")),
     ("8 a reference without its delay", FILE, "columns, labels = delayed(self._codes(source), self.config)",
      "columns, labels = delayed(self._codes(source), self.config) if answers else (self._codes(source).T, None)", some("guides_rows")),
     ("9 interleaved pairs", FILE, "context = Context(rotary(place % L, self.frequencies), mask=Packing(place, B, L))",
@@ -108,7 +116,7 @@ MUTANTS = [
     ("rows are not dropped", FILE, "            part.keep(rows)\n", "            pass\n", some("batch_equal")),
     ("keys without their padding", FILE, "caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]", "caches = [PromptCache(cache, Packing(place, B, L)) for cache in self.caches]", some("batch_equal")),
     ("the host waits", FILE, "                left, letter = numbers[k, -2:]\n", "                left, letter = shown[k, -2:].tolist()\n", some("nothing_waits")),
-    ("what was written is not read", FILE, "x = torch.where(texts, model._letters(letters)[:, None], x)", "x = torch.where(texts, 0 * model._letters(letters)[:, None], x)", some("written_before")),
+    ("what was written is not read", FILE, "x = torch.where(texts, model._letters(letters)[:, None], x[:, None])", "x = torch.where(texts, 0 * model._letters(letters)[:, None], x[:, None])", some("written_before")),
     ("a second stream goes on with the first", FILE, "        self.number, self.left = torch.where(fresh, 1, self.number), torch.where(fresh, self.K, self.left)\n", "", some("text_head_may")),
     ("the end of turn is passed over", FILE, 'if letter in (self.marks["<|eot_id|>"], self.marks.get("<|end_of_text|>")):', "if False:", some("text_head_may")),
     ("pieces without the one before", FILE, "spoken = request.spoken[-s.keep_pieces :] if s.keep_pieces else []", "spoken = []", some("long_texts")),
