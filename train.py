@@ -39,7 +39,9 @@ from configs import Usage, opt
 from lora import LoRAConfig
 from models.parts import Invalid, checkpoint, gate, listen, run
 from models.parts.cache import ClipCache
+from models.parts.lean import Bare, InBackward, Lean, Rule, padded
 from models.parts.manifests import holders, read_manifest
+from models.parts.shards import Shards
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -88,7 +90,8 @@ class Train:
     warmup_steps: int = opt(100, "steps over which the learning rate rises from zero")
     warmup_ratio: float = opt(0.0, "warm-up as a share of the schedule instead of warmup_steps; 0 is off")
     max_grad_norm: float = opt(0.0, "longer gradients are scaled down to this norm; 0 never")
-    optimizer: str = opt("adamw", "adamw, adam or sgd", choices=("adamw", "adam", "sgd"))
+    optimizer: str = opt("adamw", "adamw, adam, sgd, or adamw8bit: moments in 2 bytes per trained weight instead of 8",
+                         choices=("adamw", "adam", "sgd", "adamw8bit"))
     lambdas: dict[str, float] = opt({}, "weight of each loss; one that is not listed keeps the backbone's")
     seed: int = opt(42, "of the order of rows and of every draw")
 
@@ -98,6 +101,10 @@ class Train:
                      choices=("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile every layer: faster steps after a slow start")
     checkpointing: bool = opt(False, "recompute activations in backward: less memory, slower steps")
+    master: str = opt("float32", "copies of bf16 weights that steps are added up in; none: rounded at random, 4 bytes less",
+                      choices=("float32", "none"))
+    fused_backward: bool = opt(False, "step each weight as soon as its gradient is there, so that no gradients are kept")
+    shard: bool = opt(False, "each rank keeps its share of moments, float32 copies and gradients only")
     resume_from: str = opt("", "step folder to go on from; empty means the newest complete one in save_path")
     overwrite: bool = opt(False, "start anew; what save_path holds is moved aside, not deleted")
     ignore_base: bool = opt(False, "resume an adapter although it was trained on another base")
@@ -129,7 +136,7 @@ FREE = {
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "log_level",
-    "debug",
+    "debug", "fused_backward", "shard",
 }
 AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
 AT_LEAST_ZERO = {
@@ -138,6 +145,7 @@ AT_LEAST_ZERO = {
     "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+LEAN = {"adamw8bit": ("adamw", 8), **{name: (name, 32) for name in OPTIMIZERS}}  # name and bits for lean.Rule
 # Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
 # so many steps, since by then a voice is learned; but all of the data once.
 USUAL_EPOCHS, USUAL_STEPS = 20, 1500
@@ -174,8 +182,30 @@ def check_settings(cfg):
     if cfg.base_bits != 16 and not (cfg.lora and cfg.save_mode == "lora"):
         wrong.append(f"base_bits {cfg.base_bits} rounds weights that are frozen: it needs a lora section and "
                      "save_mode lora; merge_lora.py merges the adapter into the base as it was published")
+    wrong += wrong_together(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if wrong:
         raise Usage("; ".join(wrong))
+
+
+def wrong_together(cfg, world):
+    """Ways to save memory that do not go with other settings."""
+    wrong = []
+    if cfg.fused_backward:
+        # A gradient is gone before the next micro-batch, the norm of all, or the sum over ranks.
+        needed = {"grad_accum_steps above 1": cfg.grad_accum_steps > 1,
+                  "max_grad_norm": cfg.max_grad_norm > 0, "a sum over ranks": world > 1}
+        for what, asked in needed.items():
+            if asked:
+                wrong.append(f"fused_backward keeps no gradients, and {what} needs them; "
+                             "leave out one of the two")
+    if cfg.master == "none":
+        dtype = models.pick_dtype(cfg.dtype, models.pick_device(cfg.device))
+        if cfg.lora or dtype != torch.bfloat16:
+            wrong.append("master none is for full tuning in bf16 (--dtype bfloat16 and no lora section): "
+                         "adapters, and weights in float32, have no copies")
+        if cfg.shard:
+            wrong.append("master none leaves out copies that shard shares out over the ranks; choose one")
+    return wrong
 
 
 def parse_settings():
@@ -300,6 +330,12 @@ def learning_rate(cfg, s, span, warmup):
     if s >= span:
         return 0.0
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (span - warmup)))
+
+
+def set_rate(optimizer, rate):
+    """Before backward, which with fused_backward takes the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def seed_from(*numbers) -> int:
@@ -494,7 +530,11 @@ def prepare(cfg, model, lambdas, log):
     """The Trainee: adapters where there is a lora section, masters, optimizer, and how layers compute."""
     if cfg.lora:
         add_adapters(cfg, model)
-    masters = Masters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if cfg.shard and dist.is_initialized() and dist.get_world_size() > 1:
+        masters = Shards(trained, log.say)
+    else:
+        masters = Masters(trained, cfg.master)
     if cfg.checkpointing:
         model.set_recompute(True)
     if cfg.compile:
@@ -506,7 +546,13 @@ def prepare(cfg, model, lambdas, log):
     rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
     rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
     on_gpu = model.device.type == "cuda"
-    optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=on_gpu, **rates)
+    if cfg.optimizer == "adamw8bit" or cfg.master == "none" or cfg.fused_backward:
+        rule = Rule(*LEAN[cfg.optimizer], cfg.weight_decay, seed_from(cfg.seed, "rounding"))
+        optimizer = Lean(masters.parameters, rule, cfg.learning_rate)
+    else:
+        optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=on_gpu, **rates)
+    if cfg.fused_backward:
+        masters.step_in_backward(optimizer)
     return Trainee(model, masters, optimizer, lambdas)
 
 
@@ -549,12 +595,11 @@ def restore(cfg, folder, trainee):
     if saved["values"]:
         if list(saved["values"]) != list(masters.named):
             raise Invalid(f"{path} holds other trained parameters than this run has")
-        for value, parameter in zip(saved["values"].values(), masters.parameters):
-            parameter.data.copy_(value)
-        masters.publish()
+        masters.set(saved["values"])
     elif cfg.lora:
         lora.restore_lora_weights(model, folder, cfg.ignore_base)
-    optimizer.load_state_dict(saved["optimizer"])
+        masters.set(masters.named)
+    masters.load_state(optimizer, saved["optimizer"])
 
 
 def begin_folder(cfg, log):
@@ -568,13 +613,12 @@ def begin_folder(cfg, log):
     configs.dump(again, Path(cfg.save_path) / "config.yaml")
 
 
-def save(cfg, trainee, progress, log, held=None):
+def save(cfg, write, progress, log, held=None):
     """Write step_N with weights or adapter, optimizer, schedule and the index of them all. Rank 0 only.
 
-    Then delete what need not be kept, except step `held`.
+    write(folder) writes all but the index. Then delete what need not be kept, except step `held`.
     """
     started = time.perf_counter()
-    write = partial(write_files, cfg, trainee, progress)
     folder = checkpoint.write_step(cfg.save_path, progress.step, write, progress.index())
     seconds = time.perf_counter() - started
     log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {seconds:.1f} s")
@@ -583,9 +627,19 @@ def save(cfg, trainee, progress, log, held=None):
     run.name_best(cfg.save_path, progress.best, log.say)
 
 
-def write_files(cfg, trainee, progress, folder):
+def state_of(cfg, masters, optimizer):
+    """What lets training go on from exactly what it had, beside the files of model or adapter. All ranks."""
+    # Files that round, merge or rescale do not hold that (a bias is stored divided by the scale, as PEFT has
+    # it); then the values stand beside the optimizer's state.
+    exact = masters.exact
+    if cfg.lora:
+        exact = exact and cfg.save_mode != "full" and not cfg.lora.bias
+    values = {} if exact else masters.values()
+    return {"optimizer": masters.state(optimizer), "values": values}
+
+
+def write_files(cfg, model, progress, state, folder):
     """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
-    model, masters, optimizer, _ = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
     if adapter:
@@ -594,15 +648,7 @@ def write_files(cfg, trainee, progress, folder):
         lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
     if whole:
         model.save(folder, merged=bool(cfg.lora))
-    # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (a bias
-    # is stored divided by the scale, as PEFT has it); then the values stand beside the optimizer's state.
-    exact = not masters.copies
-    if cfg.lora:
-        exact = exact and adapter and not cfg.lora.bias
-    values = {}
-    if not exact:
-        values = {n: p.detach().cpu() for n, p in zip(masters.named, masters.parameters)}
-    torch.save({"optimizer": optimizer.state_dict(), "values": values}, folder / "optimizer.pth")
+    torch.save(state, folder / "optimizer.pth")
     # For tools that look for this file. The rate is a function of the step, which stands in the index.
     torch.save({"last_step": progress.step}, folder / "scheduler.pth")
 
@@ -860,29 +906,79 @@ class Masters:
     """What the optimizer steps on: the trained parameters, or float32 copies of those that are kept in bf16.
 
     bf16 has three digits, so most steps would be rounded away. Gradients of a bf16 parameter are added up in
-    its copy as backward makes them, so that accumulation is float32 too.
+    its copy as backward makes them, so that accumulation is float32 too. With `master` "none" there are no
+    copies, only places where gradients are added up: Lean then rounds its steps at random.
     """
 
-    def __init__(self, named):
+    def __init__(self, named, master="float32"):
         self.named, self.copies = named, {}
+        self.fused = None
+        places = 0
         for name, p in named.items():
             if p.dtype != torch.float32:
-                copy = torch.nn.Parameter(p.detach().float())
+                copy = Bare(p)
+                if master != "none":
+                    copy = torch.nn.Parameter(p.detach().float())
                 p.register_post_accumulate_grad_hook(partial(self._move, copy))
                 self.copies[name] = copy
+            self.copies.get(name, p).start = places
+            places += padded(p.numel())
         self.parameters = [self.copies.get(name, p) for name, p in named.items()]
+        # Whether the files of the model hold all that there is.
+        self.exact = master == "none" or not self.copies
 
     @staticmethod
     def _move(copy, p):
         """After each backward: nothing may pile up in bf16."""
-        copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
+        if copy.grad is not None:
+            copy.grad = copy.grad.float().add_(p.grad)
+        else:
+            copy.grad = p.grad if isinstance(copy, Bare) else p.grad.float()
         p.grad = None
+
+    def step_in_backward(self, optimizer):
+        """From now on backward steps each parameter, and forgets its gradient."""
+        self.fused = InBackward(optimizer)
+        for p, master in zip(self.named.values(), self.parameters):
+            self.fused.follow(p, master)
+
+    def backward(self, loss):
+        """Add the gradients of a micro-batch, or take the step, which a loss that is not finite must not."""
+        if self.fused is None or loss.isfinite():
+            loss.backward()
+
+    def reduce(self):
+        """Sum the gradients over ranks. All ranks."""
+        reduce_gradients(self.parameters)
+
+    def norm(self):
+        """The length of all gradients as one vector; not finite if any value is not."""
+        return self.fused.norm() if self.fused else gradient_norm(self.parameters)
 
     @torch.no_grad()
     def publish(self):
         """Round the copies into the parameters that the model computes with."""
+        if self.exact:
+            return
         for name, copy in self.copies.items():
             self.named[name].copy_(copy)
+
+    def values(self):
+        return {name: p.data.cpu() for name, p in zip(self.named, self.parameters)}
+
+    def set(self, values):
+        """Take values {name: tensor} of all parameters."""
+        for value, parameter in zip(values.values(), self.parameters):
+            parameter.data.copy_(value)
+        self.publish()
+
+    def state(self, optimizer):
+        return optimizer.state_dict()
+
+    def load_state(self, optimizer, saved):
+        """The settings of the optimizer stay its own: another kind of step may have saved the state."""
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 BUCKET = 64 * 2**20  # values that are sent at once, 256 MB: enough to hide latency, little beside the model
@@ -899,22 +995,22 @@ def reduce_gradients(parameters, bucket=BUCKET):
     for p in parameters:
         # A part of the model that no clip of this rank needs has a gradient on other ranks only.
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if waiting and size + p.numel() > bucket:
+            p.grad = torch.zeros_like(p.data)
+        if waiting and size + p.data.numel() > bucket:
             reduce_together(waiting)
             waiting, size = [], 0
         waiting.append(p)
-        size += p.numel()
+        size += p.data.numel()
     reduce_together(waiting)
 
 
 def reduce_together(parameters):
     """One message for many tensors: most adapters are so small that latency would be all."""
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = torch.cat([p.grad.flatten().float() for p in parameters])
     dist.all_reduce(flat)
-    parts = flat.split([p.numel() for p in parameters])
+    parts = flat.split([p.data.numel() for p in parameters])
     for p, part in zip(parameters, parts):
-        p.grad = part.view_as(p)
+        p.grad = part.view_as(p.data)
 
 
 def gradients(parameters):
@@ -1021,7 +1117,8 @@ def rehearse(cfg, trainee, data, schedule, log):
             batch, counts = model.collate(examples, longest)
             out = model(to_device(batch, model.device))
             loss = sum(lambdas[k] * out[k] / max(counts[k], 1) for k in lambdas)
-            loss.backward()
+            masters.backward(loss)
+            masters.reduce()
             optimizer.step()
             masters.publish()
             optimizer.zero_grad(set_to_none=True)
@@ -1051,7 +1148,7 @@ def announce(cfg, trainee, place, schedule, log):
     """What is going to happen, before it does: where, what is trained, for how long."""
     model, masters, *_ = trainee
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in masters.parameters)
+    trained = sum(p.numel() for p in masters.named.values())
     dtype = str(models.pick_dtype(cfg.dtype, place.device)).removeprefix("torch.")
     ranks = f"{place.world} rank{'s' * (place.world > 1)}"
     log.say(f"{model.backbone} on {place.device} in {dtype}, {ranks}: {trained:,} of {total:,} parameters "
@@ -1222,8 +1319,9 @@ def main():
     def save_now():
         # A full run copies codec and tokenizer from the folder it came from: that one stays until the end.
         held = past.step if past and not cfg.lora and progress.step < steps else None
+        state = state_of(cfg, masters, optimizer) if rank == 0 or cfg.shard else {}
         if rank == 0:
-            save(cfg, trainee, progress, log, held)
+            save(cfg, partial(write_files, cfg, model, progress, state), progress, log, held)
         wait_for_all()
 
     def validate():
@@ -1257,20 +1355,22 @@ def main():
         counts = {k: sum(micro.counts[k] for micro in ready.micro) for k in ready.micro[0].counts}
         counts = all_sum(counts, device)
         weight = {k: lambdas[k] / max(counts[k], 1) for k in lambdas}
+        rate = learning_rate(cfg, progress.step, span, warmup)
+        set_rate(optimizer, rate)
         outs = []
         try:
             for micro in ready.micro:
                 # Dropout is all that still draws; everything else is in the batch.
                 torch.manual_seed(seed_from(cfg.seed, "dropout", progress.step, micro.number))
                 out = model(to_device(micro.batch, device))
-                sum(weight[k] * out[k] for k in weight).backward()
+                masters.backward(sum(weight[k] * out[k] for k in weight))
                 outs.append({k: v.detach().float() for k, v in out.items()})
         except torch.OutOfMemoryError as e:
             raise Invalid(out_of_memory(ready, clips, progress.step + 1, e)) from None
 
         # Sums of all ranks from here on: the same update everywhere, so the weights stay the same everywhere.
-        reduce_gradients(masters.parameters)
-        norm = gradient_norm(masters.parameters).item()
+        masters.reduce()
+        norm = masters.norm().item()
 
         # The true means of this step, over all ranks. A signal to one counts for all, or they would part.
         sums = {k: torch.stack([out[k] for out in outs]) for k in outs[0]}
@@ -1279,14 +1379,11 @@ def main():
         stop = totals.pop("signals")
         means = {k: v / max(counts[k], 1) for k, v in totals.items()}
         loss = sum(lambdas[k] * means[k] for k in lambdas)
-        rate = learning_rate(cfg, progress.step, span, warmup)
 
         # One bad clip must not spoil the weights. Norm and loss are those of all ranks, so all decide alike.
         if math.isfinite(norm) and math.isfinite(loss):
             if cfg.max_grad_norm and norm > cfg.max_grad_norm:
                 torch._foreach_mul_(gradients(masters.parameters), cfg.max_grad_norm / (norm + 1e-6))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             optimizer.step()
             masters.publish()
             bad = 0

@@ -1,0 +1,319 @@
+"""Options that save memory: the same training in fewer bytes, to a stated distance, and resumed to the bit."""
+import contextlib
+import functools
+import math
+import os
+import signal
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from models.parts import lean, shards
+from models.parts import run as bookkeeping
+from tests.conftest import ROOT
+from tests.running import SERVER, here, ranks
+from tests.test_train import contents, differing, dying, go, home, numbers, step, steps_in  # noqa: F401  (home is a fixture)
+
+
+@contextlib.contextmanager
+def in_folder(path):
+    """A script may change signals and folder locks of this process: both are as before, afterwards."""
+    before, handlers = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        while bookkeeping.LOCKS:
+            bookkeeping.LOCKS.pop().close()
+
+
+def trained(home, save, *flags, config="full", code=0):
+    """train.py in this process. Returns its run folder, or what it said where another exit code is expected."""
+    with in_folder(home):
+        ended, _, said = here("train", [f"{config}.yaml", "--save_path", save, *flags])
+    assert ended == code, said
+    return said if code else home / save
+
+
+# ------------------------------------------------------------------------------------------------ the optimizer
+
+
+def toy(make, steps, dtype=torch.float32):
+    """Least squares in noise, of weights near 4; returns the loss at the end and the weights."""
+    torch.manual_seed(1)
+    inputs, start = torch.randn(256, 32), torch.full((32, 8), 4.5)
+    right = inputs @ (4 + torch.randn(32, 8))
+    weight = torch.nn.Parameter(start.to(dtype))
+    optimizer, held = make(weight)
+    for i in range(steps):
+        rows = torch.randint(0, 256, (16,), generator=torch.Generator().manual_seed(i))
+        (inputs[rows].to(dtype) @ weight - right[rows].to(dtype)).float().square().mean().backward()
+        if held is not weight:
+            held.grad, weight.grad = weight.grad, None
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = weight.detach().float()
+    return (inputs @ weight - right).square().mean().item(), weight
+
+
+def plain(kind=torch.optim.AdamW, lr=0.01):
+    return lambda weight: (kind([weight], lr, weight_decay=0.01), weight)
+
+
+def small(bits=32, slot=False, name="adamw", lr=0.01):
+    def make(weight):
+        held = lean.Bare(weight) if slot else weight
+        held.start = 0
+        return lean.Lean([held], lean.Rule(name, bits, seed=3), lr), held
+    return make
+
+
+def apart(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_in_float32_a_step_is_that_of_torch():
+    for name, kind in train.OPTIMIZERS.items():
+        (_, a), (_, b) = toy(small(name=name), 20), toy(plain(kind), 20)
+        assert torch.equal(a, b), name
+
+
+def test_adamw8bit_stays_near_adamw():
+    """5 % of the weights' length after 400 noisy steps, and as good a loss; a state of 2.04 bytes per weight."""
+    (near, a), (loss, b) = toy(small(8), 400), toy(plain(), 400)
+    assert 0 < apart(a, b) < 0.05 and near < 1.1 * loss
+    optimizer, held = small(8)(torch.nn.Parameter(torch.zeros(1024, 64)))
+    held.grad = torch.randn(1024, 64)
+    optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    assert sum(t.numel() * t.element_size() for t in state.values()) < 2.04 * 1024 * 64
+
+
+def test_plain_bf16_stalls_where_random_rounding_learns():
+    """Steps of 0.005 on weights near 4 are less than half of bf16's last digit, 0.016 to 0.03."""
+    whole = toy(plain(lr=5e-3), 500)[0]
+    stalled = toy(plain(lr=5e-3), 500, torch.bfloat16)[0]
+    for bits in (32, 8):
+        assert toy(small(bits, slot=True, lr=5e-3), 500, torch.bfloat16)[0] < 1.15 * whole < stalled / 5
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.int8, 2.0**-12.6), (torch.uint8, 2.0**-25.4)])
+def test_codes_are_within_a_level_and_right_in_the_mean(dtype, least):
+    torch.manual_seed(0)
+    values = torch.randn(8 * lean.BLOCK).pow(3)
+    values = values if dtype == torch.int8 else values.square()
+    found = []
+    for _ in range(200):
+        codes, scale = lean.to_codes(values, dtype, torch.rand(len(values)))
+        found.append(lean.from_codes(codes, scale))
+    found = torch.stack(found)
+    largest = values.abs().view(-1, lean.BLOCK).amax(1)
+    assert codes.dtype == dtype and torch.equal(scale, largest)
+    fine = values.abs() > least * largest.repeat_interleave(lean.BLOCK)
+    assert fine.float().mean() > 0.8 and ((found - values).abs() <= 0.0719 * values.abs() * 1.001)[:, fine].all()  # 2^(1/10) - 1
+    assert ((found.mean(0) - values) / values)[fine].mean().abs() < 1e-3
+    if dtype == torch.uint8:
+        assert (found > 0).all(), "the step is divided by its root"
+    codes, scale = lean.to_codes(torch.zeros(lean.BLOCK), dtype, torch.rand(lean.BLOCK))
+    assert not codes.any() and not lean.from_codes(codes, scale).any()
+
+
+def test_draws_belong_to_places():
+    whole = lean.hashed(0, 4096, 7, "cpu")
+    assert torch.equal(lean.hashed(1024, 100, 7, "cpu"), whole[1024:1124]) and not torch.equal(lean.hashed(0, 4096, 8, "cpu"), whole)
+    share = lean.hashed(0, 2**18, 7, "cpu").double() / 2**32
+    assert abs(share.mean() - 0.5) < 0.003 and abs(share.var() * 12 - 1) < 0.02
+    values = torch.full((2**16,), 1.001)
+    rounded = lean.rounded(values, lean.hashed(0, 2**16, 7, "cpu")).float()
+    assert rounded.unique().tolist() == [1.0, 1.0078125] and abs(rounded.mean() - 1.001) < 1e-4
+    assert torch.equal(lean.rounded(-values, lean.hashed(0, 2**16, 7, "cpu")).float(), -rounded)
+
+
+def test_pieces_change_nothing(monkeypatch):
+    """A table is stepped in pieces, so that scratch is bounded."""
+    monkeypatch.setattr(lean, "BLOCK", 64)
+    whole = toy(small(8, slot=True), 5, torch.bfloat16)[1]
+    monkeypatch.setattr(lean, "PIECE", 64)
+    assert torch.equal(toy(small(8, slot=True), 5, torch.bfloat16)[1], whole)
+
+
+# ------------------------------------------------------------------------------------------------ train.py
+
+BF16 = ("--dtype", "bfloat16")
+FORMS = {
+    "8 bits": ("--optimizer", "adamw8bit"),
+    "no copies": (*BF16, "--master", "none"),
+    "all": (*BF16, "--master", "none", "--optimizer", "adamw8bit", "--fused_backward"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_in_few_bytes_resumes_to_the_bit(home, form):
+    flags = ("--max_steps", 8, *FORMS[form], "--num_iters")
+    whole = trained(home, f"{form} whole", *flags, 8)
+    trained(home, f"{form} half", *flags, 5)
+    half = trained(home, f"{form} half", *flags, 8)
+    assert not differing(step(whole, 8), step(half, 8))
+    assert numbers(whole)[-1]["loss/total"] == numbers(half)[-1]["loss/total"] < numbers(whole)[0]["loss/total"]
+    saved = contents(step(whole, 8))
+    moments = [t.dtype for name, t in saved.items() if name.endswith("exp_avg")]
+    assert moments == [torch.float32 if form == "no copies" else torch.int8] * len(moments)
+    assert not any(name.startswith("master") for name in saved), "the files of the model hold all that there is"
+
+
+@pytest.mark.parametrize("flags", [(), BF16], ids=["float32", "copies"])
+def test_stepping_in_backward_changes_nothing(home, flags):
+    kind, flags = len(flags), ("--max_steps", 8, *flags, "--num_iters")
+    after = trained(home, f"after {kind}", *flags, 4)
+    within = trained(home, f"within {kind}", *flags, 4, "--fused_backward")
+    assert not differing(step(after, 4), step(within, 4))
+    assert [line["grad_norm"] for line in numbers(within)] == pytest.approx([line["grad_norm"] for line in numbers(after)], rel=1e-5)
+    # what was saved one way goes on in the other
+    trained(home, after.name, *flags, 6, "--fused_backward")
+    trained(home, within.name, *flags, 6)
+    assert not differing(step(after, 6), step(within, 6))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--fused_backward", "--grad_accum_steps", 2), "grad_accum_steps above 1 needs them"),
+    (("--fused_backward", "--max_grad_norm", 1), "max_grad_norm needs them"),
+    (("--master", "none"), "master none is for full tuning in bf16"),
+    (("--master", "none", *BF16, "--shard"), "choose one"),
+    (("--master", "half"), "'half' is not one of float32, none"),
+])
+def test_what_does_not_go_together_is_refused(home, flags, words):
+    assert words in trained(home, "refused", *flags, code=2)
+    assert "master none is for full tuning" in trained(home, "refused", *BF16, "--master", "none", config="lora", code=2)
+
+
+def test_what_is_not_finite_moves_nothing_in_backward_either():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    other = torch.nn.Parameter(torch.ones(3))
+    masters = train.Masters({"weight": weight, "other": other})
+    masters.step_in_backward(lean.Lean(masters.parameters, lean.Rule("sgd", weight_decay=0.0), 0.5))
+    masters.backward((weight.sum() + other.sum()) * math.inf)
+    assert torch.equal(weight.float(), torch.ones(3)) and masters.norm() == 0
+    masters.backward((weight.float() - 1).sqrt().sum() + other.sum())  # sqrt is steep at zero
+    assert torch.equal(weight.float(), torch.ones(3)) and other.tolist() == [0.5] * 3, "one gradient alone is infinite"
+    assert not masters.norm().isfinite() and weight.grad is None and masters.parameters[0].grad is None
+
+
+def test_without_copies_gradients_still_add_up_in_float32():
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    masters = train.Masters({"weight": weight}, "none")
+    for _ in range(2):
+        (256 * weight).sum().backward()
+    (weight + 0).sum().backward()
+    assert masters.parameters[0].grad.tolist() == [513.0] and weight.grad is None  # 512 in bf16
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+STEPS, PER_STEP = 20, 4  # micro-batches of a step, over all ranks
+
+
+def network():
+    """Sizes that fill no block, a tensor larger than a bucket, one that only some micro-batches need, bf16 between float32."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(13, 70), torch.nn.Tanh(), torch.nn.Linear(70, 31), torch.nn.Tanh(), torch.nn.Linear(31, 5))
+    layers.seldom = torch.nn.Parameter(torch.ones(5))
+    return layers
+
+
+def learned(rank, world, bits, begin, state=None, steps=STEPS):
+    """Train with states shared out, or on one rank as train.py does. Returns (values, state) on rank 0."""
+    net = network()
+    named = dict(net.named_parameters())
+    masters = shards.Shards(named, str, bucket=1000) if world > 1 else train.Masters(named)
+    rule = lean.Rule("adamw", bits, seed=1)
+    optimizer = lean.Lean(masters.parameters, rule, 1e-3) if bits == 8 else torch.optim.AdamW(masters.parameters, 1e-3)
+    if state:
+        masters.set(state["values"])
+        masters.load_state(optimizer, state["optimizer"])
+    for i in range(begin, begin + steps):
+        for number in range(rank, PER_STEP, world):
+            x = torch.randn(6, 13, generator=torch.Generator().manual_seed(PER_STEP * i + number))
+            y = net(x) * net.seldom if number == 1 else net(x)
+            masters.backward((y - x[:, :5].sin()).square().sum() / 24)
+        masters.reduce()
+        norm = masters.norm()
+        optimizer.step()
+        masters.publish()
+        optimizer.zero_grad()
+    return {"values": masters.values(), "optimizer": masters.state(optimizer), "norm": norm.item(),
+            "published": {name: p.detach() for name, p in named.items()}}
+
+
+def rank_of(port, rank, world, path, cannot):
+    """In a process of its own: two ranks go half way and to the end, four go on from there."""
+    torch.set_num_threads(1)
+    if cannot:
+        def scatter(*_):
+            raise RuntimeError("not there")
+        shards.scatter = scatter
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    out = {}
+    for bits in (32, 8):
+        if world == 2:
+            out[f"half {bits}"] = learned(rank, world, bits, 0, None, STEPS // 2)
+            out[f"whole {bits}"] = learned(rank, world, bits, 0)
+        else:
+            earlier = torch.load(path / "2 ranks.pt", weights_only=True)[f"half {bits}"]
+            out[f"rest {bits}"] = learned(rank, world, bits, STEPS // 2, earlier, STEPS // 2)
+    if rank == 0:
+        torch.save(out, path / f"{world} ranks.pt")
+    dist.destroy_process_group()
+
+
+def start_ranks(world, path, cannot=False):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ["PYTHONPATH"] = str(ROOT)
+    processes = [SERVER.Process(target=rank_of, args=(port, rank, world, path, cannot), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return torch.load(path / f"{world} ranks.pt", weights_only=True)
+
+
+def test_shards_train_like_one_rank_and_any_number_goes_on(tmp_path):
+    """20 steps on 2 ranks, and 10 that 2 have saved with 10 more on 1 and on 4. The 4 have no reduce_scatter."""
+    two, four = start_ranks(2, tmp_path), start_ranks(4, tmp_path, cannot=True)
+    for bits in (32, 8):
+        one = learned(0, 1, bits, 0)
+        rest = learned(0, 1, bits, STEPS // 2, two[f"half {bits}"], STEPS // 2)
+        assert apart(one["values"]["0.weight"], network()[0].weight) > 0.01, "it has learned something"
+        for run in (two[f"whole {bits}"], four[f"rest {bits}"], rest):
+            assert run["norm"] == pytest.approx(one["norm"], rel=1e-4)
+            for name, value in one["values"].items():
+                assert torch.allclose(run["values"][name], value, rtol=0, atol=1e-6), (bits, name)
+                assert torch.equal(run["values"][name], run["published"][name])
+            for i, state in one["optimizer"]["state"].items():
+                assert state.keys() == run["optimizer"]["state"][i].keys()
+                assert all(value.shape == run["optimizer"]["state"][i][key].shape for key, value in state.items())
+
+
+@pytest.mark.parametrize("config, flags", [("lora", ()), ("full", BF16)], ids=["lora", "full"])
+def test_a_sharded_run_saves_what_one_rank_would(home, config, flags):
+    """Two ranks of one micro-batch against one rank of two; what the two have saved goes on in one process."""
+    flags = ("--max_steps", 8, *flags, "--num_iters")
+    one = trained(home, f"{config} one", *flags, 6, "--grad_accum_steps", 2, config=config)
+    if config == "lora":  # killed in the middle of a save: nothing is there, and the same command starts over
+        argv = ["lora.yaml", "--save_path", "lora shards", *flags, 4, "--shard"]
+        codes = [run.wait() for run in ranks(2, "train", argv, home, functools.partial(dying, 9))]
+        assert codes[0] == -9 and codes[1] and not steps_in(home / "lora shards"), codes
+    go(home, f"{config} shards", *flags, 4, "--shard", config=config, world=2)
+    two = trained(home, f"{config} shards", *flags, 6, config=config)
+    a, b = contents(step(one, 6)), contents(step(two, 6))
+    assert a.keys() == b.keys()
+    far = {name: (a[name].float() - b[name].float()).abs().max().item() for name in a}
+    assert max(value for name, value in far.items() if a[name].dtype != torch.bfloat16) < 1e-6, far
