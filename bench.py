@@ -45,7 +45,7 @@ class Bench:
     warmup: int = opt(2, "repetitions before")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt("auto", "of the weights: auto is bfloat16 on CUDA and float32 elsewhere")
-    ckpt: bool = opt(False, "recompute activations in backward")
+    ckpt: bool | int = opt(False, "recompute activations in backward; 2: of every second layer only")
     compile: bool = opt(False, "torch.compile every layer")
     threads: int = opt(1, "torch's threads on the CPU")
     seed: int = opt(0, "of weights and data")
@@ -125,7 +125,7 @@ def training(cfg, model, clips, device):
     if not cfg.full:  # as built all is trained, but for what an option of the backbone freezes
         add_adapter(cfg, model)
     model.train()
-    model.set_recompute(cfg.ckpt)
+    model.set_recompute(int(cfg.ckpt))
     batch, counts = model.collate(clips, seeds=list(range(len(clips))))
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     weights = models.BACKBONES[model.backbone].LAMBDAS

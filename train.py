@@ -100,7 +100,7 @@ class Train:
     dtype: str = opt("auto", "of the weights: auto is bfloat16 on CUDA and float32 elsewhere",
                      choices=("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile every layer: faster steps after a slow start")
-    checkpointing: bool = opt(False, "recompute activations in backward: less memory, slower steps")
+    checkpointing: bool | int = opt(False, "recompute activations in backward: less memory, slower steps; 2: half of the layers")
     master: str = opt("float32", "copies of bf16 weights that steps are added up in; none: rounded at random, 4 bytes less",
                       choices=("float32", "none"))
     fused_backward: bool = opt(False, "step each weight as soon as its gradient is there, so that no gradients are kept")
@@ -142,7 +142,7 @@ AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
 AT_LEAST_ZERO = {
     "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
     "valid_interval", "save_interval", "save_epochs", "keep_last", "keep_every", "val_samples",
-    "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "checkpointing", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEAN = {"adamw8bit": ("adamw", 8), **{name: (name, 32) for name in OPTIMIZERS}}  # name and bits for lean.Rule
@@ -535,8 +535,7 @@ def prepare(cfg, model, lambdas, log):
         masters = Shards(trained, log.say)
     else:
         masters = Masters(trained, cfg.master)
-    if cfg.checkpointing:
-        model.set_recompute(True)
+    model.set_recompute(int(cfg.checkpointing))
     if cfg.compile:
         log.say("layers are compiled as the first step comes to them, which may take minutes")
         for block in model.blocks():

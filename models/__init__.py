@@ -56,7 +56,7 @@ The model, calls in the order in which data meets them:
                               seeds None: fixed by the rows' content and nothing dropped, for validation
   counts(batch)               {name: what the sum of that name in `forward` is divided by}
   forward(batch)              {"loss/x": 0-dim float32 sum, "metric/y": detached sum}; no draw but dropout
-  set_recompute(on)           activation checkpointing of every layer
+  set_recompute(every)        activation checkpointing of every n-th layer; 0 of none, True of all
   blocks()                    the modules that torch.compile takes one by one
   lora_targets(settings)      names of the Linears that the words of a lora section mean; none: a default
   sample_request(row)         {argument of generate: value} for a validation sample, besides text and seed

@@ -242,7 +242,7 @@ class Tower(nn.Module):
         return rotary(positions, self.frequencies)
 
     def forward(self, x, context, caches=None):
-        x = run_layers(self.layers, x, context, caches, self.recompute and self.training)
+        x = run_layers(self.layers, x, context, caches, self.training and self.recompute)
         return self.norm(x)
 
 
@@ -611,10 +611,11 @@ class CSM(nn.Module):
         """Frames per second of audio."""
         return self.sample_rate / self.codec.config.frame
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: up to a third more time for most
+        activation memory."""
         for tower in self.stacks():
-            tower.recompute = on
+            tower.recompute = every
 
     def stacks(self):
         return [self.backbone_model, self.depth_decoder.model]

@@ -42,7 +42,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt
 from models.parts.checkpoint import Stored
-from models.parts.layers import Attention, Context, Packing, RMSNorm, SwiGLU, make_caches, rotary
+from models.parts.layers import (Attention, Context, Packing, RMSNorm, SwiGLU, cross_entropy, make_caches,
+                                 recomputes, rotary)
 from models.parts.plain import as_record, checked, layers, need
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
@@ -1030,8 +1031,7 @@ class Higgs(nn.Module):
         h = self.states(batch)
         heads = self.audio_decoder_proj
         labels = batch["text_labels"].flatten()[batch["text_to"]]
-        logits = heads.text_lm_head(h[batch["text_from"]]).float()
-        text = F.cross_entropy(logits, labels, ignore_index=NONE, reduction="sum")
+        text = cross_entropy(heads.text_lm_head, h[batch["text_from"]], labels, NONE)
         labels = batch["audio_labels"].flatten(0, 1)[batch["audio_to"]]  # (N, K)
         logits = heads.audio_lm_head(h[batch["audio_from"]]).float()
         logits = logits.view(labels.numel(), self.config.codebook_size)  # (N K, V)
@@ -1062,19 +1062,20 @@ class Higgs(nn.Module):
 
     def _transform(self, x, context, texts, caches=None, asked=None):
         """Layers and final norm. asked: what the last layer computes, None for all positions."""
-        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        every = self.training and self.recompute
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
             wanted = asked if i == len(self.layers) - 1 else None
-            if recompute:
+            if recomputes(i, every):
                 x = recomputed(layer, x, context, texts, cache, wanted, use_reentrant=False)
             else:
                 x = layer(x, context, texts, cache, wanted)
         return self.norm(x)
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: a third more time for most of the activation memory."""
-        self.recompute = on
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: a third more time for most of the
+        activation memory."""
+        self.recompute = every
 
     def blocks(self):
         """The modules that torch.compile takes one by one."""

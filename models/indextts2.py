@@ -53,7 +53,7 @@ from models.parts import Invalid, audio, beam, check, checkpoint, front, opt
 from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
-from models.parts.layers import Cache, Packing
+from models.parts.layers import Cache, Packing, recomputes
 from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
@@ -271,7 +271,7 @@ class GPT(nn.Module):
     def forward(self, x, mask, dropout=0.0, caches=None, column=0):
         x = F.dropout(x, dropout)
         for i, block in enumerate(self.h):
-            if self.recompute and self.training and torch.is_grad_enabled():
+            if recomputes(i, self.training and self.recompute):
                 x = recomputed(block, x, mask, dropout, use_reentrant=False)
             else:
                 x = block(x, mask, dropout, caches[i] if caches else None, column)
@@ -780,10 +780,10 @@ class IndexTTS2(nn.Module):
         settings = self.codec.settings
         return settings["rate"] / settings["hop"] / STRETCH
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation
-        memory."""
-        self.gpt.recompute = on
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: a fifth to a third more time for
+        most of the activation memory."""
+        self.gpt.recompute = every
 
     def stacks(self):
         return [self.gpt]

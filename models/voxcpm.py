@@ -232,7 +232,7 @@ class Stack(nn.Module):
         return rotary(positions, self.frequencies, self.rope_scale) if self.use_rope else None
 
     def forward(self, x, context, caches=None):
-        x = run_layers(self.layers, x, context, caches, self.recompute and self.training)
+        x = run_layers(self.layers, x, context, caches, self.training and self.recompute)
         return self.norm(x)
 
     def local(self, x, keep):
@@ -732,10 +732,11 @@ class VoxCPM(nn.Module):
         """Patches per second of audio."""
         return self.sample_rate / self.codec.hop / self.config.patch_size
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: up to a third more time for most
+        activation memory."""
         for stack in self.stacks():
-            stack.recompute = on
+            stack.recompute = every
 
     def stacks(self):
         return [m for m in self.modules() if isinstance(m, Stack)]

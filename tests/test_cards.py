@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import configs
 import train
-from models.parts import lean, shards
+from models.parts import layers, lean, shards
 from models.parts import run as bookkeeping
 from tests.conftest import ROOT
 from tests.running import SERVER, here, ranks
@@ -221,9 +222,9 @@ STEPS, PER_STEP = 20, 4  # micro-batches of a step, over all ranks
 def network():
     """Sizes that fill no block, a tensor larger than a bucket, one that only some micro-batches need, bf16 between float32."""
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(13, 70), torch.nn.Tanh(), torch.nn.Linear(70, 31), torch.nn.Tanh(), torch.nn.Linear(31, 5))
-    layers.seldom = torch.nn.Parameter(torch.ones(5))
-    return layers
+    net = torch.nn.Sequential(torch.nn.Linear(13, 70), torch.nn.Tanh(), torch.nn.Linear(70, 31), torch.nn.Tanh(), torch.nn.Linear(31, 5))
+    net.seldom = torch.nn.Parameter(torch.ones(5))
+    return net
 
 
 def learned(rank, world, bits, begin, state=None, steps=STEPS):
@@ -317,3 +318,48 @@ def test_a_sharded_run_saves_what_one_rank_would(home, config, flags):
     assert a.keys() == b.keys()
     far = {name: (a[name].float() - b[name].float()).abs().max().item() for name in a}
     assert max(value for name, value in far.items() if a[name].dtype != torch.bfloat16) < 1e-6, far
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+class Counted(torch.nn.Linear):
+    calls = 0
+
+    def forward(self, x, *_):
+        self.calls += 1
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("every, calls", [(0, [1, 1, 1, 1, 1]), (1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (3, [2, 1, 1, 2, 1])])
+def test_every_nth_layer_is_computed_again(every, calls):
+    stack = [Counted(4, 4) for _ in calls]
+    layers.run_layers(stack, torch.randn(2, 4), layers.Context(), recompute=every).sum().backward()
+    assert [layer.calls for layer in stack] == calls
+    for words, value in ((("--checkpointing",), True), (("--checkpointing", every), every), (("--checkpointing", "false"), 0)):
+        assert int(configs.parse(train.Train, [*map(str, words)]).checkpointing) == value
+
+
+def kept_by(loss):
+    """(number of values that forward keeps for backward, the loss); the gradients are made."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage()._cdata: t.numel()}) or t, lambda t: t):
+        total = loss()
+    total.backward()
+    return sum(sizes.values()), total.item()
+
+
+def test_many_logits_are_never_there_at_once(monkeypatch):
+    torch.manual_seed(0)
+    head, h, labels = torch.nn.Linear(8, 1000, bias=False), torch.randn(50, 8, requires_grad=True), torch.randint(0, 1000, (50,))
+    labels[7] = -100
+    found = []
+    for at_once in (50_000, 4_000):
+        monkeypatch.setattr(layers, "LOGITS", at_once)
+        h.grad = head.weight.grad = None
+        kept, loss = kept_by(lambda: layers.cross_entropy(head, h, labels, -100))
+        found.append((kept, loss, h.grad, head.weight.grad))
+        assert not layers.cross_entropy(head, h[:0], labels[:0], -100)
+    (much, a, *whole), (little, b, *pieces) = found
+    assert a == pytest.approx(b, rel=1e-6) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(whole, pieces))
+    assert much > 50_000 and little < 10_000, "the weight and the states alone"
