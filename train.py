@@ -37,7 +37,7 @@ import lora
 import models
 from configs import Usage, opt
 from lora import LoRAConfig
-from models.parts import Invalid, checkpoint, gate, listen, run
+from models.parts import Invalid, checkpoint, gate, listen, memory, run
 from models.parts.cache import ClipCache
 from models.parts.lean import Bare, InBackward, Lean, Rule, padded
 from models.parts.manifests import holders, read_manifest
@@ -540,19 +540,22 @@ def prepare(cfg, model, lambdas, log):
         log.say("layers are compiled as the first step comes to them, which may take minutes")
         for block in model.blocks():
             block.compile()
-    # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
-    # those that PyTorch has by default, written out so that no other default changes a run that goes on.
-    rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
-    rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
-    on_gpu = model.device.type == "cuda"
-    if cfg.optimizer == "adamw8bit" or cfg.master == "none" or cfg.fused_backward:
-        rule = Rule(*LEAN[cfg.optimizer], cfg.weight_decay, seed_from(cfg.seed, "rounding"))
-        optimizer = Lean(masters.parameters, rule, cfg.learning_rate)
-    else:
-        optimizer = OPTIMIZERS[cfg.optimizer](masters.parameters, fused=on_gpu, **rates)
+    optimizer = make_optimizer(cfg, masters, model.device)
     if cfg.fused_backward:
         masters.step_in_backward(optimizer)
     return Trainee(model, masters, optimizer, lambdas)
+
+
+def make_optimizer(cfg, masters, device):
+    """It steps on the masters, which are float32 also where the model computes in bf16."""
+    # betas and eps are those that PyTorch has by default, written out so that no other default changes a run
+    # that goes on.
+    rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
+    rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    if cfg.optimizer == "adamw8bit" or cfg.master == "none" or cfg.fused_backward:
+        rule = Rule(*LEAN[cfg.optimizer], cfg.weight_decay, seed_from(cfg.seed, "rounding"))
+        return Lean(masters.parameters, rule, cfg.learning_rate)
+    return OPTIMIZERS[cfg.optimizer](masters.parameters, fused=device.type == "cuda", **rates)
 
 
 def add_adapters(cfg, model):
@@ -1023,6 +1026,12 @@ def gradient_norm(parameters):
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def cut(parameters, norm, longest):
+    """Scale the gradients down to the norm `longest`; 0 is none."""
+    if longest and norm > longest:
+        torch._foreach_mul_(gradients(parameters), longest / (norm + 1e-6))
+
+
 def suspects(data, sums, device) -> list[Slot]:
     """The micro-batches whose losses are not finite; all of the step where only a gradient is not. All ranks.
 
@@ -1101,9 +1110,8 @@ def rehearse(cfg, trainee, data, schedule, log):
     """
     model, masters, optimizer, lambdas = trainee
     clips = data.train
-    lengths = [clip.length for clip in clips]
-    batches = micro_batches(lengths, cfg, 0)
-    sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]  # positions, with padding
+    batches = micro_batches([clip.length for clip in clips], cfg, 0)
+    sizes = [size_of(batch, clips) for batch in batches]
     longest = batches[sizes.index(max(sizes))]
     examples = [data.cache.load(clips[i].key) for i in longest]
     # What a message about memory looks at.
@@ -1124,7 +1132,7 @@ def rehearse(cfg, trainee, data, schedule, log):
             value = loss.item()  # waits for the device
             seconds = time.perf_counter() - began
     except torch.OutOfMemoryError as e:
-        raise Invalid(out_of_memory(ready, clips, 1, e)) from None
+        raise Invalid(f"out of memory at step 1: {why(cfg, model, data, ready, e)}") from None
     # All steps together take about what their positions do; the longest one is what memory has to hold.
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     each = seconds * schedule.per_step / ranks
@@ -1132,6 +1140,8 @@ def rehearse(cfg, trainee, data, schedule, log):
     left = timedelta(seconds=round(mean * schedule.steps))
     log.say(f"dry run: the longest micro-batch has {len(longest)} clips and {max(sizes)} positions, loss "
             f"{value:.4f}; peak memory {run.memory_line(model.device)}")
+    use = memory.use(memory.on_meta(model), examples, memory.plan_of(cfg, len(longest)))
+    log.say(f"dry run: by arithmetic a step on it takes {use}; CUDA, scratch and the codec come on top")
     log.say(f"dry run: a step takes {each:.2f} s at most and some {mean:.2f} s in the mean, the "
             f"{schedule.steps} steps {left} beside validation, samples and saving. Nothing was written.")
     if math.isfinite(value):
@@ -1195,16 +1205,31 @@ def skipped(step, loss, norm, names):
     return f"step {step}: loss {loss}, gradient norm {norm}: update skipped; rows {names}"
 
 
-def out_of_memory(data, clips, step, error):
-    """Which clips were too much at once, and which settings make them fewer."""
-    number = max(numbers_of(data.micro), key=lambda i: clips[i].length)
+def why(cfg, model, data, ready, error):
+    """Which clips were too much at once, and which settings would have been enough."""
+    clips = data.train
+    number = max(numbers_of(ready.micro), key=lambda i: clips[i].length)
     longest = clips[number]
-    sizes = [len(micro.clips) for micro in data.micro]
+    sizes = [len(micro.clips) for micro in ready.micro]
     cause = str(error).splitlines()[0]
     name, length = longest.row["id"], longest.length
-    return (f"out of memory at step {step}: micro-batches of {sizes} clips, the longest {name} with "
-            f"{length} positions. Set a smaller batch_size or batch_tokens (and a larger grad_accum_steps), "
-            f"--checkpointing, or a smaller max_length. Checkpoints are untouched. ({cause})")
+    batches = [micro.clips for micro in ready.micro]
+    largest = max(batches, key=lambda batch: size_of(batch, clips))
+    return (f"micro-batches of {sizes} clips, the longest {name} with {length} positions. "
+            f"{memory.advice(cfg, model, examples_of(data, largest))} Or set a smaller batch_size or "
+            "batch_tokens (and a larger grad_accum_steps), --checkpointing, or a smaller max_length. "
+            f"Checkpoints are untouched. ({cause})")
+
+
+def examples_of(data, batch):
+    """Of clips by number, the longest first."""
+    numbers = sorted(batch, key=lambda i: data.train[i].length, reverse=True)
+    return [data.cache.load(data.train[i].key) for i in numbers]
+
+
+def size_of(batch, clips):
+    """Positions of a micro-batch, with padding."""
+    return len(batch) * max(clips[i].length for i in batch)
 
 
 def say_what_next(cfg, log):
@@ -1365,7 +1390,8 @@ def main():
                 masters.backward(sum(weight[k] * out[k] for k in weight))
                 outs.append({k: v.detach().float() for k, v in out.items()})
         except torch.OutOfMemoryError as e:
-            raise Invalid(out_of_memory(ready, clips, progress.step + 1, e)) from None
+            reason = why(cfg, model, data, ready, e)
+            raise Invalid(f"out of memory at step {progress.step + 1}: {reason}") from None
 
         # Sums of all ranks from here on: the same update everywhere, so the weights stay the same everywhere.
         masters.reduce()
@@ -1381,8 +1407,7 @@ def main():
 
         # One bad clip must not spoil the weights. Norm and loss are those of all ranks, so all decide alike.
         if math.isfinite(norm) and math.isfinite(loss):
-            if cfg.max_grad_norm and norm > cfg.max_grad_norm:
-                torch._foreach_mul_(gradients(masters.parameters), cfg.max_grad_norm / (norm + 1e-6))
+            cut(masters.parameters, norm, cfg.max_grad_norm)
             optimizer.step()
             masters.publish()
             bad = 0

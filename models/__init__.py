@@ -51,6 +51,8 @@ The model, calls in the order in which data meets them:
   encode_audio(source, start, end)
                               CPU tensor that the codec makes of a path or of (n,) samples
   encode(row)                 {name: CPU tensor} of a row, no batch dim; slow, frozen, deterministic
+  blank_example(seconds, tokens)
+                              an example of a clip of that length with so many text ids, without content
   length(example)             positions of the trained network, as upstream counts them; 0: nothing to train
   collate(examples, seeds)    (batch, counts); every draw of training is made here, from each row's own seed;
                               seeds None: fixed by the rows' content and nothing dropped, for validation

@@ -507,6 +507,13 @@ class CSM(nn.Module):
                           f"the rows name {', '.join(names)}")
         return asked | {str(self.speakers[name]) for name in asked & self.speakers.keys()}
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        rows, K = tokens + round(self.frame_rate * seconds) + 1, self.config.num_codebooks
+        sound = torch.arange(rows) >= tokens
+        mask = torch.cat([sound[:, None].expand(-1, K), ~sound[:, None]], 1)
+        return {"rows": torch.zeros(rows, K + 1, dtype=torch.long), "mask": mask, "train": sound}
+
     def length(self, example):
         """Rows of the backbone; 0 where none of them is trained."""
         return len(example["rows"]) if example["train"].any() else 0

@@ -989,6 +989,17 @@ class Higgs(nn.Module):
                           "Is it the checkpoint's own tokenizer?")
         return self.marks[name]
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        K = self.config.num_codebooks
+        columns = round(self.frame_rate * seconds) + K + 1  # of the delay pattern, with both ends
+        size = tokens + columns
+        sound = torch.arange(size) >= tokens
+        codes = torch.zeros(size, K, dtype=torch.long)
+        return {"ids": torch.ones(size, dtype=torch.long), "codes": codes, "audio": sound,
+                "text_labels": torch.full((size,), NONE),
+                "audio_labels": torch.where(sound[:, None], codes, NONE)}
+
     def length(self, example):
         """Positions, each column of audio being one; 0 where nothing is trained."""
         trained = (example["text_labels"] != NONE).any() or (example["audio_labels"] != NONE).any()

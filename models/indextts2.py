@@ -552,6 +552,15 @@ class IndexTTS2(nn.Module):
             self._tables = parts
         return self._tables
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        c, codes = self.config, round(self.frame_rate * seconds)
+        example = {"text": torch.ones(tokens, dtype=torch.long), "codes": torch.zeros(codes, dtype=torch.long)}
+        if self.live:  # a frame for each code
+            features = torch.zeros(codes, c.conditioning_encoder.features)
+            return example | {"features": features, "emo_features": features}
+        return example | {"spk": torch.zeros(c.latents, c.model_dim), "emovec": torch.zeros(c.model_dim)}
+
     def length(self, example):
         """Positions of the GPT as upstream counts them: voice, two speed rows, text and codes with their
         marks."""

@@ -547,6 +547,12 @@ class VoxCPM(nn.Module):
                           "use VoxCPM2, or give the clip together with its transcript as a prompt to be "
                           "continued")
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        c, patches = self.config, round(self.frame_rate * seconds)
+        latents = torch.zeros(patches, c.patch_size, c.feat_dim)
+        return {"text": torch.ones(tokens, dtype=torch.long), "latents": latents}
+
     def length(self, example):
         """Positions of the LMs, as upstream counts: text and 101, patches, 102, a reference and marks."""
         reference = len(example["ref_latents"]) + 2 if "ref_latents" in example else 0

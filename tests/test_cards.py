@@ -1,8 +1,10 @@
 """Options that save memory: the same training in fewer bytes, to a stated distance, and resumed to the bit."""
 import contextlib
 import functools
+import importlib
 import math
 import os
+import re
 import signal
 import socket
 
@@ -10,9 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import bench
 import configs
+import lora
+import models
 import train
-from models.parts import layers, lean, shards
+from models.parts import layers, lean, memory, quant, shards
 from models.parts import run as bookkeeping
 from tests.conftest import ROOT
 from tests.running import SERVER, here, ranks
@@ -363,3 +368,127 @@ def test_many_logits_are_never_there_at_once(monkeypatch):
     (much, a, *whole), (little, b, *pieces) = found
     assert a == pytest.approx(b, rel=1e-6) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(whole, pieces))
     assert much > 50_000 and little < 10_000, "the weight and the states alone"
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+WAYS = [
+    ("lora", torch.bfloat16, {"base_bits": 4}), ("lora", torch.float32, {"base_bits": 8, "optimizer": "adamw8bit"}),
+    ("full", torch.float32, {"optimizer": "sgd"}), ("full", torch.bfloat16, {}),
+    ("full", torch.bfloat16, {"master": "none", "optimizer": "adamw8bit"}),
+]
+
+
+def held(tensors):
+    """Bytes of tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind, dtype, settings", WAYS, ids=lambda value: str(value))
+def test_the_bytes_that_are_computed_are_those_that_training_holds(kind, dtype, settings):
+    cfg = bench.Bench(backbone="csm", full=kind == "full")
+    torch.manual_seed(0)
+    model = bench.blank(cfg, torch.device("cpu"), dtype)
+    if kind == "lora":
+        if "base_bits" in settings:
+            quant.quantise(model, settings["base_bits"])
+        bench.add_adapter(cfg, model)
+    examples = [model.blank_example(1, 5), model.blank_example(2, 9)]
+    plan = memory.Plan(batch_size=2, **settings)
+    computed = memory.use(memory.on_meta(model), examples, plan)
+    assert held([*model.parameters(), *model.buffers()]) == pytest.approx(computed.weights, rel=1e-3)  # an empty storage has an address, too
+
+    masters = train.Masters({name: p for name, p in model.named_parameters() if p.requires_grad}, plan.master)
+    optimizer = train.make_optimizer(train.Train(optimizer=plan.optimizer, master=plan.master), masters, model.device)
+    model.train()
+    batch, _ = model.collate(examples, [0, 1])
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept.update({} if storage._cdata in weights else {storage._cdata: (storage.nbytes(), tensor)})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = sum(value for name, value in model(batch).items() if name.startswith("loss/"))
+    kept_now = sum(size for size, _ in kept.values())  # the fused norm and attention of a CPU keep a little less
+    assert (0.95 if dtype == torch.float32 else 0.87) * computed.activations < kept_now < 1.001 * computed.activations
+    kept.clear()
+    masters.backward(loss)
+    assert held([p.grad for p in masters.parameters]) == pytest.approx(computed.gradients, rel=1e-3)
+    optimizer.step()
+    state = optimizer.state.values()
+    moments = [value for each in state for name, value in each.items() if name != "step" and torch.is_tensor(value)]
+    assert held(moments) == pytest.approx(computed.moments, rel=1e-3)
+    copies = [p for p in masters.copies.values() if isinstance(p, torch.nn.Parameter)]
+    assert held(copies) == pytest.approx(computed.copies, rel=1e-3)
+    assert computed.total == sum(computed) and (kind == "full" or computed.copies == 0)
+
+
+@pytest.mark.parametrize("name", sorted(models.backbones()))
+def test_an_example_without_content_is_as_long_as_one_with(name, tmp_path):
+    """The same tensors; a second of sound has as many positions, but for the edges of a codec, and an id has one."""
+    tiny = importlib.import_module(f"tests.tiny_{name}")
+    tiny.write(tmp_path / "base", list(tiny.VARIANTS)[0])
+    model = models.load(tmp_path / "base")
+    lora.apply_lora_to_model(model, {"r": 2, "alpha": 4.0})
+    short, long = (model.encode({"audio": 0.1 * torch.randn(n * model.sample_rate), "text": "hello there"}) for n in (1, 2))
+    blank, longer, more = model.blank_example(1.0, 9), model.blank_example(2.0, 9), model.blank_example(1.0, 16)
+    assert blank.keys() == short.keys() and all(blank[key].dtype == short[key].dtype for key in blank)
+    assert model.length(more) - model.length(blank) == 7
+    assert model.length(longer) - model.length(blank) == pytest.approx(model.length(long) - model.length(short), abs=2)
+    whole, part = (memory.kept(memory.on_meta(model), [blank, blank], every) for every in (0, 1))
+    assert 0 < part < whole and model.device.type == "cpu", "the copy alone is on the meta device"
+
+
+def plan_settings(**values):
+    return train.Train(**{"train_manifest": ["x"], **values})
+
+
+def test_what_would_have_been_enough_is_enough():
+    model = bench.blank(bench.Bench(backbone="csm"), torch.device("cpu"), torch.bfloat16)
+    examples = [model.blank_example(4, 9)] * 4
+    cfg = plan_settings(batch_size=4)
+    plan, blank = memory.plan_of(cfg, 4), memory.on_meta(model)
+    changes = memory.savings(cfg, plan, low=True)
+    names = ["--checkpointing", "--batch_size 2 --grad_accum_steps 2", "--optimizer adamw8bit", "--fused_backward", "--master none"]
+    assert [change.flags for change in changes] == names
+    now = memory.use(blank, examples, plan).total
+    for share in (0.95, 0.4):
+        ways = memory.enough(blank, examples, plan, changes, share * now)
+        assert 1 <= len(ways) <= 2 and all(use.total <= share * now for _, use in ways), share
+        singles = [c.flags for c in changes if memory.use(blank, examples, plan._replace(**c.fields)).total <= share * now]
+        assert [flags for flags, _ in ways][: len(singles)] == singles[:2], "one setting, where one is enough"
+    assert not memory.enough(blank, examples, plan, changes, 0.01 * now)
+    lone = memory.savings(plan_settings(lora=lora.LoRAConfig(), base_bits=8, checkpointing=True, optimizer="sgd"), memory.Plan(8, "sgd", checkpointing=1), low=False)
+    assert [change.flags for change in lone] == ["--base_bits 4"]
+
+
+def test_out_of_memory_says_what_would_have_been_enough(home, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(train, "to_device", full)
+    said = trained(home, "oom", "--num_iters", 2, code=1)
+    assert re.search(r"By arithmetic a step takes \d+\.\d MB \(.*\), and the device has \d+\.\d GB\. Enough would have been --checkpointing", said), said
+    said = trained(home, "oom", "--num_iters", 2, "--dry_run", config="lora", code=1)
+    assert re.search("Enough would have been --.* MB[)]", said) and "step 1: micro-batches of [2] clips" in said, said
+
+
+def test_a_dry_run_says_what_it_takes_by_arithmetic(home):
+    with in_folder(home):
+        ended, _, said = here("train", ["full.yaml", "--save_path", "dry", "--dry_run"])
+    assert ended == 0 and re.search(r"by arithmetic a step on it takes \d\.\d MB \(weights .* MB, gradients .*, moments .*\)", said), said
+
+
+def test_the_table_of_memory_says_what_leaves_room():
+    code, out, err = here("bench", ["--memory", "--backbone", "csm", "--size", "tiny", "--seconds", 2])
+    lines = [line for line in out.decode().splitlines() if line.startswith("|")]
+    assert code == 0 and len(lines) == 2 + len(bench.WAYS) + 1 + 3, err
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:-3]]
+    assert all(float(row[-1]) == pytest.approx(sum(map(float, row[2:-1])), abs=0.03) for row in rows)
+    assert lines[-1] == "| csm | " + " | ".join(["full, LoRA"] * 5) + " |"
+    big, small, least = (memory.Use(size * 1e9, 0, 0, 0, 0) for size in (30, 9, 5))
+    uses = dict(zip(bench.WAYS, (big, small, big, least, least, least)))
+    assert [bench.fitting(uses, card) for card in (6, 8, 12, 80)] == ["-", "LoRA c", "full in few bytes, LoRA c", "full, LoRA"]

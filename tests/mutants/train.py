@@ -45,7 +45,7 @@ MUTANTS = [
      only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
     (6, "train.py", "        counts = all_sum(counts, device)\n", "", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
     (6, "train.py", "    dist.all_reduce(flat)\n", "", only("test_micro_batches_and_ranks_do_not_change_the_gradient")),
-    (6, "train.py", "if cfg.max_grad_norm and norm > cfg.max_grad_norm:", "if False:", only("test_long_gradients_are_cut_to_the_norm")),
+    (6, "train.py", "if longest and norm > longest:", "if False:", only("test_long_gradients_are_cut_to_the_norm")),
     (6, "train.py", "return seed_from(cfg.seed, \"draw\", epoch, row[\"id\"])", "return random.getrandbits(30)", only("test_eleven_steps_and_nine_in_a_new_process_are_twenty")),
     # numbers that are none
     (3, "train.py", "if math.isfinite(norm) and math.isfinite(loss):", "if math.isfinite(loss):", only("test_an_infinite_gradient_is_caught_although_the_loss_is_finite")),
