@@ -16,7 +16,8 @@ The file:
                               where several lie side by side, or "scratch" for drawn ones; dtype None: the
                               file's
   blank(size, version, device, dtype, options)
-                              a model with drawn weights for bench.py; size: "tiny", "mid" or "real"
+                              a model with drawn weights for bench.py; size: "tiny", "mid" or "real"; version:
+                              one of VERSIONS, if the file has several
   Config                      dataclass of the checkpoint's values, under their published names
   Training                    dataclass: the section `backbone:` of a training config
   Sampling                    dataclass: what `generate` takes besides a request; also infer.py's flags
