@@ -2,13 +2,16 @@
 
     python infer.py --ckpt_dir checkpoints/base --lora runs/voice/latest --text "Hello." --output hello.wav
     python infer.py --lora runs/voice/latest:0.8 --input sentences.txt --output_dir out
+    python infer.py --ckpt_dir checkpoints/base --input lines.jsonl   # a line may name its own adapter
 
 With --lora alone the base is the one that the adapter records. Fields of the backbone's Sampling are flags,
-too (--temperature, --cfg_value, ...). Paths of finished files go to stdout, everything else to stderr.
+too (--temperature, --cfg_value, ...): --help --ckpt_dir DIR lists them. Paths of finished files go to stdout,
+everything else to stderr.
 """
 import dataclasses
 import itertools
 import math
+import os
 import re
 import sys
 import time
@@ -23,8 +26,9 @@ import configs
 import lora
 import models
 from configs import Usage, opt
-from models.parts import Invalid, adapters, audio, sentences
+from models.parts import Invalid, adapters, audio, measures, sentences
 from models.parts.plain import LARGEST_JSON, lines_of, need, parse, read_bytes, read_object, shown, sweep_one
+from models.parts.textfiles import check_text, one_line
 
 
 @dataclass
@@ -32,17 +36,19 @@ class Infer:
     """Speak with a checkpoint, with or without adapters."""
 
     ckpt_dir: str = opt("", "folder of the checkpoint, or org/name in the local hub cache; empty takes the adapter's base")
-    lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up", repeat=True)
+    lora: list[str] = opt([], "adapter folder, with :strength if not 1; several are added up; a line of JSONL may name its own",
+                          repeat=True)
     extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     config: str = opt("", "training YAML: its pretrained_path is the checkpoint where ckpt_dir is not given")
     text: str = opt("", "what to say")
     output: str = opt("output.wav", "wav file to write; - streams raw 16-bit samples to stdout as they come")
-    input: str = opt("", "file of sentences, one per line, or JSONL with text and any of output, prompt_audio, prompt_text, "
-                         "reference_audio, speaker, seed, context")
+    input: str = opt("", "file of sentences, one per line, or JSONL with text and any of output, lora, prompt_audio, "
+                         "prompt_text, reference_audio, speaker, seed, context")
     output_dir: str = opt("", "folder for the files of --input: output_001.wav and so on, or the names in the JSONL")
     batch_size: int = opt(4, "sentences of --input that are generated together")
     max_chars_per_piece: int = opt(0, "texts that are longer are cut between sentences and spoken in pieces; 0: never")
     pause: float = opt(0.2, "seconds of silence between the pieces of a text")
+    trim_end: float = opt(-1.0, "cut silence and noise behind the last speech, down to this many seconds; negative leaves it")
     prompt_audio: str = opt("", "recording to continue in the same voice; needs prompt_text")
     prompt_text: str = opt("", "transcript of prompt_audio")
     context: str = opt("", "JSON list or JSONL of earlier turns, oldest first: {text, audio, speaker}; for backbones that "
@@ -144,15 +150,38 @@ def stated_base(adapter):
     return need(raw, "base_model", str, "") or need(raw, "base_model_name_or_path", str, "")
 
 
-def load_model(cfg, path, chosen):
-    """The model with every adapter of [(path, strength)] on; several are stacked."""
+def voice_of(item):
+    """The name under which the adapters of a request are kept; "" for the base alone."""
+    return "\0".join(item["lora"])  # which no path holds
+
+
+def voices_of(requests):
+    """{name: [(path, strength), ...]} of all adapters that requests ask for."""
+    voices = {}
+    for request in requests:
+        name = voice_of(request.item)
+        if name not in voices:
+            voices[name] = [split_strength(spec) for spec in request.item["lora"]]
+    return voices
+
+
+def load_model(cfg, path, voices):
+    """The model with the adapters of all requests: those of one voice on, those of several side by side."""
     device = models.pick_device(cfg.device)
     dtype = models.pick_dtype(cfg.dtype, device)
+    chosen = list(itertools.chain(*voices.values()))
     extra, unused = parts_of(cfg, chosen), cfg.allow_unused_tensors
     model = models.load(path, device, dtype, extra=extra, allow_unused=unused, bits=cfg.base_bits)
-    if chosen:
+    if len(voices) > 1:
+        adapted = {name: several for name, several in voices.items() if several}
+        for name, (loaded, skipped) in lora.load_lora_slots(model, adapted, cfg.ignore_base).items():
+            counts = f"{len(loaded)} tensors, {len(skipped)} skipped; one of {len(adapted)} side by side"
+            report_adapters(adapted[name], counts, skipped)
+    elif chosen:
         loaded, skipped = lora.load_lora_weights(model, chosen, cfg.ignore_base)
-        report_adapters(model, chosen, loaded, skipped)
+        counts = f"{len(loaded)} tensors in {len(lora.lora_modules(model))} modules, {len(skipped)} skipped"
+        counts += "; " + scale_of(model, chosen)
+        report_adapters(chosen, counts, skipped)
         model.speakers = {**getattr(model, "speakers", {}), **trained_speakers(chosen)}
     if cfg.compile:
         for block in model.blocks():
@@ -160,16 +189,19 @@ def load_model(cfg, path, chosen):
     return model
 
 
-def report_adapters(model, chosen, loaded, skipped):
-    """An adapter that does nothing sounds like the base, so what was loaded is said in numbers."""
-    modules = lora.lora_modules(model)
-    s = lora.state(model).settings
-    scale = f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}"
+def scale_of(model, chosen):
+    """How strongly the adapters act, in words."""
     if len(chosen) > 1:
-        scale = f"rank {max(len(module.lora_A) for module in modules.values())} together"
+        ranks = [len(module.lora_A) for module in lora.lora_modules(model).values()]
+        return f"rank {max(ranks)} together"
+    s = lora.state(model).settings
+    return f"r {s.r}, alpha {s.alpha:g}, scale {s.scale:g}"
+
+
+def report_adapters(chosen, counts, skipped):
+    """An adapter that does nothing sounds like the base, so what was loaded is said in numbers."""
     names = " + ".join(f"{path} x {strength:g}" for path, strength in chosen)
-    counts = f"{len(loaded)} tensors in {len(modules)} modules, {len(skipped)} skipped"
-    print(f"adapters: {names}: {counts}; {scale}", file=sys.stderr)
+    print(f"adapters: {names}: {counts}", file=sys.stderr)
     if skipped:
         more = " ..." if len(skipped) > 3 else ""
         print(f"skipped, since it does nothing: {', '.join(skipped[:3])}{more}", file=sys.stderr)
@@ -183,23 +215,38 @@ def trained_speakers(chosen):
     return speakers
 
 
-def check_speakers(requests, chosen):
-    """A name that no adapter was trained with is an error that lists those it was."""
-    trained = trained_speakers(chosen)
-    names = trained.keys() | {str(number) for number in trained.values()}
-    wanted = {request.item["speaker"] for request in requests}
-    wrong = sorted(wanted - names - {""})
-    if trained and wrong:
-        raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: "
-                      f"{', '.join(sorted(trained))}")
+def check_speakers(requests, voices):
+    """A name that no adapter of its request was trained with is an error that lists those it was."""
+    for voice, chosen in voices.items():
+        trained = trained_speakers(chosen)
+        names = trained.keys() | {str(number) for number in trained.values()}
+        wanted = {request.item["speaker"] for request in requests if voice_of(request.item) == voice}
+        wrong = sorted(wanted - names - {""})
+        if trained and wrong:
+            raise Invalid(f"speaker {', '.join(map(repr, wrong))} is not one of those trained: "
+                          f"{', '.join(sorted(trained))}")
 
 
-def name_the_only_speaker(requests, model):
-    """Trained on one voice: nobody has to say which."""
-    speakers = getattr(model, "speakers", {}) if model.speaker_input else {}
-    if len(speakers) == 1:
-        for request in requests:
-            request.item["speaker"] = request.item["speaker"] or next(iter(speakers))
+def name_speakers(requests, voices, model):
+    """Trained on one speaker: nobody has to say which. Adapters side by side have numbers of their own."""
+    if not model.speaker_input:
+        return
+    known = {voice: {**model.speakers, **trained_speakers(chosen)} for voice, chosen in voices.items()}
+    for request in requests:
+        item, speakers = request.item, known[voice_of(request.item)]
+        if len(speakers) == 1:
+            item["speaker"] = item["speaker"] or next(iter(speakers))
+        if len(voices) > 1:
+            item["speaker"] = number_of(item["speaker"], speakers)
+            item["context"] = [dict(turn) for turn in item["context"]]
+            for turn in item["context"]:
+                turn["speaker"] = number_of(turn.get("speaker"), speakers)
+
+
+def number_of(name, speakers):
+    """The number of a speaker as a text, or what was given where no number is known for it."""
+    number = speakers.get(name) if isinstance(name, str) else None
+    return name if number is None else str(number)
 
 
 RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a file; few would need a fifth
@@ -208,11 +255,51 @@ RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a
 def read_sampling(cfg, path, extra):
     """What generate takes besides the request: the flags that only the backbone's Sampling has."""
     flags = [f.name for f in dataclasses.fields(Infer)]
-    sampling = configs.build(models.find(path).Sampling, extra, "--", flags, "sampling")
+    module = models.find(path)
+    refuse_flags_of_others(module, extra)
+    sampling = configs.build(module.Sampling, extra, "--", flags, "sampling")
     sampling = dataclasses.asdict(sampling)
     if "retries" not in extra and cfg.output != "-":
         sampling["retries"] = RETRIES
     return sampling
+
+
+def sampling_flags(module):
+    """{accepted name: Setting} of a backbone's Sampling."""
+    return configs.names(module.Sampling, "sampling")
+
+
+def refuse_flags_of_others(module, extra):
+    """A flag of another backbone is no slip of the pen: say whose it is and what there is here."""
+    here, wrong = sampling_flags(module), []
+    for key in extra:
+        if configs.find(key, here):
+            continue
+        others = models.backbones().items()
+        owners = [name for name, other in others if configs.find(key, sampling_flags(other))]
+        if owners:
+            wrong.append(f"--{key}: a flag of {' and '.join(owners)}")
+    if wrong:
+        own = ", ".join(f.name for f in dataclasses.fields(module.Sampling))
+        raise Usage("\n".join([*wrong, f"{module.__name__.rpartition('.')[2]} has {own}"]))
+
+
+def show_help(argv):
+    """The script's own flags, and those of the backbone where a checkpoint is given."""
+    print(configs.describe(Infer, configs.names(Infer, "infer")))
+    rest = [word for word in argv if word not in HELP]
+    cfg, _ = configs.parse(Infer, rest, script="infer", extra=True)
+    if not (cfg.ckpt_dir or cfg.lora or cfg.config):
+        print("\nBackbones have flags of their own: --help with --ckpt_dir DIR or --lora DIR lists them.")
+        return
+    path = checkpoint_of(cfg, [split_strength(spec) for spec in cfg.lora])
+    module = models.find(path)
+    lines = configs.describe_flags(module.Sampling, sampling_flags(module))
+    print(f"\nFlags of this backbone ({module.__name__.rpartition('.')[2]}):\n", *lines, sep="\n")
+    print(f"\nretries is {RETRIES} where files are written, if it is not given.")
+
+
+HELP = {"--help", "-h"}
 
 
 # ------------------------------------------------------------------------------------------------ what to say
@@ -230,8 +317,11 @@ def read_requests(cfg):
     if cfg.max_chars_per_piece < 0 or not 0 <= cfg.pause <= LONGEST_PAUSE:
         raise Usage(f"max_chars_per_piece is {cfg.max_chars_per_piece}, expected at least 0; "
                     f"pause is {cfg.pause}, expected 0 to {LONGEST_PAUSE} seconds")
+    if cfg.trim_end >= 0 and cfg.output == "-":
+        raise Usage("--trim_end hears a sound to its end, and --output - gives it away before; write a file")
     keys = ("prompt_audio", "prompt_text", "reference_audio", "speaker", "seed")
     flags = {key: getattr(cfg, key) for key in keys}
+    flags["lora"] = cfg.lora
     flags["context"] = read_context(cfg.context)
     if cfg.input:
         return read_input(cfg, flags)
@@ -296,9 +386,28 @@ def read_line(line, flags, is_json):
     item = {key: value for key, value in item.items() if value is not None}
     if "speaker" in item:
         item["speaker"] = str(item["speaker"])
+    if "lora" in item:
+        item["lora"], problem = read_lora(item["lora"])
+        if problem:
+            return None, problem
     if "prompt_audio" in item or "prompt_text" in item:  # another recording says something else
         item = {"prompt_audio": "", "prompt_text": "", **item}
     return {**flags, **item}, None
+
+
+def read_lora(specs):
+    """(the adapters that a line names, None), or (None, what is wrong with them)."""
+    if isinstance(specs, str):
+        specs = [specs] if specs else []  # "": the base alone, whatever --lora says
+    known = isinstance(specs, list) and all(isinstance(spec, str) and spec for spec in specs)
+    if not known or "\0" in "".join(specs):
+        return None, f"lora is {specs!r}, expected an adapter folder, with :strength if not 1, or a list"
+    try:
+        for spec in specs:
+            adapters.locate(split_strength(spec)[0])
+    except (Usage, Invalid) as e:
+        return None, f"lora: {e}"
+    return specs, None
 
 
 def read_context(path):
@@ -326,9 +435,13 @@ LARGEST_SEED = 2**62  # tries add to it, and torch's generators take 64 bits
 
 def wrong_name(output):
     """What is wrong with the name of a file to write, or None."""
-    if output.isprintable() and not output.endswith("/"):
-        return None
-    return f"output {output!r}: expected the name of a file, without control characters"
+    if not output.isprintable() or output.endswith("/"):
+        return f"output {output!r}: expected the name of a file, without control characters"
+    try:
+        os.fsencode(output)
+    except UnicodeEncodeError as e:
+        return f"output {output!r}: names of files are {e.encoding} here; set PYTHONUTF8=1"
+    return None
 
 
 def outside(target, folder):
@@ -341,7 +454,7 @@ def outside(target, folder):
 def wrong_request(item, output):
     """What is wrong with a line or with the flags, or None."""
     for key, value in item.items():
-        if key not in ("seed", "context") and (not isinstance(value, str) or "\0" in value):
+        if key not in ("seed", "context", "lora") and (not isinstance(value, str) or "\0" in value):
             return f"{key} is {value!r}, expected a text"
     if type(item["seed"]) is not int or abs(item["seed"]) >= LARGEST_SEED:
         return f"seed is {item['seed']!r}, expected a whole number below 2**62"
@@ -355,8 +468,15 @@ def wrong_request(item, output):
     missing = [turn["audio"] for turn in turns if not Path(turn["audio"]).is_file()]
     if missing:
         return f"context: no file at {missing[0]}"
-    if not item["text"].strip():
-        return "text is blank; expected what to say"
+    words = {"text": item["text"]}
+    if item["prompt_text"]:
+        words["prompt_text"] = item["prompt_text"]
+    words |= {f"text of turn {n} in context": turn["text"] for n, turn in enumerate(turns)}
+    try:
+        for name, text in words.items():
+            check_text(one_line(text), name)
+    except Invalid as e:
+        return str(e)
     if str(output) != "-" and Path(output).suffix.lower() not in (".wav", ".flac"):
         return f"output {str(output)!r}: sound is written as .wav or .flac"
     return None
@@ -385,16 +505,19 @@ def make_folders(requests):
 
 
 def to_generate(item):
-    """The arguments of model.generate from an item."""
+    """The arguments of model.generate from an item; texts are cleaned as those of training are."""
     speaker = item["speaker"] or None
     prompts = []
     if item["reference_audio"]:
         prompts.append((None, item["reference_audio"], None))
     for turn in item["context"]:
-        prompts.append((turn["text"], turn["audio"], turn.get("speaker")))
+        prompts.append((one_line(turn["text"]), turn["audio"], turn.get("speaker")))
     if item["prompt_audio"]:
-        prompts.append((item["prompt_text"], item["prompt_audio"], speaker))
-    return dict(text=item["text"], prompts=prompts, speaker=speaker, seed=item["seed"])
+        # A blank that was typed at its end stays: there are backbones that put the text right behind it.
+        behind = " " if item["prompt_text"].endswith(" ") else ""
+        prompts.append((one_line(item["prompt_text"]) + behind, item["prompt_audio"], speaker))
+    out = dict(text=one_line(item["text"]), prompts=prompts, speaker=speaker, seed=item["seed"])
+    return {**out, "lora": item["voice"]} if item.get("voice") else out
 
 
 def speak(model, requests, sampling):
@@ -442,6 +565,15 @@ def joined(takes, rate, pause):
     return Take(takes[0].output, torch.cat(waves), finish)
 
 
+def trimmed(take, rate, keep):
+    """(the take, with `keep` seconds behind its last speech at most, seconds that are gone)"""
+    if take.error or keep < 0:
+        return take, 0.0
+    most = math.ceil((measures.end_of_speech(take.wave, rate) + keep) * rate)
+    gone = max(0, len(take.wave) - most)
+    return take._replace(wave=take.wave[:most]), gone / rate
+
+
 def write(take, rate):
     """Write a take and print its path; what keeps it from being written is printed, and False returned."""
     try:
@@ -458,12 +590,14 @@ def write(take, rate):
 
 def say_cap(output, finish):
     if finish == "cap":
-        print(f"{output}: stopped at the length cap, the model had not ended by itself", file=sys.stderr)
+        print(f"{output}: stopped at the length cap, the model had not ended by itself; if the text is long, "
+              "split it (--max_chars_per_piece)", file=sys.stderr)
 
 
 def stream(model, pieces, sampling, pause):
-    """Raw 16-bit samples of a text's pieces to stdout as they come. Returns the seconds of audio."""
-    samples, silence = 0, torch.zeros(round(pause * model.out_sample_rate))
+    """Raw 16-bit samples of a text's pieces to stdout as they come, and how far it is to stderr."""
+    started, rate, samples = time.perf_counter(), model.out_sample_rate, 0
+    silence = torch.zeros(round(pause * rate))
     for number, piece in enumerate(pieces):
         chunks = model.generate(**to_generate(piece.item), **sampling)
         for chunk in itertools.chain([silence] if number else [], chunks):
@@ -471,7 +605,8 @@ def stream(model, pieces, sampling, pause):
             sys.stdout.buffer.flush()
             samples += len(chunk)
         say_cap("-", model.finish[0])
-    return samples / model.out_sample_rate
+        done = progress(number + 1, len(pieces), samples / rate, started)
+        print(f"{done} | {rate} Hz", file=sys.stderr)
 
 
 def progress(done, total, seconds, started):
@@ -483,38 +618,46 @@ def progress(done, total, seconds, started):
 
 
 def main():
+    if HELP & set(sys.argv[1:]):
+        show_help(sys.argv[1:])
+        return
     cfg, extra = configs.parse(Infer, script="infer", extra=True)
 
     # All that can be wrong with the command is said before anything slow begins.
     requests = read_requests(cfg)
-    chosen = [split_strength(spec) for spec in cfg.lora]
-    path = checkpoint_of(cfg, chosen)
+    voices = voices_of(requests)
+    path = checkpoint_of(cfg, list(itertools.chain(*voices.values())))
     sampling = read_sampling(cfg, path, extra)
-    check_speakers(requests, chosen)
+    check_speakers(requests, voices)
     make_folders(requests)
 
     # The model with its adapters, and what only it can tell.
-    model = load_model(cfg, path, chosen)
-    name_the_only_speaker(requests, model)
+    model = load_model(cfg, path, voices)
+    name_speakers(requests, voices, model)
+    if len(voices) > 1:
+        for request in requests:
+            request.item["voice"] = voice_of(request.item)
     if cfg.max_audio_length_ms:
         frames = cfg.max_audio_length_ms / 1000 * model.frame_rate
         sampling["max_len"] = max(1, math.floor(frames + 1e-6))  # 0.64 s * 6.25 may come out as 3.9999999
 
-    # One sentence, piece by piece to whoever listens at the other end of the pipe.
-    started = time.perf_counter()
+    # One text, piece by piece to whoever listens at the other end of the pipe.
     pieces = [pieces_of(request, cfg.max_chars_per_piece) for request in requests]
     if cfg.output == "-":
-        seconds = stream(model, pieces[0], sampling, cfg.pause)
-        print(f"{progress(1, 1, seconds, started)} | {model.out_sample_rate} Hz", file=sys.stderr)
+        stream(model, pieces[0], sampling, cfg.pause)
         return
 
     # Or files, some sentences at a time. What fails is counted, the others are written. A text of several
     # pieces is written once the last of them was spoken, which may be in a later batch.
     jobs = list(itertools.chain(*pieces))
-    rate, takes, failed, seconds = model.out_sample_rate, [], 0, 0.0
+    started, rate = time.perf_counter(), model.out_sample_rate
+    takes, cuts, failed, seconds = [], [], 0, 0.0
     for start in range(0, len(jobs), cfg.batch_size):
         part = jobs[start:start + cfg.batch_size]
-        takes += speak(model, part, sampling)
+        for take in speak(model, part, sampling):
+            take, gone = trimmed(take, rate, cfg.trim_end)
+            takes.append(take)
+            cuts.append(gone)
         while takes and len(takes) >= len(pieces[0]):
             count = len(pieces.pop(0))
             take = joined(takes[:count], rate, cfg.pause)
@@ -524,6 +667,10 @@ def main():
             else:
                 failed += 1
         print(progress(start + len(part), len(jobs), seconds, started), file=sys.stderr)
+    if cfg.trim_end >= 0:
+        count = len([gone for gone in cuts if gone])
+        print(f"{count} of {len(cuts)} takes had more than {cfg.trim_end:g} s behind their last speech; "
+              f"{sum(cuts):.1f} s are cut", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(requests)} failed", file=sys.stderr)
         sys.exit(1)

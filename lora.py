@@ -9,6 +9,7 @@ are small, too. B is zero at first, so training begins at the base.
 Wrapping swaps the class of an nn.Linear and adds parameters to it, so every published name stays what it was.
 The scale is a buffer: on, off, strength and reset change values in place and never recompile anything. What
 is trained in full beside LoRA (embeddings, say) keeps a copy of its base and is switched with the adapter.
+Several adapters may be resident at once under names, a row of a batch each: models/parts/slots.py.
 
 Which layers the words of the settings mean is decided in models/parts/targets.py; the file formats of this
 and of other tools are in models/parts/adapters.py.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.parts import Invalid, adapters, checkpoint, opt, quant, targets
+from models.parts import Invalid, adapters, checkpoint, opt, quant, slots, targets
 from models.parts.plain import as_record, typed
 
 
@@ -41,6 +42,7 @@ class LoRAConfig:
     target_proj_modules: list[str] = opt([], "names of the projections meant by enable_proj; empty means all of them")
     target_layers: list[int | str] = opt([], "layer numbers to adapt in every targeted stack that has them (3), or in one "
                                              "(decoder.3); empty means all")
+    b_lr_ratio: float = opt(1.0, "learning rate of B over that of A (LoRA+, arXiv 2402.12354 advises 16); 1 is off")
     bias: bool = opt(False, "also train a new bias on every wrapped layer")
     train_modules: list[str] = opt([], "regexes of modules that are trained in full beside LoRA")
     train_embeddings: bool = opt(False, "train the embedding tables in full beside LoRA")
@@ -66,6 +68,7 @@ class State:
     base: dict = field(default_factory=dict)  # {name: base value} of what is trained in full beside LoRA
     # {name: trained value} of the same, while the model holds another: at other strengths, or rounded to bf16
     tuned: dict = field(default_factory=dict)
+    slots: object = None  # slots.Slots, where several adapters stand side by side
 
 
 def state(model):
@@ -79,9 +82,12 @@ class LoRALinear(nn.Linear):
     """An nn.Linear that holds an adapter: float32 parameters, of which the activation's dtype gets a copy."""
 
     added = ("lora_A", "lora_B", "lora_bias")  # no published file has them: see checkpoint.published
+    lora_slots = None  # what says which of several adapters a row takes
 
     def forward(self, x):
         y = self.lora_plain.forward(self, x)
+        if self.lora_slots is not None:
+            return slots.added(self, x, y)
         # A first, then B: both steps are thin. The product B A would be as large as W, and its gradient, too.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         z = x if self.lora_after else self.drop(x)
@@ -98,6 +104,7 @@ class LoRALinear(nn.Linear):
 
     def merged(self, leaf):
         """`weight` or `bias` with the adapter added in float32, in the dtype of the base."""
+        refuse(self.lora_slots)
         if self.lora_bias is not None and self.bias is None:
             raise Invalid(f"lora.bias cannot be merged: {self.lora_name} has no bias in the published layout")
         base = getattr(self, leaf).detach()
@@ -237,10 +244,19 @@ def finite(strength):
     return float(strength)
 
 
+def refuse(several):
+    """What is done to one adapter cannot be meant where several stand side by side."""
+    if several is not None:
+        names = ", ".join(several.names)
+        raise Invalid(f"the model holds several adapters side by side ({names}); load the one that is meant "
+                      "by load_lora_weights")
+
+
 @torch.no_grad()
 def act(model):
     """Make buffers and what is trained in full agree with `enabled` and `strength`."""
     st = state(model)
+    refuse(st.slots)
     if not lora_modules(model) and not st.base:
         raise Invalid("the model has no adapter to switch; load or apply one first")
     new = st.strength if st.enabled else 0.0
@@ -280,6 +296,7 @@ def reset_lora_weights(model):
 
     Unlike remove_lora it leaves the layers wrapped: a compiled model goes on, and training can begin anew.
     """
+    refuse(state(model).slots)
     for module in lora_modules(model).values():
         draw(module)
         module.lora_B.zero_()
@@ -301,13 +318,7 @@ def load_lora_weights(model, adapter, ignore_base=False):
     shapes that do not fit are an error before anything is changed; `skipped` holds only keys that are known
     to do nothing.
     """
-    several = adapter if isinstance(adapter, (list, tuple)) else [(adapter, 1.0)]
-    files = []
-    for path, strength in several:
-        files.append((adapters.read(path, model, ignore_base), finite(strength)))
-    a, strength = files[0]
-    if len(files) > 1:  # their strengths are in the stacked B
-        a, strength = adapters.stack(files), 1.0
+    a, strength = read(model, adapter, ignore_base)
     settings = {**a.settings, "target_layers": [], "bias": bool(a.bias)}
     s = typed(LoRAConfig, as_record(settings, a.path))
     if has_shape(model, a):
@@ -323,6 +334,30 @@ def load_lora_weights(model, adapter, ignore_base=False):
         module.lora_after = dropout_after(model, s)
     set_lora_strength(model, strength)
     return a.loaded, a.skipped
+
+
+def read(model, adapter, ignore_base):
+    """(Adapter, strength) of what load_lora_weights takes."""
+    several = adapter if isinstance(adapter, (list, tuple)) else [(adapter, 1.0)]
+    files = []
+    for path, strength in several:
+        files.append((adapters.read(path, model, ignore_base), finite(strength)))
+    if len(files) > 1:  # their strengths are in the stacked B
+        return adapters.stack(files), 1.0
+    return files[0]
+
+
+def load_lora_slots(model, several, ignore_base=False):
+    """Adapters side by side: {name: what load_lora_weights takes}. A request of generate_batch names its own.
+
+    What had been loaded before is gone. Returns {name: (loaded, skipped)}.
+    """
+    files = {name: read(model, adapter, ignore_base) for name, adapter in several.items()}
+    ranks = slots.ranks(files.values())
+    settings = LoRAConfig(r=max(ranks.values(), default=1))
+    build(model, settings, ranks, [])
+    state(model).slots = slots.fill(lora_modules(model), files)
+    return {name: (a.loaded, a.skipped) for name, (a, _) in files.items()}
 
 
 def has_shape(model, a):
@@ -370,6 +405,7 @@ def restore_lora_weights(model, path, ignore_base=False):
 
 def get_lora_state_dict(model):
     """{name: tensor} of all that the adapter is: lora_A, lora_B, lora_bias, and what is trained in full."""
+    refuse(state(model).slots)
     out = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     out.update(tuned(model))
     return {name: value.detach().clone() for name, value in out.items()}

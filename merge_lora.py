@@ -2,6 +2,7 @@
 
     python merge_lora.py --ckpt_dir checkpoints/base --lora runs/voice/latest:0.8 --output_dir merged
     python merge_lora.py --ckpt_dir checkpoints/base --lora runs/voice/latest --to peft --output_dir peft
+    python merge_lora.py --lora runs/voice/latest --to native --rank 8 --output_dir small
 
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
 dtype.
@@ -9,17 +10,19 @@ dtype.
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 import configs
 import lora
 import models
 from configs import Usage, opt
 from infer import base_of, parts_of, split_strength, trained_speakers
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, adapters, checkpoint
 from models.parts.plain import TEMPORARY, is_alive, temporary_name
 
 
@@ -32,6 +35,8 @@ class Merge:
     extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     output_dir: str = opt("", "folder to write; must not hold anything yet")
     to: str = opt("", "adapter format to convert to instead of merging: native, peft, or another that its tools read")
+    rank: int = opt(0, "with to: shrink the adapter to this rank, keeping the most of its energy that fits; 0 leaves it")
+    zero_fill: bool = opt(False, "with to: write zeros for layers that the format's settings mean and the adapter leaves alone")
     naming: str = opt("", "tensor names of the file where the backbone has several published ones; empty keeps the base's")
     dtype: str = opt("", "of the merged weights: float32 or bfloat16; empty keeps the base's")
     ignore_base: bool = opt(False, "merge an adapter although it was trained on another base")
@@ -47,6 +52,10 @@ def check(cfg):
         raise Usage(f"output_dir {out} already holds something; choose another folder")
     if cfg.to and cfg.dtype:
         raise Usage("--dtype is of merged weights; converted adapters (--to) are float32")
+    if (cfg.rank or cfg.zero_fill) and not cfg.to:
+        raise Usage("--rank and --zero_fill are of adapters that are written: say --to native")
+    if cfg.rank < 0:
+        raise Usage(f"rank is {cfg.rank}, expected at least 1, or 0 to leave it")
 
 
 def load_base(cfg, base, extra):
@@ -73,6 +82,77 @@ def keep_strength(model):
         module.lora_full_scale *= strength
 
 
+@torch.no_grad()
+def shrink(model, rank):
+    """Every pair becomes the best of this rank, by the singular values of what it adds to its layer.
+
+    Prints how much of the energy, the sum of their squares, is left in each group of layers.
+    """
+    modules = lora.lora_modules(model)
+    largest = max((len(module.lora_A) for module in modules.values()), default=0)
+    if rank > largest:
+        raise Usage(f"--rank {rank}: the adapter has rank {largest}; only a smaller one says less")
+    groups = {}  # {name without layer numbers: [(energy that is left, energy, name)]}
+    for name, module in modules.items():
+        A, B, values = shrunk(module, rank)
+        module.lora_A = nn.Parameter(A)
+        module.lora_B = nn.Parameter(B)
+        module.lora_full_scale = 1.0
+        energies = values.square()
+        row = float(energies[:rank].sum()), float(energies.sum()), name
+        groups.setdefault(re.sub(r"\.\d+", ".*", name), []).append(row)
+    settings = lora.state(model).settings
+    lora.state(model).settings = replace(settings, r=rank, alpha=float(rank), rslora=False)
+    for group, rows in groups.items():
+        report(group, rank, rows)
+
+
+def report(group, rank, rows):
+    """How much energy is left in a group of layers, and where it is least."""
+    kept = sum(row[0] for row in rows)
+    total = sum(row[1] for row in rows)
+    least, name = min((percent(left, all_of_it), name) for left, all_of_it, name in rows)
+    print(f"{group}: rank {rank} keeps {percent(kept, total):.2f} % of the energy of {len(rows)} layers, "
+          f"least in {name}, {least:.2f} %", file=sys.stderr)
+
+
+def percent(part, whole):
+    return 100 * part / whole if whole else 100.0
+
+
+def shrunk(module, rank):
+    """(A, B, singular values) of the best pair of this rank, with the scale inside.
+
+    B A = Qb Rb Ra^T Qa^T, and the Q keep lengths: the values are those of the small product in the middle,
+    so that the large one is never made.
+    """
+    B = module.lora_full_scale * module.lora_B.double()
+    Qa, Ra = torch.linalg.qr(module.lora_A.double().T)
+    Qb, Rb = torch.linalg.qr(B)
+    U, values, Vt = torch.linalg.svd(Rb @ Ra.T)
+    root = values[:rank].sqrt()  # one half in each
+    A = root[:, None] * (Vt[:rank] @ Qa.T)
+    B = Qb @ U[:, :rank] * root
+    more = rank - len(root)  # where the pair was thinner: a file has one rank for all
+    A = nn.functional.pad(A, (0, 0, 0, more))
+    B = nn.functional.pad(B, (0, more))
+    return A.float(), B.float(), values
+
+
+def fill_with_zeros(model, to):
+    """A pair that does nothing for each layer that the settings of this format mean beyond the adapter's."""
+    kind = model.native_adapter if to == "native" else to
+    modules, settings = lora.lora_modules(model), lora.state(model).settings
+    missing, _ = adapters.unfilled(model, settings, kind, modules)
+    like = next(iter(modules.values()), None)
+    for name in missing:
+        lora.wrap(model, name, replace(settings, r=len(like.lora_A), bias=False))
+        module = model.get_submodule(name)
+        nn.init.zeros_(module.lora_A)
+        module.lora_full_scale = like.lora_full_scale
+    print(f"{len(missing)} layers filled up with zeros", file=sys.stderr)
+
+
 # In the folder of a merge that goes on. The next one deletes what a killed one left, and nothing without it.
 MARK = ".merge_lora"
 
@@ -95,6 +175,10 @@ def write(cfg, model, folder, record):
     naming = cfg.naming or None
     if cfg.to:
         keep_strength(model)
+        if cfg.rank:
+            shrink(model, cfg.rank)
+        if cfg.zero_fill:
+            fill_with_zeros(model, cfg.to)
         lora.save_lora_weights(model, folder, cfg.to, naming, **record)
     else:
         lora.merge_lora_weights(model)

@@ -12,6 +12,7 @@ line. Killed anywhere, the same command goes on where it was. train.py uses `rea
 from here.
 """
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -26,6 +27,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +68,7 @@ class Prepare:
     speaker_from_folder: bool = opt(False, "the folder that tells recordings apart is their speaker; the log says which")
     speaker_level: int = opt(0, "the same, by hand: 1 is the folder that a recording lies in, 2 the one above it; 0 is off")
     mic: str = opt("", "of recordings made with several microphones (_mic1, _mic2) take this one only, such as mic1")
+    transcriber: str = opt("", "module:function from the path of a recording to its text, for recordings without one")
     normalizer: str = opt("", "module:function from text to text, called on every text")
     min_seconds: float = opt(0.3, "shorter clips are bad rows")
     max_seconds: float = opt(60.0, "longer clips are bad rows, told by their header; with word times they are cut instead")
@@ -116,6 +119,7 @@ class Work:
     cfg: Prepare
     out: Path
     normalise: Callable | None = None  # from text to text
+    hear: Callable | None = None  # from the path of a recording to its text
     device: str = "cpu"  # where the codec runs
     rows: list[dict] = field(default_factory=list)
     bad: list[Fault] = field(default_factory=list)
@@ -254,6 +258,8 @@ def cut_long(work):
             work.changes["recordings cut"] += 1
             if "alignment" in row:
                 rows += cut_at_words(row, seconds, cutting)
+            elif work.hear and "text" not in row:
+                rows += cut_to_hear(row, cfg, cutting)
             else:
                 cut_at_silences(row, seconds, table, work, cutting)
         except Invalid as e:
@@ -268,7 +274,7 @@ def seconds_to_cut(row, cfg):
     """The length of a recording that is to be cut, 0 for a row that stays as it is."""
     whole = "audio" in row and not {"messages", "start", "end"} & row.keys()
     if not whole or not (cfg.slice or "alignment" in row):
-        if "text" not in row and "turns" not in row:
+        if "text" not in row and "turns" not in row and not cfg.transcriber:
             raise Invalid("no text for this part of a recording")
         return 0
     seconds = audio.info(row["audio"]).seconds
@@ -297,11 +303,26 @@ def cut_at_words(row, seconds, cutting):
     return rows
 
 
+def cut_to_hear(row, cfg, cutting):
+    """A row for each piece between silences; its text comes from the transcriber."""
+    rest = {key: value for key, value in row.items() if key != "duration"}
+    rows = []
+    for k, span in enumerate(spans_of_speech(row, cfg, cutting), 1):
+        rows.append({**rest, "id": f"{row['id']}_{k:04d}", **span._asdict()})
+    if not rows:
+        raise Invalid("no sound above --silence_db, so there is nothing to cut")
+    return rows
+
+
+def spans_of_speech(row, cfg, cutting):
+    speech = clips.find_speech(row["audio"], cfg.silence_db, cfg.slice_hop, cutting)
+    return clips.pieces(speech, cutting)
+
+
 def cut_at_silences(row, seconds, table, work, cutting):
     """Write the pieces into clips/, and their names into the table to which texts will be added."""
     cfg, number = work.cfg, work.changes["recordings cut"]
-    speech = clips.find_speech(row["audio"], cfg.silence_db, cfg.slice_hop, cutting)
-    spans = clips.pieces(speech, cutting)
+    spans = spans_of_speech(row, cfg, cutting)
     folder = work.out / "clips"
     for k, (start, end) in enumerate(spans, 1):
         name = f"{number:04d}_{k:04d}.wav"  # numbers only: no text of a manifest becomes a file name
@@ -327,6 +348,69 @@ def write_table(table, work):
         writer.writerow(["filename", "text", "recording", "from", "to"])
         writer.writerows(table)
     say(f"{len(table)} clips; write what is said into the column text of {path}, then --input {path}")
+
+
+# ------------------------------------------------------------------------------------------------ hear
+
+
+def transcribe(work, file):
+    """Let the transcriber say what is said in recordings without text. What it has heard once is in the memo.
+
+    Such rows name it as their `transcriber`, in the manifests, too: a machine's words are not a person's.
+    """
+    memo, name = read_memo(file), work.cfg.transcriber
+    silent = [row for row in work.rows if not {"text", "turns", "messages"} & row.keys()]
+    progress, saved = Progress(len(silent)), time.time()
+    if silent:
+        say(f"{len(silent)} recordings without text are heard by {name} ...")
+    try:
+        for row in silent:
+            try:
+                row |= {"text": heard(row, work, memo), "transcriber": name}
+            except Invalid as e:
+                work.refuse(row, f"{name}: {e}")
+            if progress.due(0):
+                say(f"heard {progress.done}/{progress.count}, {clock(progress.elapsed)}")
+            if time.time() - saved > MEMO_SECONDS and not work.cfg.check:
+                saved = time.time()
+                write_file(file, json.dumps(memo).encode())
+    finally:
+        if silent and not work.cfg.check:
+            write_file(file, json.dumps(memo).encode())
+    work.rows = [row for row in work.rows if row.keys() & {"text", "turns", "messages"}]
+
+
+def heard(row, work, memo):
+    """The text of one recording, or of its part, in one line."""
+    clip, name = clip_of(row), work.cfg.transcriber
+    module = sys.modules[name.partition(":")[0]]
+    now = [stamp(clip.path), stamp(module.__file__)]  # another model in that file hears other words
+    key = json.dumps([*clip, name])
+    known = memo.get(key)
+    if isinstance(known, list) and known[:2] == now:
+        return known[2]
+    try:
+        with part_of(clip) as path:
+            text = work.hear(path)
+    except Exception as e:  # somebody else's function may raise anything, and one clip is not all
+        raise Invalid(f"{type(e).__name__}: {e}") from None
+    if not isinstance(text, str) or not text.strip():
+        raise Invalid(f"it gave {text!r}, expected a text")
+    text = one_line(text)
+    memo[key] = [*now, text]
+    return text
+
+
+@contextlib.contextmanager
+def part_of(clip):
+    """The path of a recording; of a part of one a file is written that lives as long as it is heard."""
+    if clip.start is None and clip.end is None:
+        yield clip.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.wav"
+        audio.write(path, *audio.read(clip.path, None, clip.start, clip.end))
+        yield str(path)
 
 
 # ------------------------------------------------------------------------------------------------ judge
@@ -650,6 +734,10 @@ def reference_from(pool, row, cfg):
 PRIVATE = "\ue123\uf8a7"
 WORST = 20  # clips to listen to: three minutes
 PLAYER_SECONDS, PLAYER_RATE = 8, 16000  # of each, so that the page stays below 7 MB and can be mailed
+# Tokens per character from which a script is told: English takes a quarter, Chinese about one, and what a
+# tokenizer spells in bytes two or three.
+FOREIGN_TOKENS = 1.5
+SPEAKER_PLAYERS = 12  # speakers that can be heard: as many as anybody compares, and 3 MB
 PLAYER_TEXT = 300  # characters: about twice as many as are spoken in that time
 
 
@@ -678,6 +766,12 @@ def for_checkpoint(model, cache, rows, work):
         what = f"{length} positions, training drops more than max_batch_tokens / batch_size = {most}"
         notices.append(Notice(row, "too many tokens", what))
     counts = collections.Counter(c for c in "".join(texts) if c in unknown)
+    scripts = tokens_by_script(texts, tokens)
+    for script, ratio in scripts.items():
+        if ratio > FOREIGN_TOKENS:
+            one = next(row for row, text in zip(rows, texts) if script_of(text) == script)
+            what = f"{ratio:.1f} tokens per character of {script} text: the tokenizer has hardly met it"
+            notices.append(Notice(one, "foreign script", what))
     lower = [row for row in rows if row.get("sample_rate", math.inf) < model.sample_rate]
     if lower:  # one line for all: a data set has mostly one rate
         what = f"{len(lower)} clips lie below the codec's {model.sample_rate} Hz; what is above stays silent"
@@ -694,9 +788,27 @@ def for_checkpoint(model, cache, rows, work):
         "hours kept": hours(kept),
         "steps per epoch": round(micro_batches / cfg.grad_accum_steps, 2),
         "clips with a lower sample rate": len(lower),
+        "tokens per character": scripts,
         "unknown characters": dict(counts.most_common()),
     }
     return facts, notices
+
+
+def script_of(text):
+    """The script that most letters of a text are of, as Unicode calls it: LATIN, ARABIC, CJK, HIRAGANA."""
+    letters = [c for c in text if unicodedata.category(c)[0] == "L"]
+    names = [re.split("[ -]", unicodedata.name(c, "UNNAMED"))[0] for c in letters]
+    return collections.Counter(names).most_common(1)[0][0] if names else "no letters"
+
+
+def tokens_by_script(texts, tokens):
+    """{script: tokens per character} of the texts that are written in it, the most used script first."""
+    characters, ids = collections.Counter(), collections.Counter()
+    for text, count in zip(texts, tokens):
+        script = script_of(text)
+        characters[script] += len(text)
+        ids[script] += count
+    return {script: round(ids[script] / max(1, n), 3) for script, n in characters.most_common()}
 
 
 def text_of(row):
@@ -811,6 +923,9 @@ def report_data(work, standouts):
         "val rows": len(val),
         "val hours": hours(val),
     }
+    by_machine = sum("transcriber" in row for row in rows)
+    if by_machine:
+        totals["rows with a text that a machine heard"] = by_machine
     dropped = []
     for fault in work.bad:
         dropped.append({**fault.at._asdict(), "reason": fault.reason})
@@ -915,7 +1030,7 @@ def report_page(work, standouts, data):
         notices_section(work.notices),
         page.section("How the clips are spread", page.grid(*histograms)),
         page.grid(*counts),
-        speakers_section(data["speakers"]),
+        speakers_section(data["speakers"], work.rows),
         *map(checkpoint_section, work.checkpoints),
         standouts_section(standouts),
     ]
@@ -943,12 +1058,18 @@ def notices_section(notices):
     return page.section(f"Worth a look: {len(notices)}", page.facts(kinds), table)
 
 
-def speakers_section(speakers):
+def speakers_section(speakers, clips_of_all):
+    """With a clip of each of the first: whether a name is the right voice's is told by ear alone."""
+    first = {}
+    for row in clips_of_all:
+        if "facts" in row:
+            first.setdefault(str(row.get("speaker", "")), row)
     rows = []
-    for name, total in speakers.items():
+    for k, (name, total) in enumerate(speakers.items()):
+        heard = player(first[name]) if name in first and k < SPEAKER_PLAYERS else ""
         number = total.get("number", "")
-        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"])])
-    return page.section("Speakers", page.table(["speaker", "number", "clips", "length"], rows))
+        rows.append([name or "(none named)", number, total["clips"], length_of(total["hours"]), heard])
+    return page.section("Speakers", page.table(["speaker", "number", "clips", "length", "a clip"], rows))
 
 
 def standouts_section(standouts):
@@ -975,8 +1096,10 @@ def checkpoint_section(about):
     facts = dict(about)
     folder = facts.pop("checkpoint")
     unknown = list(facts.pop("unknown characters").items())
+    scripts = list(facts.pop("tokens per character").items())
+    foreign = page.table(["script of the text", "tokens per character"], scripts)
     table = page.table(["unknown character", "times"], unknown, "Every character has a token.")
-    return page.section(f"For {folder}", page.facts(spelled(facts)), table)
+    return page.section(f"For {folder}", page.facts(spelled(facts)), foreign, table)
 
 
 def player(row):
@@ -1066,7 +1189,8 @@ def gather(work):
         inputs, texts, roots = [texts], "", tuple(cfg.input)
     for k, path in enumerate(inputs):
         skip = folders_to_skip(work, path)
-        how = Reading(cfg.format, texts, cfg.alignment_dir, not cfg.slice, roots, skip, cfg.mic)
+        need_text = not (cfg.slice or cfg.transcriber)
+        how = Reading(cfg.format, texts, cfg.alignment_dir, need_text, roots, skip, cfg.mic)
         try:
             found = read_rows(path, how)
         except Ambiguous as e:
@@ -1247,6 +1371,8 @@ def main(argv=None):
     work = Work(cfg, Path(cfg.output_dir))
     if cfg.normalizer:
         work.normalise = hook(cfg.normalizer)
+    if cfg.transcriber:
+        work.hear = hook(cfg.transcriber, "transcriber", "my_ears:transcribe")
     if cfg.device != "auto":
         work.device = cfg.device
     elif torch.cuda.is_available():
@@ -1256,7 +1382,7 @@ def main(argv=None):
     outputs = [os.path.realpath(work.out / name) for name in MANIFESTS]
     as_is = [path for path in cfg.input if cfg.encode_only or os.path.realpath(path) in outputs]
     changes_sound = cfg.slice or cfg.loudness or cfg.trim >= 0
-    changes_rows = cfg.normalizer or cfg.skip_bad or cfg.ref != "none"
+    changes_rows = cfg.normalizer or cfg.transcriber or cfg.skip_bad or cfg.ref != "none"
     if as_is and (as_is != cfg.input or changes_sound or changes_rows):
         raise configs.Usage(f"{as_is[0]} is encoded as it is; "
                             "to change its rows, prepare it into another --output_dir")
@@ -1272,6 +1398,8 @@ def main(argv=None):
     # ---- read, cut, measure, judge
     gather(work)
     cut_long(work)
+    if work.hear:
+        transcribe(work, work.out / "cache" / "heard.json")
     facts = measure_all(clips_in(work.rows), cfg, work.out / "cache" / "facts.json")
     judge_all(work, facts)
     if as_is:

@@ -11,6 +11,7 @@ restart changes what is computed. Interrupted runs go on from save_path by thems
 `main`, at the end, is the whole story. What stands before it comes in the order in which main needs it. The
 run folder, the log and all else that computes nothing are in models/parts/run.py.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,7 +39,7 @@ import lora
 import models
 from configs import Usage, opt
 from lora import LoRAConfig
-from models.parts import Invalid, checkpoint, gate, listen, memory, run
+from models.parts import Invalid, checkpoint, gate, listen, memory, run, sweep
 from models.parts.cache import ClipCache
 from models.parts.lean import Bare, InBackward, Lean, Rule, padded
 from models.parts.manifests import holders, read_manifest
@@ -53,8 +55,9 @@ class Train:
     # What is read and written
     config: str = opt("", "YAML file of settings; flags win over it", config=True)
     pretrained_path: str = opt("", "folder of the published checkpoint, or org/name in the local hub cache")
-    train_manifest: list[str] = opt([], "JSONL of rows to train on; a list of files is one data set")
-    val_manifest: list[str] = opt([], "JSONL of rows to validate on; empty means no validation")
+    train_manifest: list[str] = opt([], "JSONL of rows to train on, or several; FILE@0.2: drawn from, so "
+                                        "that its rows are a fifth of each epoch")
+    val_manifest: list[str] = opt([], "JSONL of rows to validate on; several have losses of their own, too; empty means none")
     extra: dict[str, str] = opt({}, "places of parts kept elsewhere, as --extra.codec DIR; those not given are searched for")
     save_path: str = opt("", "run folder: checkpoints, logs, the resolved settings")
     tensorboard: str = opt("", "folder of the TensorBoard log; empty means logs/ in the run folder")
@@ -72,12 +75,13 @@ class Train:
 
     # How long, and what happens on the way
     num_iters: int = opt(0, "optimizer steps; 0 takes epochs, else max_steps, else what suits the amount of data")
-    max_steps: int = opt(0, "steps over which the learning rate falls to zero; 0 means num_iters")
+    max_steps: int = opt(0, "steps over which the learning rate falls to zero (see schedule); 0 means num_iters")
     epochs: float = opt(0.0, "length in passes over the data, wins over num_iters; 0 is off")
     log_interval: int = opt(10, "steps between lines in the log")
     valid_interval: int | None = opt(None, "steps between validations; empty takes a tenth of the run, 0 only the end")
     save_interval: int | None = opt(None, "steps between checkpoints; empty takes a tenth of the run, 0 only the end")
     save_epochs: float = opt(0.0, "passes over the data between checkpoints, beside save_interval; 0 is off")
+    patience: int = opt(0, "end the run after so many validations without a lower loss; 0 is off")
     keep_last: int = opt(0, "newest checkpoints to keep; 0 keeps all")
     keep_every: int = opt(0, "with keep_last: also keep every checkpoint whose step this divides")
     keep_best: bool = opt(True, "with keep_last: also keep the one with the lowest validation loss")
@@ -87,9 +91,12 @@ class Train:
     # The update
     learning_rate: float = opt(1e-4, "peak, reached after warmup_steps")
     weight_decay: float = opt(0.01, "on every trained tensor")
+    schedule: str = opt("cosine", "after warm-up: cosine or linear to zero, constant, or wsd: constant, then linear to zero over "
+                                  "the last fifth", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = opt(100, "steps over which the learning rate rises from zero")
     warmup_ratio: float = opt(0.0, "warm-up as a share of the schedule instead of warmup_steps; 0 is off")
     max_grad_norm: float = opt(0.0, "longer gradients are scaled down to this norm; 0 never")
+    ema: float = opt(0.0, "decay per step of an average of the trained weights, which is validated and saved then; 0 is off")
     optimizer: str = opt("adamw", "adamw, adam, sgd, or adamw8bit: moments in 2 bytes per trained weight instead of 8",
                          choices=("adamw", "adam", "sgd", "adamw8bit"))
     lambdas: dict[str, float] = opt({}, "weight of each loss; one that is not listed keeps the backbone's")
@@ -118,6 +125,8 @@ class Train:
     gate: str = opt("warn", "compare the base's losses with two controls before the first step: warn, stop or off",
                     choices=("warn", "stop", "off"))
     dry_run: bool = opt(False, "do everything up to the first step, try the longest micro-batch, report, write nothing")
+    sweep: str = opt("", "YAML file of ranges (models/parts/sweep.py): a run for each draw of settings, and a table of them")
+    trials: int = opt(12, "runs of a sweep; with more later, those that are done stay")
     hf_model_id: str = opt("", "hub id of the base, written into the adapter with distribute")
     distribute: bool = opt(False, "record hf_model_id as the base, so that the adapter can be shared")
     log_level: str = opt("info", "debug, info, warning, error or critical", choices=tuple(run.LEVELS))
@@ -134,18 +143,19 @@ FREE = {
     "config", "pretrained_path", "extra", "train_manifest", "val_manifest", "save_path", "tensorboard",
     "cache_dir",
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
-    "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
-    "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "log_level",
-    "debug", "fused_backward", "shard",
+    "patience", "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
+    "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "sweep",
+    "trials", "log_level", "debug", "fused_backward", "shard",
 }
-AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval"}
+AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval", "trials"}
 AT_LEAST_ZERO = {
     "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
-    "valid_interval", "save_interval", "save_epochs", "keep_last", "keep_every", "val_samples",
+    "valid_interval", "save_interval", "save_epochs", "patience", "keep_last", "keep_every", "val_samples",
     "checkpointing", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LEAN = {"adamw8bit": ("adamw", 8), **{name: (name, 32) for name in OPTIMIZERS}}  # name and bits for lean.Rule
+DECAY = 0.2  # of the steps, in which wsd falls to zero: a tenth to a fifth will do, and short runs need more
 # Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
 # so many steps, since by then a voice is learned; but all of the data once.
 USUAL_EPOCHS, USUAL_STEPS = 20, 1500
@@ -167,14 +177,29 @@ def check_settings(cfg):
             wrong.append(f"{name} is {value}, expected at least 1")
         if name in AT_LEAST_ZERO and (value or 0) < 0:
             wrong.append(f"{name} is {value}, expected at least 0")
+    shares = [manifest_of(word).share for word in cfg.train_manifest]
+    if any(shares) and (sum(shares) >= 1 or all(shares) or len(set(paths_of(cfg))) < len(shares)):
+        files = ", ".join(cfg.train_manifest)
+        wrong.append(f"train_manifest is {files}: the shares must leave something of an epoch to a file "
+                     "without one, and each file stands there once")
+    if cfg.lora and cfg.lora.b_lr_ratio <= 0:
+        wrong.append(f"lora.b_lr_ratio is {cfg.lora.b_lr_ratio:g}, expected above 0; 1 is off")
+    if not 0 <= cfg.ema < 1:
+        wrong.append(f"ema is {cfg.ema:g}, expected 0, which is off, or a decay below 1 such as 0.999")
+    if cfg.patience and not (cfg.val_manifest and cfg.valid_interval != 0):
+        wrong.append("patience counts validations: it needs val_manifest, and a valid_interval above 0")
     if cfg.distribute and not cfg.hf_model_id:
         wrong.append("distribute needs hf_model_id, the hub id that the adapter should name as its base")
     if cfg.overwrite and Path(cfg.save_path).is_dir():
         # What is moved aside must not hold what the run is about to read.
-        needed = [cfg.pretrained_path, *cfg.train_manifest, *cfg.val_manifest, cfg.cache_dir]
+        needed = [cfg.pretrained_path, *paths_of(cfg), *cfg.val_manifest, cfg.cache_dir]
         inside = [path for path in needed if path and within(path, cfg.save_path)]
         if inside:
             wrong.append(f"overwrite would move {inside[0]} away, since it lies in save_path {cfg.save_path}")
+    places = [Path(cfg.tensorboard), *Path(cfg.tensorboard).parents] if cfg.tensorboard else []
+    for place in places:
+        if place.exists() and not place.is_dir():
+            wrong.append(f"tensorboard is {cfg.tensorboard}, but {place} is a file; give a folder")
     if cfg.overwrite and cfg.resume_from:
         wrong.append("overwrite starts anew and resume_from goes on; choose one")
     if cfg.save_mode != "lora" and not cfg.lora:
@@ -205,7 +230,35 @@ def wrong_together(cfg, world):
                          "adapters, and weights in float32, have no copies")
         if cfg.shard:
             wrong.append("master none leaves out copies that shard shares out over the ranks; choose one")
+        if cfg.ema:
+            wrong.append("ema averages float32 values, which master none leaves out; choose one")
+    if cfg.shard and cfg.ema:
+        wrong.append("ema needs all values on each rank, which shard shares out; choose one")
+    if cfg.shard and cfg.lora and cfg.lora.b_lr_ratio != 1:
+        wrong.append("shard has one learning rate for all; leave lora.b_lr_ratio at 1, or leave out shard, "
+                     "which saves little with adapters")
     return wrong
+
+
+class Manifest(NamedTuple):
+    """A file of rows, and the share of each epoch that is drawn from it; 0: every row comes once."""
+
+    path: str
+    share: float
+
+
+def manifest_of(word):
+    """replay.jsonl@0.2 -> that file and 0.2; a name that only looks so stays a name."""
+    share = r"0?\.\d*[1-9]\d*"  # between 0 and 1
+    weighted = re.fullmatch(f"(.+)@({share})", word)
+    if not weighted or Path(word).exists():
+        return Manifest(word, 0.0)
+    return Manifest(weighted[1], float(weighted[2]))
+
+
+def paths_of(cfg):
+    """The files of rows to train on, without their shares."""
+    return [manifest_of(word).path for word in cfg.train_manifest]
 
 
 def parse_settings():
@@ -228,6 +281,38 @@ def parse_settings():
         return cfg, []
     return cfg, [f"lora.r {cfg.lora.r} was given without lora.alpha: alpha goes from {before.alpha:g} to "
                  f"{cfg.lora.alpha:g}, so that the scale stays {cfg.lora.scale:g}; --lora.alpha sets it"]
+
+
+def search(cfg):
+    """--sweep: run this script once for each trial. -> exit code"""
+    other = [key for key in ("overwrite", "resume_from", "dry_run") if getattr(cfg, key)]
+    if other or "RANK" in os.environ:
+        raise Usage(f"sweep starts each run by itself, without {other[0] if other else 'torchrun'}")
+    if not cfg.val_manifest:
+        raise Usage("sweep ranks runs by their validation: give val_manifest")
+    plan = sweep.read_plan(cfg.sweep, cfg.trials, cfg.seed)
+    sweep.recall(cfg.save_path, plan)
+    root = Path(cfg.save_path)
+    wrong = run.claim(root)
+    if wrong:
+        raise Usage(wrong)
+    # What all of them share is written down once; another sweep does not go on in this folder.
+    file = root / "settings.yaml"
+    shared = dataclasses.replace(cfg, config="", sweep="", trials=Train.trials, save_path="")
+    if file.exists():
+        there, here = configs.parse(Train, [str(file)]), dataclasses.replace(shared, config=str(file))
+        differ = "; ".join(run.differences(dataclasses.asdict(there), dataclasses.asdict(here), {}))
+        if differ:
+            raise Usage(f"{root} holds a sweep with other settings: {differ}. Choose another save_path.")
+    configs.dump(shared, file)
+    # A name or a value that one of them would refuse is told before the first begins.
+    for trial in plan.trials:
+        check_settings(configs.parse(Train, [str(file), "--save_path", trial.name, *trial.flags]))
+    say = partial(print, file=sys.stderr, flush=True)
+    code = sweep.run(root, plan, [sys.executable, __file__, str(file)], say)
+    print(sweep.table(plan), end="")
+    say(f"the table is in {root / sweep.TABLE}, the runs are in {root}/trial_*")
+    return code
 
 
 def within(path, folder):
@@ -321,21 +406,28 @@ def intervals(cfg, steps):
 
 
 def learning_rate(cfg, s, span, warmup):
-    """Rate of the update after s completed ones: linear up, cosine down to zero at `span`, zero from then on.
+    """Rate of the update after s completed ones: linear up, then by `schedule`, most of which are zero from
+    `span` on.
 
     The first update has rate zero: it fills the optimizer's moments and moves nothing.
     """
     if s < warmup:
         return cfg.learning_rate * s / warmup
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
     if s >= span:
         return 0.0
+    if cfg.schedule == "linear":
+        return cfg.learning_rate * (span - s) / (span - warmup)
+    if cfg.schedule == "wsd":
+        return cfg.learning_rate * min(1.0, (span - s) / (DECAY * span))
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (span - warmup)))
 
 
 def set_rate(optimizer, rate):
     """Before backward, which with fused_backward takes the step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("ratio", 1.0)
 
 
 def seed_from(*numbers) -> int:
@@ -411,6 +503,7 @@ def told_once(main):
         try:
             return main()
         except (Usage, Invalid) as error:
+            leave_word(error)
             if mine_to_say(error):
                 raise
             sys.exit(2 if isinstance(error, Usage) else 1)
@@ -421,6 +514,15 @@ def told_once(main):
                 raise
             sys.exit(1)
     return wrapped
+
+
+def leave_word(error):
+    """torchrun ends with a block of its own, which has the reason if it lies in this file, else a link."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        reason = str(error).split("\n")[0]  # the block says it for each rank
+        more = {"timestamp": str(int(time.time())), "py_callstack": reason}
+        Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": more}}))
 
 
 def mine_to_say(error):
@@ -471,6 +573,7 @@ class Trainee(NamedTuple):
     masters: "Masters"
     optimizer: torch.optim.Optimizer
     lambdas: dict[str, float]
+    average: "Average"
 
 
 def find_run(cfg, settings, defaults, place, log):
@@ -537,13 +640,14 @@ def prepare(cfg, model, lambdas, log):
         masters = Masters(trained, cfg.master)
     model.set_recompute(int(cfg.checkpointing))
     if cfg.compile:
-        log.say("layers are compiled as the first step comes to them, which may take minutes")
+        log.say("layers are compiled as the first validation and the first step come to them, which may take "
+                "minutes; both say how long")
         for block in model.blocks():
             block.compile()
     optimizer = make_optimizer(cfg, masters, model.device)
     if cfg.fused_backward:
         masters.step_in_backward(optimizer)
-    return Trainee(model, masters, optimizer, lambdas)
+    return Trainee(model, masters, optimizer, lambdas, Average(masters, cfg.ema))
 
 
 def make_optimizer(cfg, masters, device):
@@ -552,10 +656,23 @@ def make_optimizer(cfg, masters, device):
     # that goes on.
     rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
     rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
+    parameters = parameter_groups(cfg, masters)
     if cfg.optimizer == "adamw8bit" or cfg.master == "none" or cfg.fused_backward:
         rule = Rule(*LEAN[cfg.optimizer], cfg.weight_decay, seed_from(cfg.seed, "rounding"))
-        return Lean(masters.parameters, rule, cfg.learning_rate)
-    return OPTIMIZERS[cfg.optimizer](masters.parameters, fused=device.type == "cuda", **rates)
+        return Lean(parameters, rule, cfg.learning_rate)
+    return OPTIMIZERS[cfg.optimizer](parameters, fused=device.type == "cuda", **rates)
+
+
+def parameter_groups(cfg, masters):
+    """What the optimizer steps on. With lora.b_lr_ratio the B of all adapters are a group with a rate of its
+    own: `ratio` times that of the others."""
+    ratio = cfg.lora.b_lr_ratio if cfg.lora else 1.0
+    if ratio == 1.0:
+        return masters.parameters
+    named = list(zip(masters.named, masters.parameters))
+    others = [p for name, p in named if not name.endswith(".lora_B")]
+    fast = [p for name, p in named if name.endswith(".lora_B")]
+    return [{"params": others, "ratio": 1.0}, {"params": fast, "ratio": ratio}]
 
 
 def add_adapters(cfg, model):
@@ -590,7 +707,7 @@ def resume(cfg, past, trainee, progress, log):
 
 def restore(cfg, folder, trainee):
     """The counterpart of `save`. The weights of a full run are there already: load_model has read them."""
-    model, masters, optimizer, _ = trainee
+    model, masters, optimizer, _, average = trainee
     path = folder / "optimizer.pth"
     saved = torch.load(path, map_location="cpu", weights_only=True)
     # Values beside the optimizer are there because the files of the model hold something less exact.
@@ -602,6 +719,7 @@ def restore(cfg, folder, trainee):
         lora.restore_lora_weights(model, folder, cfg.ignore_base)
         masters.set(masters.named)
     masters.load_state(optimizer, saved["optimizer"])
+    average.restore(saved.get("average", []))
 
 
 def begin_folder(cfg, log):
@@ -629,27 +747,30 @@ def save(cfg, write, progress, log, held=None):
     run.name_best(cfg.save_path, progress.best, log.say)
 
 
-def state_of(cfg, masters, optimizer):
+def state_of(cfg, trainee):
     """What lets training go on from exactly what it had, beside the files of model or adapter. All ranks."""
     # Files that round, merge or rescale do not hold that (a bias is stored divided by the scale, as PEFT has
     # it); then the values stand beside the optimizer's state.
-    exact = masters.exact
+    _, masters, optimizer, _, average = trainee
+    exact = masters.exact and not cfg.ema
     if cfg.lora:
         exact = exact and cfg.save_mode != "full" and not cfg.lora.bias
     values = {} if exact else masters.values()
-    return {"optimizer": masters.state(optimizer), "values": values}
+    return {"optimizer": masters.state(optimizer), "values": values, "average": average.values}
 
 
-def write_files(cfg, model, progress, state, folder):
+def write_files(cfg, trainee, progress, state, folder):
     """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
+    model, *_, average = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
-    if adapter:
-        base = cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path)
-        extra = {} if cfg.distribute else cfg.extra  # places on this machine are nobody else's
-        lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
-    if whole:
-        model.save(folder, merged=bool(cfg.lora))
+    with average.acting():
+        if adapter:
+            base = cfg.hf_model_id if cfg.distribute else str(cfg.pretrained_path)
+            extra = {} if cfg.distribute else cfg.extra  # places on this machine are nobody else's
+            lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
+        if whole:
+            model.save(folder, merged=bool(cfg.lora))
     torch.save(state, folder / "optimizer.pth")
     # For tools that look for this file. The rate is a function of the step, which stands in the index.
     torch.save({"last_step": progress.step}, folder / "scheduler.pth")
@@ -664,6 +785,7 @@ class Data(NamedTuple):
     train: list[run.Clip]
     val: list[run.Clip]
     cache: ClipCache
+    pools: list["Pool"]
 
 
 def load_clips(cfg, model, speakers, place, log):
@@ -672,8 +794,9 @@ def load_clips(cfg, model, speakers, place, log):
     One process encodes by itself. Several would each encode everything, or wait for one; so that is refused,
     with the command that does it.
     """
-    rows = read_manifest(cfg.train_manifest, speakers)
-    val_rows = read_manifest(cfg.val_manifest, speakers) if cfg.val_manifest else []
+    files, val_files = {}, {}
+    rows = read_manifest(paths_of(cfg), speakers, files)
+    val_rows = read_manifest(cfg.val_manifest, speakers, val_files) if cfg.val_manifest else []
     model.speakers = speakers
     # Single clips that are longer are dropped, conversations are cut as they are encoded: for them, and only
     # for them, the limit is part of what the cache holds.
@@ -681,9 +804,9 @@ def load_clips(cfg, model, speakers, place, log):
     limit = min(cfg.max_length or longest, longest)
     if any("turns" in row for row in rows + val_rows):
         model.max_length = limit
-    cache = ClipCache(cfg.cache_dir or Path(cfg.train_manifest[0]).parent / "cache", model)
-    train = run.outlines(rows, model.frame_rate)
-    val = run.outlines(val_rows, model.frame_rate)
+    cache = ClipCache(cfg.cache_dir or Path(paths_of(cfg)[0]).parent / "cache", model)
+    train = run.outlines(rows, model.frame_rate, files)
+    val = run.outlines(val_rows, model.frame_rate, val_files)
     # What is too long by its audio alone is not worth encoding.
     wanted = [clip.row for clip in train + val if clip.length <= limit]
     missing = [wanted[i] for i in cache.missing(wanted)]
@@ -704,7 +827,7 @@ def load_clips(cfg, model, speakers, place, log):
     if len(fits) < len(val):
         log.say(f"validation: {len(val) - len(fits)} of {len(val)} rows are left out: "
                 f"longer than {limit} positions, or nothing is trained in them", "warning")
-    return Data(train, fits, cache)
+    return Data(train, fits, cache, pools_of(cfg, train, log))
 
 
 def limits_of(cfg, limit, longest):
@@ -730,7 +853,7 @@ def command_to_encode(cfg, folder, usual):
     """What to run before torchrun; `usual`: the cache lies and is made as prepare_data.py would do it."""
     if not usual:
         return "this command without torchrun encodes before it trains"
-    flags = [*cfg.train_manifest, *cfg.val_manifest, "--output_dir", str(folder)]
+    flags = [*paths_of(cfg), *cfg.val_manifest, "--output_dir", str(folder)]
     flags += ["--ckpt_dir", cfg.pretrained_path]
     return "python prepare_data.py --encode_only --input " + shlex.join(flags)
 
@@ -754,18 +877,65 @@ def warn_of_speakers(model, log):
                 "a ref_audio where the checkpoint takes one.", "warning")
 
 
+class Pool(NamedTuple):
+    """The clips of a file, by number, that are drawn from in each epoch until they are a share of it."""
+
+    share: float
+    clips: list[int]
+
+
+def pools_of(cfg, clips, log):
+    """A Pool for each file of rows that has a share."""
+    pools = []
+    manifests = [manifest_of(word) for word in cfg.train_manifest]
+    if not any(manifest.share for manifest in manifests):
+        return pools
+    for path, share in manifests:
+        numbers = [i for i, clip in enumerate(clips) if clip.file == path]
+        if not numbers:
+            raise Invalid(f"train_manifest: no clip of {path} is left to train on; take it out of the list")
+        if share:
+            pools.append(Pool(share, numbers))
+    counts = Counter(clips[i].file for i in clips_of_epoch(len(clips), cfg, 0, pools))
+    log.say("clips of an epoch: " + ", ".join(f"{n} of {path}" for path, n in counts.items()))
+    return pools
+
+
+def clips_of_epoch(count, cfg, epoch, pools) -> list[int]:
+    """What comes in one pass: every clip that is in no pool, and of each pool as many as its share takes."""
+    pooled = {i for pool in pools for i in pool.clips}
+    numbers = [i for i in range(count) if i not in pooled]
+    whole = len(numbers) / (1 - sum(pool.share for pool in pools))
+    for pool in pools:
+        numbers += drawn(pool.clips, max(1, round(pool.share * whole)), cfg.seed, epoch)
+    return numbers
+
+
+def drawn(clips, n, seed, epoch):
+    """The n clips of a pool whose turn it is. They come in one random order after the other, over the borders
+    of epochs, so none comes again before all others have come."""
+    begin, end = epoch * n, (epoch + 1) * n
+    first = begin // len(clips)
+    orders = []
+    for number in range(first, (end - 1) // len(clips) + 1):
+        draw = random.Random(seed_from(seed, "share", number))
+        orders += draw.sample(clips, len(clips))
+    skipped = first * len(clips)
+    return orders[begin - skipped : end - skipped]
+
+
 # Clips of like length share a micro-batch, which saves padding. They are sorted within groups of so many
 # batches, or with batch_tokens of so many clips: enough to find like lengths, few enough for a random order.
 GROUP_BATCHES, GROUP_CLIPS = 50, 512
 
 
-def micro_batches(lengths, cfg, epoch) -> list[list[int]]:
+def micro_batches(lengths, cfg, epoch, pools=()) -> list[list[int]]:
     """The clips of one pass, by number, cut into micro-batches.
 
     A function of lengths, settings and epoch only, so that a restart, or any rank, finds the same.
     """
     draw = random.Random(seed_from(cfg.seed, "order", epoch))
-    order = list(range(len(lengths)))
+    order = clips_of_epoch(len(lengths), cfg, epoch, pools)
     draw.shuffle(order)
     group = GROUP_CLIPS if cfg.batch_tokens else GROUP_BATCHES * cfg.batch_size
     batches = []
@@ -795,9 +965,10 @@ class Slot(NamedTuple):
 class Order:
     """Walks through the micro-batches of all epochs; (epoch, position) is all there is to save."""
 
-    def __init__(self, lengths, cfg, epoch=0, position=0):
+    def __init__(self, lengths, cfg, epoch=0, position=0, pools=()):
         self.lengths, self.cfg, self.epoch, self.position = lengths, cfg, epoch, position
-        self.batches = micro_batches(lengths, cfg, epoch)
+        self.pools = pools
+        self.batches = micro_batches(lengths, cfg, epoch, pools)
 
     def take(self, n) -> list[Slot]:
         """The next n micro-batches, across the borders of epochs: none is cut short, none is dropped."""
@@ -805,7 +976,7 @@ class Order:
         while len(slots) < n:
             if self.position == len(self.batches):
                 self.epoch, self.position = self.epoch + 1, 0
-                self.batches = micro_batches(self.lengths, self.cfg, self.epoch)
+                self.batches = micro_batches(self.lengths, self.cfg, self.epoch, self.pools)
             slots.append(Slot(self.epoch, self.batches[self.position]))
             self.position += 1
         return slots
@@ -815,9 +986,9 @@ class Order:
         return self.epoch + self.position / len(self.batches)
 
 
-def order_from(progress, lengths, cfg):
+def order_from(progress, lengths, cfg, pools):
     """The order of rows, from where the run stands."""
-    order = Order(lengths, cfg, progress.epoch, progress.position)
+    order = Order(lengths, cfg, progress.epoch, progress.position, pools)
     if order.position > len(order.batches):  # only where rows were taken out since
         raise Usage(f"{progress.folder} stands at micro-batch {order.position} of its epoch, the data now "
                     f"has {len(order.batches)}; the data set changed")
@@ -983,6 +1154,48 @@ class Masters:
         optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
+class Average:
+    """A float32 mean of the trained values over the steps in which older ones count ever less (`ema`).
+
+    It is validated and saved; training itself knows nothing of it. Without a decay it is empty.
+    """
+
+    def __init__(self, masters, decay):
+        self.masters, self.decay = masters, decay
+        self.values = [p.detach().clone() for p in masters.parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step):
+        """After the step of that number, from 1 on."""
+        if not self.values:
+            return
+        # The first mean is the base. With the full decay at once, a short run would hardly leave it.
+        decay = min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(self.values, self.masters.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def acting(self):
+        """Within, the model computes with the mean."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for value, p in zip(self.values, self.masters.parameters):
+            held = p.clone()
+            p.copy_(value)
+            value.copy_(held)
+        if self.values:
+            self.masters.publish()
+
+    def restore(self, values):
+        for value, saved in zip(self.values, values, strict=True):
+            value.copy_(saved)
+
+
 BUCKET = 64 * 2**20  # values that are sent at once, 256 MB: enough to hide latency, little beside the model
 
 
@@ -1050,13 +1263,32 @@ def suspects(data, sums, device) -> list[Slot]:
 # ------------------------------------------------------------------------------------------------ validation
 
 
-@torch.no_grad()
-def evaluate(cfg, model, examples, lambdas, place):
-    """Means over the whole validation set; loss/total weighs them. All ranks.
+class Sums(NamedTuple):
+    """Of each loss and metric over many clips, and of how many things it is the sum."""
 
-    Draws are fixed and nothing is dropped, so that two validations differ by the weights alone.
+    sums: dict[str, float]
+    counts: dict[str, int]
+
+
+@torch.no_grad()
+def evaluate(cfg, model, sets, lambdas, place):
+    """Means over all validation rows; loss/total weighs them. All ranks.
+
+    sets: {name: examples}; of several each also has its own means, as name/loss/total. Draws are fixed and
+    nothing is dropped, so that two validations differ by the weights alone.
     """
     model.eval()
+    parts = {name: add_up(cfg, model, examples, place) for name, examples in sets.items()}
+    model.train()
+    means = weighed(parts.values(), lambdas)
+    if len(sets) > 1:
+        for name, part in parts.items():
+            means |= {f"{name}/{k}": v for k, v in weighed([part], lambdas).items()}
+    return means
+
+
+def add_up(cfg, model, examples, place) -> Sums:
+    """Over the examples, which the ranks share. All ranks."""
     lengths = [model.length(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -1068,10 +1300,51 @@ def evaluate(cfg, model, examples, lambdas, place):
         for name, value in model(to_device(batch, place.device)).items():
             sums[name] += value.item()
             counts[name] += n[name]
-    sums, counts = all_sum(sums, place.device), all_sum(counts, place.device)
-    means = {k: sums[k] / max(counts[k], 1) for k in sums}
-    model.train()
+    return Sums(all_sum(sums, place.device), all_sum(counts, place.device))
+
+
+def weighed(parts, lambdas):
+    """Means over several Sums, and their weighted total."""
+    means = {}
+    for name in next(iter(parts)).sums:
+        total = sum(part.sums[name] for part in parts)
+        means[name] = total / max(sum(part.counts[name] for part in parts), 1)
     return {"loss/total": sum(lambdas[k] * means[k] for k in lambdas), **means}
+
+
+class Validation:
+    """What is asked on the way: the losses of rows that are not trained, and sentences to hear."""
+
+    def __init__(self, cfg, trainee, data, place, log):
+        self.cfg, self.trainee, self.place, self.log = cfg, trainee, place, log
+        self.sets = {}
+        for clip in data.val:
+            name = run.short(clip.file, cfg.val_manifest)
+            self.sets.setdefault(name, []).append(data.cache.load(clip.key))
+        self.samples = samples_of(cfg, data, log)
+
+    def run(self, step, steps, epoch):
+        """The weighted loss, infinite without rows. All ranks."""
+        total = math.inf
+        with self.trainee.average.acting():
+            if self.sets:
+                total = self.losses(step, steps, epoch)
+            if self.place.rank == 0 and self.samples.sentences:
+                self.samples.try_to_speak(self.trainee.model, step)
+        return total
+
+    def losses(self, step, steps, epoch):
+        began = time.perf_counter()
+        model, lambdas = self.trainee.model, self.trainee.lambdas
+        means = evaluate(self.cfg, model, self.sets, lambdas, self.place)
+        self.log.numbers("val", step, means, epoch=epoch)
+        total = means.pop("loss/total")
+        parts = parts_of({k: v for k, v in means.items() if k.count("/") == 1})
+        line = f"step {step}/{steps} | validation {total:.4f} ({parts})"
+        if len(self.sets) > 1:
+            line += " | " + ", ".join(f"{name} {means[f'{name}/loss/total']:.4f}" for name in self.sets)
+        self.log.say(f"{line} | {time.perf_counter() - began:.1f} s")
+        return total
 
 
 # ------------------------------------------------------------------------------------ before the first step
@@ -1108,9 +1381,9 @@ def rehearse(cfg, trainee, data, schedule, log):
 
     The weights that move here are thrown away: nothing is written.
     """
-    model, masters, optimizer, lambdas = trainee
+    model, masters, optimizer, lambdas, _ = trainee
     clips = data.train
-    batches = micro_batches([clip.length for clip in clips], cfg, 0)
+    batches = micro_batches([clip.length for clip in clips], cfg, 0, data.pools)
     sizes = [size_of(batch, clips) for batch in batches]
     longest = batches[sizes.index(max(sizes))]
     examples = [data.cache.load(clips[i].key) for i in longest]
@@ -1182,15 +1455,21 @@ def announce_length(cfg, place, schedule, log):
             f"micro-batches and {per_epoch / per_step:.1f} steps per epoch, "
             f"{schedule.epochs:.1f} epochs in all")
     told = f"epochs {cfg.epochs:g} means" if cfg.epochs else "no length is set; for this much data it is"
+    falls = cfg.schedule != "constant"
     if cfg.epochs or not (cfg.num_iters or cfg.max_steps):
-        log.say(f"{told} {steps} steps, {warmup} of them warm-up; the learning rate reaches zero at the last")
+        end = "the learning rate reaches zero at the last" if falls else "then the learning rate is constant"
+        log.say(f"{told} {steps} steps, {warmup} of them warm-up; {end}")
     log.say(f"validation every {schedule.validate_every} steps, checkpoint every {schedule.save_every}; "
             "0 is only at the end")
     if schedule.epochs > MANY_EPOCHS:
         log.say(f"each clip comes {schedule.epochs:.0f} times, more than {MANY_EPOCHS}: a model then often "
                 "knows the clips by heart and reads other texts worse. Compare early checkpoints with late "
                 f"ones, or say --epochs {USUAL_EPOCHS}.", "warning")
-    if span != steps:
+    if warmup >= steps:
+        most = learning_rate(cfg, steps - 1, span, warmup)
+        log.say(f"the warm-up of {warmup} steps is no shorter than the run: the learning rate reaches "
+                f"{most:.3g} of {cfg.learning_rate:g}. Say --warmup_steps {steps // 10}.", "warning")
+    if span != steps and falls:
         log.say(f"the learning rate reaches zero at step {span} (max_steps), the run ends at step {steps} "
                 "(num_iters)", "warning")
 
@@ -1245,7 +1524,7 @@ def say_what_next(cfg, log):
     steps = f"{shlex.quote(str(root))}/step_*"
     if kind == "--ckpt_dir":
         steps = f"{shlex.quote(cfg.pretrained_path)} {steps}"  # the base comes first
-    rows = shlex.join(cfg.val_manifest or cfg.train_manifest[:1])
+    rows = shlex.join(cfg.val_manifest or paths_of(cfg)[:1])
     report = shlex.quote(str(root / "report"))
     log.say(f"choose: python validate.py {kind} {steps} --manifest {rows} --output_dir {report}")
 
@@ -1254,6 +1533,13 @@ def asked_to_stop(cfg, step):
     """How to go on after a signal."""
     same = "the same command without --overwrite" if cfg.overwrite else "the same command"
     return f"asked to stop: saved step {step}; {same} goes on from here"
+
+
+def out_of_patience(cfg, progress):
+    """Why a run ended before its last step."""
+    lowest = progress.lowest
+    return (f"patience: {progress.stale} validations in a row were not below the {lowest.loss:.4f} of step "
+            f"{lowest.step}, so the run ends at step {progress.step}; with another --patience it goes on")
 
 
 def no_good_step(step):
@@ -1270,6 +1556,8 @@ def main():
     cfg, notes = parse_settings()
     check_settings(cfg)
     signal.signal(signal.SIGTERM, leave)  # until there is a step to finish
+    if cfg.sweep:
+        return search(cfg)
 
     # -------------------------------------------------------------------------------------------- distributed
     # torchrun sets RANK; without it the same lines run with one rank. What the first attempt has saved must
@@ -1298,7 +1586,7 @@ def main():
     began = time.perf_counter()
     model = load_model(cfg, past, options, device, models.pick_dtype(cfg.dtype, device))
     log.say(f"loaded {cfg.pretrained_path} in {time.perf_counter() - began:.1f} s")
-    trainee = _, masters, optimizer, _ = prepare(cfg, model, lambdas, log)
+    trainee = _, masters, optimizer, _, average = prepare(cfg, model, lambdas, log)
 
     # -------------------------------------------------------------------------------------------- data
     # Speakers are numbered as they come; who had a number when the run began keeps it.
@@ -1306,8 +1594,7 @@ def main():
     data = load_clips(cfg, model, speakers, place, log)
     warn_of_speakers(model, log)
     clips, lengths = data.train, [clip.length for clip in data.train]
-    val_examples = [data.cache.load(clip.key) for clip in data.val]
-    samples = samples_of(cfg, data, log)
+    validation = Validation(cfg, trainee, data, place, log)
 
     # -------------------------------------------------------------------------------------------- resume
     # What each checkpoint will say of the run. Where it goes on, the counters are those of the last one.
@@ -1316,13 +1603,13 @@ def main():
         settings=settings,
         speakers=speakers,
         resumed_from=str(Path(cfg.resume_from).resolve()) if cfg.resume_from else "",
-        data=seed_from([(clip.row["id"], clip.length) for clip in clips]),
+        data=seed_from([(clip.row["id"], clip.length) for clip in clips], *data.pools),
         base=model.fingerprint if cfg.lora else None,
     )
     if past:
         progress = resume(cfg, past, trainee, progress, log)
-    order = order_from(progress, lengths, cfg)
-    schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0)))
+    order = order_from(progress, lengths, cfg, data.pools)
+    schedule = schedule_of(cfg, progress, len(micro_batches(lengths, cfg, 0, data.pools)))
     steps, span, warmup, per_step, *_ = schedule
     # What the settings say is not remembered: without it the run has the length of its data again.
     progress.steps = 0 if cfg.epochs or cfg.num_iters or cfg.max_steps else steps
@@ -1340,36 +1627,26 @@ def main():
     log.open(cfg.save_path, cfg.tensorboard, progress.step)
 
     # -------------------------------------------------------------------------------------------- loop
+    def over():
+        return progress.step >= steps or progress.is_out_of(cfg.patience)
+
     def save_now():
         # A full run copies codec and tokenizer from the folder it came from: that one stays until the end.
-        held = past.step if past and not cfg.lora and progress.step < steps else None
-        state = state_of(cfg, masters, optimizer) if rank == 0 or cfg.shard else {}
+        held = past.step if past and not cfg.lora and not over() else None
+        state = state_of(cfg, trainee) if rank == 0 or cfg.shard else {}
         if rank == 0:
-            save(cfg, partial(write_files, cfg, model, progress, state), progress, log, held)
+            save(cfg, partial(write_files, cfg, trainee, progress, state), progress, log, held)
         wait_for_all()
-
-    def validate():
-        """The weighted loss on rows that are not trained; sentences are spoken, too. All ranks."""
-        total = math.inf
-        if val_examples:
-            means = evaluate(cfg, model, val_examples, lambdas, place)
-            total = means["loss/total"]
-            log.numbers("val", progress.step, means, epoch=passed)
-            parts = parts_of({k: v for k, v in means.items() if k != "loss/total"})
-            log.say(f"step {progress.step}/{steps} | validation {total:.4f} ({parts})")
-        if rank == 0 and samples.sentences:
-            samples.try_to_speak(model, progress.step)
-        return total
 
     # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
     signals = run.catch_signals()
     model.train()
     passed = order.progress()  # epochs done
     if progress.step == 0:
-        validate()
+        progress.judge(validation.run(0, steps, passed))
     bad, stop, clock = 0, 0, run.Clock()
     loader = Loader(cfg, model, data, place, order).steps(steps - progress.step, per_step)
-    while progress.step < steps:
+    while not over():
         asked = time.perf_counter()
         ready = next(loader)
         waited = time.perf_counter() - asked
@@ -1410,6 +1687,7 @@ def main():
             cut(masters.parameters, norm, cfg.max_grad_norm)
             optimizer.step()
             masters.publish()
+            average.update(progress.step + 1)
             bad = 0
         else:
             bad += 1
@@ -1423,6 +1701,8 @@ def main():
         progress.epoch, progress.position = ready.epoch, ready.position
         step, before, passed = progress.step, passed, ready.progress
 
+        if cfg.compile and not clock.steps:
+            log.say(f"step {step}: {time.perf_counter() - asked:.1f} s, compiling included")
         # metrics.jsonl has every step, the log one in so many.
         rows = [[clips[i].row["id"] for i in slot.clips] for slot in ready.slots]
         values = {"loss/total": loss, **means, "lr": rate, "grad_norm": norm, "epoch": passed}
@@ -1444,11 +1724,14 @@ def main():
         with clock.paused():
             if hurry:
                 save_now()
-            total = validate() if validating else math.inf
+            total = validation.run(step, steps, passed) if validating else math.inf
+            if validating and due(schedule.validate_every, step):
+                progress.judge(total)
+                saving = saving or over()
             better = saving and total < progress.best.loss
             if better:
                 progress.best = run.Best(total, step)
-            if better or saving and not hurry:
+            if saving and (validating or not hurry):
                 save_now()
         if broken:
             raise Invalid(no_good_step(step))
@@ -1458,6 +1741,8 @@ def main():
 
     # -------------------------------------------------------------------------------------------- end
     peak = run.peak_memory(device) / 2**30
+    if progress.step < steps and progress.is_out_of(cfg.patience):
+        log.say(out_of_patience(cfg, progress))
     log.say(f"done: {progress.step} steps, {progress.skipped} skipped, peak memory {peak:.2f} GiB")
     if rank == 0 and not stop:
         say_what_next(cfg, log)

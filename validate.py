@@ -30,6 +30,7 @@ from configs import Usage, opt
 from infer import base_of, parts_of, progress
 from models.codecs import campplus
 from models.parts import Invalid, adapters, audio, checkpoint, measures, page
+from models.parts.textfiles import one_line
 from prepare_data import hook, read_manifest
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -287,7 +288,8 @@ class Sentence:
 def sentences(cfg, model, rows):
     """The sentences of --text and of the first rows; of a conversation the last spoken turn."""
     turns = [turn for turn in map(last_spoken, rows) if turn]
-    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in cfg.text]
+    texts = map(one_line, cfg.text)
+    out = [Sentence(text, {"text": text, **voice_for(cfg, model, turns, text)}) for text in texts]
     for turn in map(last_spoken, rows[: cfg.rows]):
         if turn is None:
             continue

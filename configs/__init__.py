@@ -536,7 +536,14 @@ def build(cls, values, where="", nearby=(), script=None):
 
 def describe(cls, index):
     """The text of --help: every field with its sentence, default and other names."""
-    lines = [(cls.__doc__ or "").strip(), ""]
+    lines = [(cls.__doc__ or "").strip(), "", *describe_flags(cls, index), ""]
+    lines.append("--key value, --key=value and key=value are the same, and so are - and _ in a key.")
+    return "\n".join(lines)
+
+
+def describe_flags(cls, index):
+    """Two lines for each field."""
+    lines = []
     for accepted, setting in index.items():
         if accepted != setting.name or setting.compute:
             continue
@@ -553,8 +560,7 @@ def describe(cls, index):
         if also:
             text += "; also " + ", ".join(("-" if len(name) < 2 else "--") + name for name in also)
         lines.append(f"  --{accepted}\n        {text}")
-    lines += ["", "--key value, --key=value and key=value are the same, and so are - and _ in a key."]
-    return "\n".join(lines)
+    return lines
 
 
 def run(main):
@@ -562,6 +568,9 @@ def run(main):
 
     2 wrong use, 1 failure, 130 Ctrl-C, 141 a closed pipe.
     """
+    # A terminal that cannot show a name gets escapes: the work is done, and the rest of it is still to come.
+    if getattr(sys.stdout, "errors", "") == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except Usage as error:

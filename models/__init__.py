@@ -66,7 +66,8 @@ The model, calls in the order in which data meets them:
   generate(text, prompts, speaker, seed, noise)
                               chunks (n,) of audio; joined they are the whole. prompts: (text, audio, speaker)
                               each; further keywords are Sampling's
-  generate_batch(requests)    (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them
+  generate_batch(requests)    (i, chunk) of requests [{"text": ..}, ..], one forward per step for all of them;
+                              each may name a resident adapter, {"lora": name} (parts/slots.py)
   frames(text, prompts, speaker, seed, noise)
                               what `generate` decodes, step by step; `finish` is then ["end"] or ["cap"]
   _run(requests, s)           (i, frame) of requests that are checked, for parts/sampling.py
@@ -238,6 +239,9 @@ def read_config(path):
 def find(path):
     """The module of models/ whose checkpoints look like this one."""
     folder = folder_of(path)
+    if folder.is_file() and not folder.name.endswith((*WEIGHTS, ".index.json")):
+        raise Invalid(f"{path} is no file of weights; give the folder of the checkpoint, "
+                      f"here {folder.parent}")
     if not any((folder / name).is_file() for name in CONFIGS):
         if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
             raise Invalid(f"{path} is an adapter; give its base as the checkpoint and this folder as --lora")

@@ -14,6 +14,7 @@ other frame: 0 is also an ordinary code of every codebook.
     end frame          zeros      -         after it the next turn may begin with bos
 
 Blog: sesame.com/research/crossing_the_uncanny_valley_of_voice. Checkpoint: sesame/csm-1b, codec kyutai/mimi.
+Others of the same class are read, too: MisoLabs/MisoTTS (8B), whose file comes alone, without a config.json.
 
 What differs from the tools that train it, on purpose:
 - loss/acoustic is the mean over codebooks 1 to K-1 and over the frames that were drawn. transformers' Trainer
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.codecs import mimi
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.depth_steps import DepthSteps
 from models.parts.layers import Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary, run_layers
@@ -50,6 +51,7 @@ from models.parts.plain import (LARGEST, as_record, checked, layers, need, read_
                                 written)
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/semantic": 1.0, "loss/acoustic": 1.0}
@@ -86,12 +88,17 @@ class Config:
     vocab_size: int  # of one codebook, three special ids included
     num_codebooks: int
     codec_config: dict
+    speaker_blank: bool = False  # "[0] Hi." in place of "[0]Hi."
 
 
 FLAVORS = {
     "llama-1B": TowerConfig(2048, 8192, 16, 32, 8, 64, rope_scaling=LLAMA3),
     "llama-100M": TowerConfig(1024, 8192, 4, 8, 2, 128, rope_scaling=LLAMA3),
+    "llama-8B": TowerConfig(4096, 14336, 32, 32, 8, 128, rope_scaling=LLAMA3),
+    "llama-300M": TowerConfig(1536, 6912, 8, 24, 6, 64, rope_scaling=LLAMA3),
 }
+USUAL = {"backbone": "llama-1B", "decoder": "llama-100M"}
+WITH_BLANK = "llama-8B"  # the backbone that was trained with a blank behind the speaker
 TINY = Config(
     backbone=TowerConfig(32, 48, 2, 4, 2, 8, rope_scaling=LLAMA3, max_position_embeddings=512),
     depth_decoder_config=TowerConfig(16, 40, 1, 2, 1, 8, rope_scaling=LLAMA3),
@@ -108,10 +115,11 @@ def read_config(raw, shapes, where):
     if raw.get("tie_codebooks_embeddings") is False:
         raise Invalid(f"{where}: tie_codebooks_embeddings is false; "
                       "backbone and depth decoder of CSM share one audio table")
-    large = flavor(raw.get("backbone_flavor", "llama-1B"), where)
-    small = flavor(raw.get("decoder_flavor", "llama-100M"), where)
-    backbone = read_tower(raw, large, shapes, "backbone", where)
-    decoder = read_tower(need(raw, "depth_decoder_config", dict, {}), small, shapes, "decoder", where)
+    towers = []
+    for prefix, section in (("backbone", raw), ("decoder", need(raw, "depth_decoder_config", dict, {}))):
+        base = base_of(section, raw.get(f"{prefix}_flavor"), shapes, prefix, where)
+        towers.append(read_tower(section, base, shapes, prefix, where))
+    backbone, decoder = towers
 
     def rows(name, default):
         return shapes.get(name, (default,))[0]
@@ -126,7 +134,8 @@ def read_config(raw, shapes, where):
         text_vocab_size=raw.get("text_vocab_size") or rows("text_embeddings.weight", 128256),
         vocab_size=vocab,
         num_codebooks=raw.get("num_codebooks") or number("audio_num_codebooks", codebooks),
-        codec_config=raw.get("codec_config") or {})
+        codec_config=raw.get("codec_config") or {},
+        speaker_blank=(raw.get("backbone_flavor") or flavor_of(backbone)) == WITH_BLANK)
 
 
 def flavor(name, where):
@@ -134,6 +143,54 @@ def flavor(name, where):
     if not isinstance(name, str) or name not in FLAVORS:
         raise Invalid(f"{where}: flavour {shown(repr(name))} is not known; known are {', '.join(FLAVORS)}")
     return FLAVORS[name]
+
+
+def flavor_of(tower):
+    """The name of the published tower that has these sizes; None if it is another one."""
+    def sizes(t):
+        return (t.hidden_size, t.intermediate_size, t.num_hidden_layers,
+                t.num_attention_heads, t.num_key_value_heads, t.head_dim)
+
+    return next((name for name, t in FLAVORS.items() if sizes(t) == sizes(tower)), None)
+
+
+def base_of(section, name, shapes, prefix, where):
+    """The published tower that lends a section of config.json what it does not say: by its name, else by the
+    tensors, else the usual one.
+
+    Tensors show widths, not numbers of heads: where no published widths are found, several flavours may fit.
+    """
+    layer = f"{prefix}.layers.0.self_attn."
+    names = f"{prefix}.norm.weight", layer + "q_proj.weight", layer + "k_proj.weight"
+    if section.get("num_attention_heads") is None and all(n in shapes for n in names):
+        width, queries, keys = (shapes[n][0] for n in names)
+        seen = f"its tensors ({width} wide, {queries} rows of q, {keys} of k)"
+        fits = fitting(width, queries, keys)
+        exact = fits[0] if len(fits) == 1 else None
+        if name is None and exact is None:
+            found = " and ".join(fits) or "none"
+            raise Invalid(f"{where} does not say {prefix}_flavor, and {seen} fit the heads of {found}. Write "
+                          "a config.json there with backbone_flavor and decoder_flavor; known are "
+                          f"{', '.join(FLAVORS)}.")
+        published = exact and FLAVORS[exact].hidden_size == width
+        if name in FLAVORS and published and exact != name:
+            raise Invalid(f"{where}: {prefix}_flavor is {name}, but {seen} are those of {exact}")
+        name = name or exact
+    return flavor(name or USUAL[prefix], where)
+
+
+def fitting(width, queries, keys):
+    """Names of flavours with these numbers of rows: the one of all these sizes, else those whose heads fit,
+    one for each number of heads."""
+    fits = {}  # {(heads, groups): flavour}
+    for name, t in FLAVORS.items():
+        heads, groups = t.num_attention_heads, t.num_key_value_heads
+        if (width, queries, keys) == (t.hidden_size, heads * t.head_dim, groups * t.head_dim):
+            return [name]
+        size = queries // heads
+        if (queries, keys) == (heads * size, groups * size):
+            fits.setdefault((heads, groups), name)
+    return list(fits.values())
 
 
 def read_tower(section, base, shapes, prefix, where):
@@ -407,8 +464,9 @@ class CSM(nn.Module):
             names = f", and these names: {', '.join(self.speakers)}" if self.speakers else ""
             raise Invalid(f"speaker {speaker!r}: this backbone knows speakers by whole numbers, "
                           f"0 and up{names}")
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
+        if self.config.speaker_blank:
+            text = f" {text}"
         ids = self.tokenizer.encode(f"[{speaker}]{text}")
         return [self.bos, *ids, self.eos]
 
@@ -673,7 +731,7 @@ class CSM(nn.Module):
         cap = min(s.max_len, room - len(rows))
         if cap < 1:
             raise Invalid(f"the text takes {len(rows)} positions and max_len is {s.max_len}; "
-                          f"the model has {room} positions")
+                          f"the model has {room} positions; split it, as --max_chars_per_piece does")
         if len(kept) < len(turns):
             warnings.warn(f"{len(turns) - len(kept)} of {len(turns) - 1} earlier turns were left out: "
                           f"the model has {room} positions")
@@ -696,9 +754,12 @@ class CSM(nn.Module):
         x = self._embed_prompts(batch, prompts)
         caches = make_caches(self.backbone_model.layers, len(requests), batch.columns, x)
         depth = self._depth_of(len(requests), s)
-        h = self._read(x, batch.prompt(), caches)
+        places = [request.get("slot") for request in requests]  # of their adapters, where there are several
+        with slots.acting(self, places):
+            h = self._read(x, batch.prompt(), caches)
         for n in range(most):
-            frame = self._frame(h, draws[:, n], s, n, depth)  # (B, K)
+            with slots.acting(self, [places[i] for i in speaking.requests]):
+                frame = self._frame(h, draws[:, n], s, n, depth)  # (B, K)
             shown = frame.cpu().clone()  # outside of inference mode, so that a caller may train on it
             ended = ~shown.numpy().any(1)
             numbers = speaking.requests
@@ -713,7 +774,8 @@ class CSM(nn.Module):
                 frame, draws = frame[going], draws[going]
                 for part in [batch, depth, *caches]:
                     part.keep(going)
-            h = self._step(frame, batch.step(n), caches)
+            with slots.acting(self, [places[i] for i in speaking.requests]):
+                h = self._step(frame, batch.step(n), caches)
         self.finish = speaking.finish
 
     def _draws(self, requests):
@@ -799,7 +861,8 @@ class CSM(nn.Module):
     def generate_batch(self, requests, **sampling):
         """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. chunk_frames frames."""
         s = Sampling(**sampling)
-        requests = [self._request(**request) for request in requests]
+        named = slots.named(self, requests)
+        requests = [dict(self._request(**r), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         streams = [codec.stream() for _ in requests]
         silent = set(range(len(requests)))
@@ -842,7 +905,7 @@ class CSM(nn.Module):
             out[self.published_name(name, naming)] = w if rows is None else w[rows.to(w.device)]
         if naming == "transformers":
             out[TIED[1]] = out[TIED[0]].clone()  # a copy: safetensors refuses two names for one memory
-            out |= {f"codec_model.{name}": w for name, w in mimi.published(self.codec).items()}
+            out |= {CODEC_PREFIX + name: w for name, w in mimi.published(self.codec).items()}
         return out
 
     def save(self, folder, naming=None, merged=False):
@@ -890,8 +953,8 @@ class CSM(nn.Module):
             "codebook_pad_token_id": c.vocab_size - 1,
             "audio_vocab_size": c.vocab_size,
             "audio_num_codebooks": c.num_codebooks,
-            "backbone_flavor": "llama-1B",
-            "decoder_flavor": "llama-100M",
+            "backbone_flavor": flavor_of(c.backbone) or USUAL["backbone"],
+            "decoder_flavor": flavor_of(c.depth_decoder_config) or USUAL["decoder"],
             **raw,
         }
         if self.speakers:  # nobody else reads this key
@@ -921,6 +984,8 @@ class CSM(nn.Module):
         o = self.training_options
         settings = (self.tokenizer_crc, self.bos, self.eos, self.max_length, o.context_turns, o.train_on,
                     sorted(self._silent()))
+        if self.config.speaker_blank:
+            settings += ("blank",)
         return f"{self.codec_key}-{zlib.crc32(repr(settings).encode()):08x}"
 
 
@@ -933,6 +998,7 @@ def room_for(tokens):
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
               "preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+CODEC_PREFIX = "codec_model."  # of the codec's tensors in transformers' file
 CODEC_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"  # the name it has at kyutai/moshiko-pytorch-bf16
 AUDIO_TOKENS = {
     "audio_token_id": "<|AUDIO|>",
@@ -1062,7 +1128,7 @@ def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, we
         source = Weights(path, {}, "original" if original else "transformers")
     else:
         source = find_weights(path, weights)
-    codec, stored = split_codec(source.stored)
+    codec, stored = checkpoint.split(source.stored, CODEC_PREFIX)
     stored = in_our_names(stored, source)
     config = read_config(raw, {renamed(name, "mlx"): t.shape for name, t in stored.items()}, str(file))
     with torch.device("meta"):
@@ -1100,13 +1166,6 @@ def find_weights(path, wanted):
     what = f" in naming {wanted!r}" if wanted else ""
     found = f", found {', '.join(others)}" if others else ""
     raise Invalid(f"{path}: no CSM weights{what}; looked for {', '.join(WEIGHT_FILES)}{found}")
-
-
-def split_codec(stored):
-    """(the codec's tensors under their own names, all others) of a file that holds both."""
-    prefix = "codec_model."
-    codec = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-    return codec, {name: t for name, t in stored.items() if not name.startswith(prefix)}
 
 
 def in_our_names(stored, source):
@@ -1156,7 +1215,7 @@ def load_codec(folder, given, stored, config):
     if not place.exists():
         raise Invalid(f"the codec: nothing at {given}")
     for file in codec_files(place):
-        inside, stored = split_codec(checkpoint.read(file))
+        inside, stored = checkpoint.split(checkpoint.read(file), CODEC_PREFIX)
         stored = inside or stored
         if not mimi.naming_of(stored):
             continue

@@ -29,7 +29,7 @@ import re
 import shutil
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,13 +40,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from models.codecs import higgs_codec
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.layers import (Attention, Context, Packing, RMSNorm, SwiGLU, cross_entropy, make_caches,
                                  recomputes, rotary)
 from models.parts.plain import as_record, checked, layers, need
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 LAMBDAS = {"loss/text": 1.0, "loss/audio": 1.0}
@@ -464,6 +465,7 @@ class Prompt(NamedTuple):
     frames: int  # at most
     letters: int  # tokens of text that may be written, 0 where speech is forced
     seed: int | None
+    slot: int | None  # of its adapter, where there are several
 
 
 class Reply:
@@ -540,6 +542,7 @@ class Request:
     seed: int | None
     spoken: list = field(default_factory=list)  # (text, codes) of the pieces that are done
     frames: int = 0
+    slot: int | None = None  # of its adapter, where there are several
 
 
 # A word, or where words are not spaced a character, with the punctuation that follows it.
@@ -606,6 +609,7 @@ class Speech:
         self.batch = LeftPadded([len(p.example["ids"]) for p in prompts], steps, device)
         self.caches = make_caches(model.layers, B, self.batch.columns, model.norm.weight)
         self.generators = [generator(p.seed) for p in prompts]
+        self.places = [p.slot for p in prompts]
         self.draws = torch.zeros(B, 1, 2 * self.K, device=device)
         self.order = torch.arange(self.K, device=device)
         self.column = torch.zeros(B, self.K, dtype=torch.long, device=device)
@@ -622,6 +626,7 @@ class Speech:
         for name in ("draws", "column", "letter", "number", "left", "said", "recent"):
             setattr(self, name, getattr(self, name)[rows])
         self.generators = [self.generators[i] for i in going]
+        self.places = [self.places[i] for i in going]
         for part in (self.batch, *self.caches):
             part.keep(rows)
 
@@ -644,7 +649,11 @@ class Speech:
         rope, column = rotary(place % L, model.frequencies), self.batch.numbers[:L]
         context = Context(rope, mask=Packing(place, B, L), column=column)
         caches = [PromptCache(cache, Packing(padded, B, L)) for cache in self.caches]
-        return model._transform(x, context, order.texts, caches)[0, ends]
+        texts = order.texts
+        if slots.mixed(model):  # the layers see all positions, as each has its own adapter
+            texts = (torch.arange(len(place)) < texts).to(model.device)[None, :, None]
+        with slots.picked(model, place, L):
+            return model._transform(x, context, texts, caches)[0, ends]
 
     def random(self, n):
         """(B, 2 K) numbers of step n, in (0, 1]: 0 would hit an id of probability 0."""
@@ -857,8 +866,7 @@ class Higgs(nn.Module):
             raise Invalid(f"speaker {speaker!r}: this model knows speakers by the numbers of their "
                           "references, 0 and up; "
                           "whose voice it is, a reference recording says")
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         return self.tokenizer.encode(tagged(text, speaker))
 
     def encode_audio(self, source, start=None, end=None):
@@ -1165,8 +1173,9 @@ class Higgs(nn.Module):
         if len(draft.ids) >= room:
             raise Invalid(f"text and reference take {len(draft.ids)} positions; the model has "
                           f"{self.config.max_position_embeddings}, of which speech needs some. "
-                          "Give a shorter reference or a shorter text.")
-        return Prompt(draft.example(), min(frames, room - len(draft.ids)), letters, piece["seed"])
+                          "Split the text, as --max_chars_per_piece does, or give a shorter reference.")
+        frames = min(frames, room - len(draft.ids))
+        return Prompt(draft.example(), frames, letters, piece["seed"], request.slot)
 
     def _open(self, draft, forced):
         """The beginning of the answer, up to the B column where speech is forced."""
@@ -1186,11 +1195,13 @@ class Higgs(nn.Module):
         replies = [Reply(i, prompt, self, s.force_audio) for i, prompt in enumerate(prompts)]
         finish = self.finish = ["cap"] * len(prompts)  # of this run, should another begin before it ends
         speech, n = Speech(self, prompts, s), 0
-        h = speech.read(prompts)
+        with slots.acting(self, speech.places):
+            h = speech.read(prompts)
         while replies:
             writing = any(reply.mode == "write" for reply in replies)
             # Cloned outside of inference mode, so that a caller may train on it.
-            shown = speech.sample(h, n, writing).cpu().clone()
+            with slots.acting(self, speech.places):
+                shown = speech.sample(h, n, writing).cpu().clone()
             numbers = shown.numpy()
             going = []
             for k, reply in enumerate(replies):
@@ -1206,7 +1217,8 @@ class Higgs(nn.Module):
                 if replies:
                     speech.keep(going)
             if replies:
-                h, n = speech.step(replies, n), n + 1
+                with slots.acting(self, speech.places):
+                    h, n = speech.step(replies, n), n + 1
         self.finish = finish
 
     def _takes(self, requests, s):
@@ -1250,7 +1262,8 @@ class Higgs(nn.Module):
         """Yields (i, chunk). A chunk comes as soon as those frames are known that the codec looks ahead
         to."""
         s = Sampling(**sampling)
-        requests = [self._request(s, Wanted(**r)) for r in requests]
+        named = slots.named(self, requests)
+        requests = [replace(self._request(s, Wanted(**r)), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         sounds = [Sound(codec, s.chunk_frames) for _ in requests]
         for i, frame in self._takes(requests, s):

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from models.codecs import speech_chain
 from models.codecs.s2mel import frames_for
 from models.codecs.speech_chain import PROMPT_SECONDS, Chain, Places
-from models.parts import Invalid, audio, beam, check, checkpoint, front, opt
+from models.parts import Invalid, audio, beam, check, checkpoint, front, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
@@ -57,6 +57,7 @@ from models.parts.layers import Cache, Packing, recomputes
 from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
+from models.parts.textfiles import refuse_blank
 
 LAMBDAS = {"loss/text": 0.2, "loss/mel": 0.8}
 EMOTIONS = ("happy", "angry", "sad", "afraid", "disgusted", "melancholic", "surprised", "calm")
@@ -319,6 +320,8 @@ class Job(NamedTuple):
     prefix: torch.Tensor  # (positions, D): conds and text
     generator: torch.Generator
     cap: int  # codes at most
+    rule: str = "upstream"  # of the positions of its codes, see positions_rule
+    slot: int | None = None  # of its adapter, where there are several
 
 
 class IndexTTS2(nn.Module):
@@ -399,7 +402,8 @@ class IndexTTS2(nn.Module):
     def encode_text(self, text, speaker=None):
         """Ids of the whole text, upper case, marks simplified. Numbers stay digits. Who speaks is no part of
         it."""
-        return self.tokenizer.encode(front.prepare(text, self.terms)) if text else []
+        refuse_blank(text)
+        return self.tokenizer.encode(front.prepare(text, self.terms))
 
     def segments(self, text, most):
         """Ids of each segment of a text, of at most `most` pieces."""
@@ -542,7 +546,7 @@ class IndexTTS2(nn.Module):
             parts = []
             for key, default in (("spk_matrix", "feat1.pt"), ("emo_matrix", "feat2.pt")):
                 path = places.file(key, default)
-                values = torch.load(path, map_location="cpu", weights_only=True)
+                values = checkpoint.read_pickle(path)
                 numbers = list(places.config.get("emo_num", ()))
                 counted = len(numbers) == len(EMOTIONS)
                 if not torch.is_tensor(values) or not counted or sum(numbers) != len(values):
@@ -819,12 +823,14 @@ class IndexTTS2(nn.Module):
 
     # ---------------------------------------------------------------------------------- generation
 
-    def positions_rule(self, s):
+    def positions_rule(self, s, slot=None):
         """upstream or training: as asked, else by whether this is still the published checkpoint."""
         if s.mel_positions:
             return s.mel_positions
         state = self.__dict__.get("lora_state")
         adapted = state is not None and state.settings is not None and state.acting != 0
+        if slots.of(self):
+            adapted = slot is not None
         changed = self.tuned or adapted or checkpoint.fingerprint(self) != self.fingerprint
         return "training" if changed else "upstream"
 
@@ -870,10 +876,14 @@ class IndexTTS2(nn.Module):
         conds = torch.cat([spk + emovec.to(spk.dtype), speed])
         return dict(segments=segments, reference=reference, conds=conds, seed=seed, noise=noise)
 
+    def _slotted(self, s, wanted, slot):
+        """A _request that is heard and spoken by the adapter of this slot, where there are several."""
+        with slots.acting(self, [slot]):
+            return dict(self._request(s=s, **wanted), slot=slot)
+
     def _spoken(self, text, s):
         """Text ids of each segment."""
-        if not text.strip():
-            raise Invalid(f"text {text!r} is empty")
+        refuse_blank(text)
         segments = self.segments(text, min(s.max_text_tokens_per_segment, self.config.text_positions - 2))
         self.check_known(text, [i for segment in segments for i in segment])
         return segments
@@ -915,15 +925,17 @@ class IndexTTS2(nn.Module):
         """Yields (i, codes (n,)) of every request segment by segment, the k-th segments of all in one batch;
         sets self.finish."""
         finish = self.finish = ["end"] * len(requests)
-        rule = self.positions_rule(s)
+        places = [request.get("slot") for request in requests]
+        rules = {place: self.positions_rule(s, place) for place in set(places)}
         most = min(MOST_CODES, self.config.most_codes) if s.max_len is None else s.max_len
         for k in range(max(len(r["segments"]) for r in requests)):
             rows = [i for i, r in enumerate(requests) if k < len(r["segments"])]
             jobs = []
             for i in rows:
                 generator = torch.Generator().manual_seed(seed_of(requests[i]["seed"], k, "codes"))
-                jobs.append(Job(self._prefix(requests[i], requests[i]["segments"][k]), generator, most))
-            for i, ending in zip(rows, self._search(jobs, s, rule)):
+                prefix = self._prefix(requests[i], requests[i]["segments"][k])
+                jobs.append(Job(prefix, generator, most, rules[places[i]], places[i]))
+            for i, ending in zip(rows, self._search(jobs, s)):
                 if not ending.by_itself:
                     finish[i] = "cap"
                     warnings.warn(f"request {i}: segment {k + 1} reached {most} codes without ending by "
@@ -932,11 +944,12 @@ class IndexTTS2(nn.Module):
         self.finish = finish
 
     @torch.inference_mode()
-    def _search(self, jobs, s, rule):
+    def _search(self, jobs, s):
         """An Ending for each of the segments that are spoken together."""
         W, cap, c = s.num_beams, max(job.cap for job in jobs), self.config
         speech = Speech(self, [job.prefix for job in jobs], W, cap)
-        logits = speech.start()
+        with slots.acting(self, [job.slot for job in jobs]):
+            logits = speech.start()
         beams = [beam.Beams(W, c.stop_mel_token, s.length_penalty) for _ in jobs]
         used = torch.zeros(len(logits), c.number_mel_codes, dtype=torch.bool, device=self.device)
         # Upstream fills the place of voice and text with ones: code 1 and the start code count as used from
@@ -958,7 +971,11 @@ class IndexTTS2(nn.Module):
             parents, codes = (list(column) for column in zip(*chosen))
             used = used[parents]
             used[range(len(codes)), codes] = True
-            logits = speech.step(codes, parents, n + (2 if rule == "upstream" else 1))
+            rows = [jobs[j] for j in going for _ in range(W)]
+            rules = [job.rule for job in rows]
+            positions = [n + (2 if rule == "upstream" else 1) for rule in rules]
+            with slots.acting(self, [job.slot for job in rows]):
+                logits = speech.step(codes, parents, positions)
         return [b.best() for b in beams]
 
     def _scores(self, logits, used, s):
@@ -1036,7 +1053,7 @@ class IndexTTS2(nn.Module):
         """Yields (i, chunk), segment by segment; a segment comes in chunks of 8, then 256 mel frames."""
         s, emotion = self._sampling(sampling)
         self.codec.low_vram = s.low_vram
-        requests = [self._request(s=s, **{**emotion, **r}) for r in requests]
+        requests = [self._slotted(s, {**emotion, **r}, slot) for r, slot in slots.named(self, requests)]
         spoken = [0] * len(requests)
         pause = torch.zeros(int(self.out_sample_rate * s.interval_silence / 1000))
         for i, codes, states in self._spoken_segments(requests, s):
@@ -1056,7 +1073,8 @@ class IndexTTS2(nn.Module):
         """Yields (i, codes, states) of every segment. With low_vram all of them first, and then the GPT
         leaves the device."""
         def state(i, codes, k):
-            return self._latents(requests[i], requests[i]["segments"][k], codes) if len(codes) else None
+            with slots.acting(self, [requests[i].get("slot")]):
+                return self._latents(requests[i], requests[i]["segments"][k], codes) if len(codes) else None
 
         counts = [0] * len(requests)
         home, out = self.device, []
@@ -1193,12 +1211,12 @@ class Speech:
     def logits(self, h):
         return self.model.mel_head(self.model.final_norm(h))
 
-    def step(self, codes, parents, position):
+    def step(self, codes, parents, positions):
         """codes of the rows that go on, each behind row parents[r] of the step before. -> logits (R, V)"""
         device, n = self.model.device, self.column - self.batch.width
         self.follow(parents, torch.tensor(parents, device=device))
-        codes = torch.tensor(codes, device=device)
-        x = self.model._codes(codes, torch.full_like(codes, position))[:, None]
+        codes, positions = torch.tensor([codes, positions], device=device)
+        x = self.model._codes(codes, positions)[:, None]
         mask = None if self.even else self.batch.step(n).mask[..., : self.column + 1]
         h = self.model.gpt(x, mask, caches=self.caches, column=self.column)[:, 0]
         self.column += 1

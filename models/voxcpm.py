@@ -11,6 +11,7 @@ over a vocabulary.
     DiT predicts              patch 1 patch 2 .. (stop)      position t is drawn from the state at t - 1
 
 Papers: arXiv 2509.24650 (VoxCPM), 2606.06928 (VoxCPM2). Checkpoints: openbmb/VoxCPM-0.5B, VoxCPM1.5, VoxCPM2.
+VoxCPM2 is also read and written in transformers' form: one file, which holds the codec, too.
 
 What differs from the original code, on purpose:
 - Losses are sums over target patches; local encoder and DiT see audio patches and target patches only. The
@@ -29,6 +30,7 @@ in a batch, N target patches in a batch.
 """
 import dataclasses
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -42,11 +44,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.codecs import audiovae
-from models.parts import Invalid, audio, check, checkpoint, opt
+from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.layers import (Context, Layer, LayerSize, Packing, RMSNorm, make_caches, rotary,
                                  rotary_frequencies, run_layers)
-from models.parts.plain import alike, layers, need, read_object, shown, sized
+from models.parts.plain import alike, as_record, layers, need, read_object, shown, sized
 from models.parts.sampling import LeftPadded, Speaking, chunks, generator, takes
+from models.parts.textfiles import refuse_blank
 from models.parts.tokenizer import Tokenizer
 
 AUDIO_START, REF_START, REF_END = 101, 103, 104  # rows of the embedding; 102 would end the audio, see above
@@ -145,7 +148,12 @@ def read_config(raw):
     if found not in ("voxcpm", "voxcpm2"):
         raise Invalid(f"{where}: architecture is {shown(found)}; known are voxcpm and voxcpm2")
     alike(need(raw, "audio_vae_config", dict, {}), audiovae.V2)
-    lm = sized(LMConfig, need(raw, "lm_config", dict))
+    section = need(raw, "lm_config", dict)
+    lm = sized(LMConfig, section)
+    scaling = need(section, "rope_scaling", dict, {})
+    for key in ("short_factor", "long_factor") if scaling else ():
+        need(scaling, key, list[float])
+    need(scaling, "original_max_position_embeddings", int, None, at_least=2)
     encoder = sized(LocalConfig, need(raw, "encoder_config", dict))
     scheduler = need(flow, "t_scheduler", str, "log-norm")
     sections = dict(lm_config=lm, encoder_config=encoder, dit_config=sized(LocalConfig, dit))
@@ -216,7 +224,7 @@ class Stack(nn.Module):
         scaling, limit, factors = self.lm.rope_scaling, self.lm.max_position_embeddings, None
         self.rope_scale, self.ropes = 1.0, {}
         if scaling:
-            original = scaling.get("original_max_position_embeddings", limit)
+            original = scaling.get("original_max_position_embeddings") or limit
             ratio = limit / original
             factors = scaling["long_factor" if ratio > 1 else "short_factor"]
             if ratio > 1:
@@ -305,13 +313,13 @@ class DiT(nn.Module):
         self.width, self.fused = c.hidden_dim, fused
         self.float32_time = False
 
-    def embed_time(self, t, dtype):
-        """Times (N,) float32 in [0, 1], 1 is noise -> (N, C)."""
+    def embed_time(self, t, dtype, rows=1):
+        """Times (N,) float32 in [0, 1], 1 is noise -> (N, C). rows: those of a batch, one after the other."""
         t = t if self.float32_time else t.to(dtype)
         time = self.time_mlp(sinusoid(t, self.width).to(dtype))
         # The step size is always given as zero, yet what its MLP makes of a zero was trained and is added.
-        zero = sinusoid(torch.zeros_like(t[:1]), self.width).to(dtype)
-        return time + self.delta_time_mlp(zero)
+        zero = sinusoid(torch.zeros_like(t[:rows]), self.width).to(dtype)
+        return time + self.delta_time_mlp(zero).repeat(len(t) // rows, 1)
 
     def forward(self, x, mu, t, cond):
         """x and cond (N, P, D), mu (N, C) or (N, 2C), t (N,) -> (N, P, D)."""
@@ -353,14 +361,18 @@ class Flow(nn.Module):
         one, do nothing.
         """
         t, dit = self.grid(steps, mu.dtype, z.device), self.estimator
-        times = dit.embed_time(t, mu.dtype)
         mu = torch.cat([mu, torch.zeros_like(mu)])
+        # Of a time all rows make the same, unless each has an adapter of its own there.
+        apart = slots.hold(dit.time_mlp, dit.delta_time_mlp)
+        rows = len(mu) if apart else 1
+        t_rows = t.repeat_interleave(rows)
+        times = dit.embed_time(t_rows, mu.dtype, rows).split(rows)
         cond = dit.cond_proj(cond).repeat(2, 1, 1)
         x = z
         idle = max(1, int((steps + 1) * IDLE_SHARE))
         for i in range(idle, steps):
             noisy = dit.in_proj(x.to(mu.dtype)).repeat(2, 1, 1)
-            with_mu, without = dit.velocity(noisy, mu, times[i:i + 1], cond).float().chunk(2)
+            with_mu, without = dit.velocity(noisy, mu, times[i], cond).float().chunk(2)
             a, b = with_mu.flatten(1), without.flatten(1)
             scale = (a * b).sum(1) / (b.square().sum(1) + 1e-8)
             guided = scale[:, None, None] * without * (1 - cfg_value)
@@ -408,14 +420,15 @@ class VoxCPM(nn.Module):
     """The trained model under its published names; the codec is in no list of parameters."""
 
     backbone = "voxcpm"
-    namings = ("published",)
+    namings = ("published", "transformers")  # the second for VoxCPM2 alone
     speaker_input = False
     lora_dropout_after = True  # the original drops out the update, not its input
     native_adapter = "voxcpm"
     adapter_namings = {"voxcpm": "published", "peft": "published"}
     embeddings = ("base_lm.embed_tokens",)
 
-    def __init__(self, config):
+    def __init__(self, config, naming="published", raw_config=None):
+        """naming and raw_config (config.json) are those of the folder that was read: `save` keeps them."""
         super().__init__()
         c, lm = config, config.lm_config
         H, W = lm.hidden_size, c.dit_config.hidden_dim
@@ -433,6 +446,9 @@ class VoxCPM(nn.Module):
         self.stop_proj = nn.Linear(H, H)
         self.stop_head = nn.Linear(H, 2, bias=False)
         self.config = config
+        self.naming, self.raw_config = naming, raw_config or {}
+        if not c.fused:
+            self.namings = ("published",)
 
         # What may be set from outside, and what `equip` fills.
         self.path = self.fingerprint = ""
@@ -483,6 +499,7 @@ class VoxCPM(nn.Module):
             clip = ", or give a reference clip" if self.config.fused else ""
             raise Invalid(f"speaker {speaker!r}: this backbone has no speaker input; "
                           f"train one adapter per speaker{clip}")
+        refuse_blank(text)
         text = re.sub(r"\s+", " ", text.replace("\n", " "))
         pieces = []
         for piece in self.tokenizer.pieces(text):
@@ -701,7 +718,8 @@ class VoxCPM(nn.Module):
         """Base LM, quantiser at the audio positions `place` (flat), residual LM. (B, L, H) each."""
         e = self.base_lm(x, contexts[0], caches[0])
         flat = e.flatten(0, 1)
-        coarse = self.fsq_layer(flat[place]).to(flat.dtype)
+        with slots.picked(self, place, e.shape[1]):
+            coarse = self.fsq_layer(flat[place]).to(flat.dtype)
         e = flat.index_copy(0, place, coarse).view_as(e)
         spoken = torch.zeros_like(flat).index_copy(0, place, embed).view_as(e)  # zero on text
         return e, self.residual_lm(self._residual_input(e, spoken), contexts[1], caches[1])
@@ -825,28 +843,35 @@ class VoxCPM(nn.Module):
         cap = min(by_text, s.max_len, self.config.max_length - len(request["ids"]))
         if cap < 1:
             raise Invalid(f"prompt and text take {len(request['ids'])} positions, "
-                          f"the model has {self.config.max_length}")
+                          f"the model has {self.config.max_length}; split it, as "
+                          "--max_chars_per_piece does, or give a shorter prompt")
         return cap
 
     @torch.no_grad()
     def _run(self, requests, s):
         """Yields (i, patch (P, D)) of every request, one step for all that still speak; sets self.finish."""
         caps = [self._cap(request, s) for request in requests]
-        batch = LeftPadded([len(request["ids"]) for request in requests], max(caps), self.device)
+        lengths = [len(request["ids"]) for request in requests]
+        batch = LeftPadded(lengths, max(caps), self.device)
         speaking = Speaking(caps)
         self.finish = speaking.finish  # of this run, should another begin before it ends
         draws = [generator(request["seed"]) for request in requests]
-        cond = torch.stack([self._last_patch(request) for request in requests]).to(self.device, self.dtype)
-        caches, lm_h, res_h = self._read(batch, requests)
+        places = [request.get("slot") for request in requests]  # of their adapters, where there are several
+        cond = torch.stack([self._last_patch(request) for request in requests])
+        cond = cond.to(self.device, self.dtype)
+        with slots.acting(self, places):
+            caches, lm_h, res_h = self._read(batch, requests)
         for n in range(max(caps)):
             numbers = speaking.requests
             noise = torch.stack([self._noise(requests[i], n, draws[i]) for i in numbers])
             z = s.noise_scale * noise.to(self.device)
-            mu = self._condition(lm_h, res_h)
-            patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
             ended = [0] * len(numbers)
-            if n > s.min_len:
-                ended = self._stop_logits(lm_h).argmax(-1).tolist()
+            asked = [places[i] for i in numbers]
+            with slots.acting(self, asked):
+                mu = self._condition(lm_h, res_h)
+                patch = self.feat_decoder.solve(z, mu, cond, s.inference_timesteps, s.cfg_value)
+                if n > s.min_len:
+                    ended = self._stop_logits(lm_h).argmax(-1).tolist()
             going = speaking.after(n, ended)
             for row, i in enumerate(numbers):
                 yield i, patch[row]  # the last one belongs to the speech, too
@@ -858,7 +883,9 @@ class VoxCPM(nn.Module):
                 for part in [batch, *caches[0], *caches[1]]:
                     part.keep(going)
             cond = patch.to(self.dtype)
-            lm_h, res_h = self._step(cond, batch.step(n), caches)
+            asked = [places[i] for i in speaking.requests]
+            with slots.acting(self, asked):
+                lm_h, res_h = self._step(cond, batch.step(n), caches)
         self.finish = speaking.finish
 
     def _last_patch(self, request):
@@ -870,9 +897,12 @@ class VoxCPM(nn.Module):
     def _read(self, batch, requests):
         """All prompts go in: (caches of both LMs, the two states (B, H) that predict the first patches)."""
         tokens = batch.stack([torch.tensor(request["ids"]) for request in requests])
-        place = (tokens.flatten() == PATCH).nonzero().flatten().to(self.device)
-        patches = torch.cat([request["patches"] for request in requests]).to(self.device, self.dtype)
-        embed = self.enc_to_lm_proj(self.feat_encoder(patches))
+        place = (tokens.flatten() == PATCH).nonzero().flatten()
+        place = place.to(self.device)
+        patches = torch.cat([request["patches"] for request in requests])
+        patches = patches.to(self.device, self.dtype)
+        with slots.picked(self, place, batch.width):
+            embed = self.enc_to_lm_proj(self.feat_encoder(patches))
         x = self._embed(tokens.clamp(min=0).to(self.device)).flatten(0, 1)
         x = x.index_copy(0, place, embed).view(*tokens.shape, -1)
         both = self.base_lm, self.residual_lm
@@ -923,7 +953,8 @@ class VoxCPM(nn.Module):
     def generate_batch(self, requests, **sampling):
         """Yields (i, chunk), the chunks of a request of 1, 2, 4 .. CHUNK patches."""
         s = Sampling(**sampling)
-        requests = [self._request(**request) for request in requests]
+        named = slots.named(self, requests)
+        requests = [dict(self._request(**r), slot=slot) for r, slot in named]
         codec = self.codec.to(self.device)
         streams = [codec.stream() for _ in requests]
         for stream, request in zip(streams, requests):
@@ -943,19 +974,42 @@ class VoxCPM(nn.Module):
 
     def published_state_dict(self, naming=None, merged=False):
         """{published name: tensor}. merged adds the adapters, tensor by tensor, in float32."""
-        return checkpoint.weights(self, merged)
+        out = checkpoint.weights(self, merged)
+        if (naming or self.naming) == "transformers":
+            for name, tensor in self._codec_tensors().items():
+                out[CODEC_PREFIX + norm_name(name, "transformers")] = tensor
+        return out
+
+    def _codec_tensors(self):
+        """{published name: tensor} of the codec, bit by bit as it was read."""
+        stored = checkpoint.read(self.files["codec"]) if "codec" in self.files else self.codec.stored
+        if not stored:
+            return self.codec.published_state_dict()
+        return {name: tensor.load() for name, tensor in stored.items()}
 
     def save(self, folder, naming=None, merged=False):
-        """Write a folder in the published layout; all but the weights is copied as it was read."""
+        """Write a folder in a published layout; all but the weights is copied as it was read, if it fits."""
+        naming = naming or self.naming
+        if naming not in self.namings:
+            raise Invalid(f"naming {naming!r}: this checkpoint has {', '.join(self.namings)}")
         if not merged and any(".lora_" in name for name, _ in self.named_parameters()):
             raise Invalid("the model has adapters on: save(merged=True) adds them to the weights, "
                           "lora.save_lora_weights keeps them apart")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_tensors(folder / "model.safetensors", self.published_state_dict(naming, merged))
-        for path in self.files.values():
+        files = dict(self.files)
+        if naming == "transformers":
+            files.pop("codec", None)
+        elif "codec" not in files and self.codec.stored:
+            checkpoint.save_tensors(folder / CODEC_FILES[0], self._codec_tensors())
+        for path in files.values():
             if path.parent.resolve() != folder.resolve():
                 shutil.copyfile(path, folder / path.name)
+        if naming != self.naming:
+            raw = self.raw_config
+            raw = as_transformers(raw) if naming == "transformers" else as_published(raw)
+            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         return folder
 
     @property
@@ -1002,9 +1056,92 @@ def is_chinese(text):
 
 # -------------------------------------------------------------------------------------------- files
 
-COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py")
+COMPANIONS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenization_voxcpm2.py",
+              "generation_config.json", "processor_config.json", "preprocessor_config.json")
 CODEC_FILES = ("audiovae.safetensors", "audiovae.pth")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+CODEC_PREFIX = "audio_vae."  # of the codec's tensors in transformers' file
+# Ends of names of a weight that is kept as length and direction: {published: as torch names them since 2.0}
+NORMS = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+# What transformers writes into every section of a config, whatever model it is of.
+OF_EVERY_SECTION = {"_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label",
+                    "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+                    "output_hidden_states", "problem_type", "return_dict", "transformers_version"}
+HAN_SPLIT = {"Regex": r"\p{Han}"}
+
+
+def norm_name(name, naming):
+    """A codec tensor's name in one naming, whichever it has."""
+    for published, newer in NORMS.items():
+        old, new = (published, newer) if naming == "transformers" else (newer, published)
+        if name.endswith("." + old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def naming_of(raw):
+    """Whose config.json it is; the published one names an architecture instead of a model_type."""
+    ours = "architecture" in raw or raw.get("model_type") != "voxcpm2"
+    return "published" if ours else "transformers"
+
+
+def as_published(raw):
+    """config.json in the published spelling: one of transformers rewritten, the published one as it is."""
+    if naming_of(raw) == "published":
+        return raw
+    out = without(raw, OF_EVERY_SECTION | {"max_cache_length", "sample_rate"})
+    lm = as_record(need(out, "lm_config", dict), f"{raw.where}: lm_config")
+    rope = need(lm, "rope_parameters", dict)
+    kind = need(rope, "rope_type", str)
+    if kind not in ("default", "longrope"):
+        raise Invalid(f"{rope.where}: rope_type is {shown(kind)}; known are default and longrope")
+    factors = without(rope, {"rope_type", "rope_theta"})
+    scaling = None if kind == "default" else {**factors, "type": kind}
+    lm = {**lm, "rope_theta": need(rope, "rope_theta", float), "rope_scaling": scaling}
+    del lm["rope_parameters"]
+    length = need(raw, "max_cache_length", int, at_least=1)
+    out |= {"architecture": "voxcpm2", "lm_config": lm, "max_length": length}
+    out["dtype"] = need(raw, "dtype", str, "bfloat16")
+    return as_record(out, raw.where)
+
+
+def as_transformers(raw):
+    """The published config.json of VoxCPM2 in transformers' spelling."""
+    out = without(raw, {"architecture", "device", "max_length"})
+    lm = without(out["lm_config"], {"rope_theta", "rope_scaling"})
+    rope = dict(need(raw["lm_config"], "rope_scaling", dict, {}))
+    kind = rope.pop("type", "default")
+    theta = need(raw["lm_config"], "rope_theta", float, LMConfig.rope_theta)
+    lm["rope_parameters"] = {**rope, "rope_type": kind, "rope_theta": theta}
+    codec = audiovae.settings(raw.get("audio_vae_config"), audiovae.V2)
+    del codec["odd_stride_extra_pad"]
+    return {**out, "model_type": "voxcpm2", "architectures": ["VoxCPM2Model"], "lm_config": lm,
+            "audio_vae_config": codec, "sample_rate": codec["out_sample_rate"],
+            "max_cache_length": raw.get("max_length", Config.max_length)}
+
+
+def without(section, keys):
+    """A section of a config and all sections in it without some keys."""
+    kept = {}
+    for key, value in section.items():
+        if key not in keys:
+            kept[key] = without(value, keys) if isinstance(value, dict) else value
+    return kept
+
+
+def read_tokenizer(path):
+    """The tokenizer of a file. transformers' cuts Chinese characters apart first, after which their marker
+    stands alone; upstream cut them apart after merging, and so the model was trained. encode_text does that.
+    """
+    raw = read_object(path)
+    steps = need(need(raw, "pre_tokenizer", dict, {}), "pretokenizers", list[dict], [])
+    kept = [step for step in steps if step.get("pattern") != HAN_SPLIT]
+    if len(kept) < len(steps):
+        raw["pre_tokenizer"] = {**raw["pre_tokenizer"], "pretokenizers": kept}
+    return Tokenizer(raw)
 
 
 def recognizes(config):
@@ -1013,37 +1150,55 @@ def recognizes(config):
 
 def load(folder, device="cpu", dtype=torch.float32, options=None, extra=None, weights=None,
          allow_unused=False):
-    """The model in eval mode from a published folder. extra: paths of codec and tokenizer kept elsewhere.
+    """The model in eval mode from a published folder, or from a file of weights in one. extra: paths of codec
+    and tokenizer kept elsewhere.
 
     dtype None keeps the file's. weights names the file to read where several stand side by side; "scratch"
     draws them.
     """
     folder, extra = Path(folder), extra or {}
-    config = read_config(read_object(folder / "config.json"))
-    codec_path = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
+    if folder.is_file():
+        if folder.name in CODEC_FILES:
+            raise Invalid(f"{folder} is the codec of a checkpoint; give the folder of it, "
+                          f"here {folder.parent}")
+        folder, weights = folder.parent, weights or folder.name
+    raw = read_object(folder / "config.json")
+    naming, config = naming_of(raw), read_config(as_published(raw))
     tokenizer_path = find_file(folder, extra.get("tokenizer"), ("tokenizer.json",), "the tokenizer")
     scratch = weights == "scratch"
-    if not scratch:
-        path = find_file(folder, folder / weights if weights else None, WEIGHT_FILES, "the model's weights")
+    stored, path = {}, None
+    if naming == "transformers" or not scratch:
+        named = folder / weights if weights and not scratch else None
+        path = find_file(folder, named, WEIGHT_FILES, "the model's weights")
+        stored = checkpoint.read(path)
+    codec, files = {}, {}
+    if naming == "transformers":
+        codec, stored = checkpoint.split(stored, CODEC_PREFIX)
+    if extra.get("codec") or not codec:
+        files["codec"] = find_file(folder, extra.get("codec"), CODEC_FILES, "the codec")
+        codec = checkpoint.read(files["codec"])
     with torch.device("meta"):
-        model = VoxCPM(config)
+        model = VoxCPM(config, naming, raw)
     if scratch:
         model.to_empty(device="cpu")
         draw(model)
         model.to(device, dtype or torch.float32)
     else:
-        stored = checkpoint.read(path)
         dtype = dtype or checkpoint.main_dtype(stored)
         model.left_unused = checkpoint.fill(model, stored, dtype=dtype, device=device,
                                             allow_unused=allow_unused, what=str(path))
     version = audiovae.V2 if config.fused else audiovae.V1
-    codec = audiovae.load(codec_path, config.audio_vae_config, version)
+    numbers = audiovae.settings(config.audio_vae_config, version)
+    inside = {norm_name(name, "published"): tensor for name, tensor in codec.items()}
+    codec = audiovae.build(codec, numbers, str(files.get("codec", path)))
+    if "codec" not in files:
+        codec.stored = inside
     if codec.latent_dim != config.feat_dim:
-        raise Invalid(f"{codec_path} makes {codec.latent_dim} latent channels, "
+        raise Invalid(f"{files.get('codec', path)} makes {codec.latent_dim} latent channels, "
                       f"config.json says feat_dim {config.feat_dim}")
-    files = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    files = {"codec": codec_path, "tokenizer": tokenizer_path, **files}
-    model.equip(codec, Tokenizer(tokenizer_path), files, options or {})
+    files["tokenizer"] = tokenizer_path
+    files |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    model.equip(codec, read_tokenizer(tokenizer_path), files, options or {})
     return model.eval()
 
 

@@ -100,9 +100,9 @@ def ranks(n, script, argv, cwd, hook=None):
     return [start(script, argv, cwd, {**common, "RANK": str(i), "LOCAL_RANK": str(i)}, hook) for i in range(n)]
 
 
-def here(script, argv):
+def here(script, argv, encoding="utf-8"):
     """A script in this process: (exit code, stdout as bytes, stderr as text)."""
-    out, err, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO(), sys.argv
+    out, err, before = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True), io.StringIO(), sys.argv
     sys.argv = [f"{script}.py", *map(str, argv)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -380,9 +380,12 @@ def test_every_value_of_a_voxcpm_config_may_be_wrong(home):
 
     def build(tree):
         with torch.device("meta"):
-            voxcpm.VoxCPM(voxcpm.read_config(plain.as_record(tree, "config.json")))
+            model = voxcpm.VoxCPM(voxcpm.read_config(plain.as_record(tree, "config.json")))
+        model.base_lm.make_rotary("cpu")
 
     assert survives(build, config) > 100
+    read = lambda tree: voxcpm.read_config(voxcpm.as_published(plain.as_record(tree, "config.json")))  # noqa: E731
+    assert survives(read, tiny_voxcpm.transformers_config(tiny_voxcpm.config("2", **TINY))) > 100
 
 
 @pytest.mark.parametrize("content", ["[]", "1", "null", "[" * 10**5, "{", '{"model_type": [], "sampling_rates": 1}'])

@@ -191,6 +191,8 @@ def test_stepping_in_backward_changes_nothing(home, flags):
     (("--fused_backward", "--max_grad_norm", 1), "max_grad_norm needs them"),
     (("--master", "none"), "master none is for full tuning in bf16"),
     (("--master", "none", *BF16, "--shard"), "choose one"),
+    (("--master", "none", *BF16, "--ema", 0.9), "ema averages float32 values"),
+    (("--shard", "--ema", 0.9), "ema needs all values on each rank"),
     (("--master", "half"), "'half' is not one of float32, none"),
 ])
 def test_what_does_not_go_together_is_refused(home, flags, words):

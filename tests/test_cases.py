@@ -1,21 +1,28 @@
 """Kinds of input that people brought to tools like this one: data sets of the layouts that corpora have, and rows that used to
 lose their sound, their text or their speaker without a word. Each is made here, small, and its right reading is written beside it."""
+import importlib
 import io
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-
+import torch
+from safetensors.torch import save_file
 
 import configs
+import infer
 import models
 import prepare_data
-from models.parts import Invalid, adapters, clips as measuring, corpora
+import train
+import validate
+from models.parts import Invalid, adapters, checkpoint, clips as measuring, corpora, listen
 from models.parts.manifests import read_manifest, read_rows
+from models.parts.plain import as_record
 from prepare_data import ClipCache
 from tests.test_prepare import Model, model, prepare, prepared, put, rows_of, tone  # noqa: F401
 
@@ -378,6 +385,37 @@ def test_only_prepare_chooses_a_unicode_form_and_messages_keep_their_lines(tmp_p
         assert row["messages"][0]["content"][0]["text"] == "One.\n\nTwo." and row["text"] == "Say it."
 
 
+TYPED = ["\ufeff Hello\u00a0there,\thow are\r\nyou?\n", "Hello there,\x07 how are  you? ", "\u2003Hello there, how are\u2028 you?"]
+
+
+@pytest.fixture(scope="module", params=[(name, next(iter(importlib.import_module(f"tests.tiny_{name}").VARIANTS))) for name in sorted(models.backbones())], ids=lambda c: c[0])
+def backbone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param[0]) / "base"
+    importlib.import_module(f"tests.tiny_{request.param[0]}").write(folder, request.param[1])
+    return models.load(folder)
+
+
+def test_the_same_text_has_the_same_ids_in_every_script(tmp_path, backbone):
+    tone(tmp_path / "0.wav")
+    for typed in TYPED:
+        row = read_manifest(put(tmp_path / "m.jsonl", lines_of({"audio": "0.wav", "text": typed})))[0]
+        prepared_row, = prepared(tmp_path, "--input", tmp_path / "m.jsonl", "--overwrite")[0]
+        put(tmp_path / "say.jsonl", lines_of({"text": typed}))
+        request = infer.read_requests(infer.Infer(input=str(tmp_path / "say.jsonl")))[0]
+        alone = infer.read_requests(infer.Infer(text=typed))[0]
+        pieces = infer.pieces_of(alone, 1000)
+        texts = [row["text"], prepared_row["text"], *(infer.to_generate(one.item)["text"] for one in (request, alone, *pieces))]
+        texts.append(listen.further([typed], [])[0].text)
+        texts.append(validate.sentences(validate.Validate(text=[typed]), backbone, [])[0].request["text"])
+        assert len(texts) == 7 and all(backbone.encode_text(text) == backbone.encode_text("Hello there, how are  you?") for text in texts), texts
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\ufeff", "\x07", "\u00a0"])
+def test_a_blank_text_is_refused_by_every_backbone(backbone, blank):
+    with pytest.raises(Invalid, match="is empty"):
+        backbone.encode_text(blank)
+
+
 @pytest.mark.parametrize("blank", ["", " \n", "\ufeff", "\x07", "\u00a0"])
 def test_a_blank_text_is_refused_where_it_is_read(tmp_path, blank):
     tone(tmp_path / "a.wav")
@@ -604,12 +642,68 @@ def test_a_terminal_that_is_not_utf8(tmp_path, monkeypatch, capsysbinary):
     assert prepare_data.sys.stdout.read().endswith("gr\\xf6\\xdfe/report.html\n")
 
 
+@pytest.mark.parametrize("below", ["", "deeper/logs"])
+def test_a_tensorboard_that_is_a_file_is_refused_at_once(tmp_path, below):
+    file = put(tmp_path / "log", "somebody's")
+    with pytest.raises(configs.Usage, match="tensorboard is .*log is a file; give a folder"):
+        train.check_settings(train.Train(pretrained_path="x", train_manifest=["x"], save_path="x", tensorboard=str(file / below)))
+
+
+@pytest.mark.parametrize("kind, said, words", [("voxcpm", {"r": 4, "alpha": "16"}, "f.json: alpha is '16', expected a number"), ("voxcpm", {"r": 4}, "f.json does not say alpha, expected a number"),
+                                               ("voxcpm", {"rank": "4", "lora_alpha": 8}, "f.json: rank is '4', expected a whole number"), ("peft", {"r": 4, "lora_alpha": "16"}, "f.json: lora_alpha is '16', expected a number"),
+                                               ("mlx", {"lora_parameters": {"rank": 4, "scale": "2"}}, "lora_parameters: scale is '2', expected a number")])
+def test_an_alpha_that_is_no_number_is_told_by_its_key(kind, said, words):
+    with pytest.raises(Invalid, match=words):
+        adapters.SETTINGS[kind](as_record(said, "f.json"))
+
+
+def weights_of(folder):
+    return next(folder / name for name in ("model.safetensors", "pytorch_model.bin", "gpt.pth") if (folder / name).exists())
+
+
+def write_weights(path, state):
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+
+
+def test_names_of_wrappers_and_marks_of_editors_change_no_checkpoint(backbone, tmp_path):
+    folder = Path(shutil.copytree(Path(backbone.path).parent, tmp_path / "copy"), "base")
+    for file in [*folder.glob("*.json"), *folder.glob("*.yaml")]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file = weights_of(folder)
+    state = {name: tensor.load().clone() for name, tensor in checkpoint.read(file).items()}
+    write_weights(file, {f"module._orig_mod.{name.replace('layers.', 'layers._orig_mod.')}": tensor for name, tensor in state.items()})
+    assert models.load(folder).fingerprint == backbone.fingerprint
+    if backbone.backbone == "indextts2":  # gpt.pth was never published in parts
+        return
+    file.unlink()
+    names = [f"{file.stem}-{part:05d}-of-00002{file.suffix}" for part in (1, 2)]
+    for n, name in enumerate(names):
+        write_weights(folder / name, {f"module.{key}": state[key] for key in list(state)[n::2]})
+    (folder / f"{file.name}.index.json").write_text(json.dumps({"weight_map": {f"module.{key}": names[n % 2] for n, key in enumerate(state)}}))
+    assert models.load(folder).fingerprint == backbone.fingerprint
+
+
+def test_a_file_of_a_checkpoint_given_as_the_checkpoint(backbone):
+    folder = Path(backbone.path)
+    for name in ("config.json", "config.yaml", "tokenizer.json"):
+        if (folder / name).exists():
+            with pytest.raises(Invalid, match=f"{name} is no file of weights; give the folder of the checkpoint, here {folder}"):
+                models.load(folder / name)
+    assert models.load(weights_of(folder)).fingerprint == backbone.fingerprint
+    if backbone.backbone == "voxcpm":
+        with pytest.raises(Invalid, match="audiovae.pth is the codec of a checkpoint; give the folder of it"):
+            models.load(folder / "audiovae.pth")
+
+
 def test_latest_as_a_text_file_is_followed_by_every_reader(tmp_path):
     step = tmp_path / "run/step_0000002"
     weights = put(step / "lora_weights.safetensors", "")
     put(tmp_path / "run/latest", "step_0000002")
     assert adapters.locate(tmp_path / "run/latest")[0] == weights and models.folder_of(tmp_path / "run/latest") == step
     with pytest.raises(Invalid, match="this is a run, give .*run/latest"):
+        adapters.locate(tmp_path / "run")
+    (tmp_path / "run/latest").unlink()
+    with pytest.raises(Invalid, match="this is a run, give .*run/step_0000002"):
         adapters.locate(tmp_path / "run")
     put(tmp_path / "other/latest", "a file of somebody's")
     with pytest.raises(Invalid, match="no adapter at"):

@@ -1,4 +1,5 @@
 """Weights on disk: strict filling, safe reading, step folders that are whole or not there."""
+import argparse
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,13 +30,50 @@ def meta():
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2), "b.weight": torch.eye(2)}
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": {"net": s}}, lambda s: {"generator": s},
-                                  lambda s: {"module." + k: v for k, v in s.items()}])
+PREFIXES = [lambda s: {"module." + k: v for k, v in s.items()}, lambda s: {"_orig_mod." + k: v for k, v in s.items()}, lambda s: {k.replace(".", "._orig_mod."): v for k, v in s.items()},
+            lambda s: {"module._orig_mod." + k: v for k, v in s.items()}, lambda s: {"_orig_mod.module." + k: v for k, v in s.items()}]
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": {"net": s}}, lambda s: {"generator": s}, *PREFIXES])
 def test_wrappers_are_taken_off(tmp_path, wrap):
     torch.save(wrap(STATE), tmp_path / "x.pth")
-    model = meta()
-    checkpoint.fill(model, checkpoint.read(tmp_path / "x.pth"))
-    assert all(torch.equal(v, STATE[k]) for k, v in model.state_dict().items())
+    files = [tmp_path / "x.pth"]
+    if wrap in PREFIXES:
+        files.append(tmp_path / "x.safetensors")
+        save_file(wrap(STATE), files[-1])
+    for file in files:
+        model = meta()
+        checkpoint.fill(model, checkpoint.read(file))
+        assert all(torch.equal(v, STATE[k]) for k, v in model.state_dict().items())
+
+
+def test_a_tensor_with_and_without_its_wrapper_is_refused(tmp_path):
+    save_file({**STATE, "_orig_mod.a.bias": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(Invalid, match="with and without _orig_mod."):
+        checkpoint.read(tmp_path / "x.safetensors")
+
+
+def test_nothing_of_a_file_that_fits_nowhere_is_counted_twice(tmp_path):
+    save_file({f"other.{k}": v for k, v in STATE.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(Invalid, match="x: 3 of its 3 tensors do not fit, 3 are missing: missing a.weight"):
+        checkpoint.fill(meta(), checkpoint.read(tmp_path / "x.safetensors"), what="x")
+
+
+@pytest.mark.parametrize("value, words", [(np.float64(1.5), r"numbers of numpy beside tensors \(numpy[\w.]*\.scalar\)"), (np.ones(2), "numbers of numpy beside tensors"),
+                                          (argparse.Namespace(a=1), "holds argparse.Namespace beside tensors")])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_a_pickle_holds_beside_tensors_is_named(tmp_path, value, words, is_zip):
+    torch.save({"model": STATE, "loss": value}, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(Invalid, match=words) as e:
+        checkpoint.read(tmp_path / "x.pth")
+    assert str(e.value).isprintable() and "was not opened" in str(e.value)
+
+
+def test_a_pointer_of_git_lfs_is_no_damage(tmp_path):
+    for name in ("x.safetensors", "x.pth", "x.json", "x.index.json"):
+        (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 134\n")
+        with pytest.raises(Invalid, match=f"{name} is a pointer of Git LFS, not the file itself: run git lfs pull"):
+            checkpoint.read_json(tmp_path / name) if name == "x.json" else checkpoint.read(tmp_path / name)
 
 
 def test_shards_are_read_through_their_index(tmp_path):
@@ -46,7 +85,7 @@ def test_shards_are_read_through_their_index(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("a.bias"), "1 of 2 tensors do not fit: missing a.bias"),
+    (lambda s: s.pop("a.bias"), "0 of its 2 tensors do not fit, 1 are missing: missing a.bias"),
     (lambda s: s.update({"c.weight": torch.ones(1)}), "unexpected c.weight.*--allow_unused_tensors"),
     (lambda s: s.update({"a.bias": torch.ones(3)}), r"a.bias is \[3\], the model has \[2\]"),
     (lambda s: s.update({"a.biass": s.pop("a.bias")}), r"missing a.bias; unexpected a.biass.*did you mean a.bias"),

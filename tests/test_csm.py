@@ -136,6 +136,71 @@ def test_a_folder_that_names_only_flavours_is_saved_for_transformers(tmp_path):
     assert float(out["loss/acoustic"]) / counts["loss/acoustic"] == pytest.approx(float(want.depth_decoder_loss), rel=1e-5)
 
 
+MISO = {"llama-8B": (4096, 14336, 32, 32, 8), "llama-300M": (1536, 6912, 8, 24, 6)}  # width, ffn, layers, heads, groups, as MisoLabs published them
+
+
+def tower_shapes(prefix, width, ffn, layers, heads, groups):
+    """{mlx name: shape} of what tells the sizes of a tower."""
+    size = width // heads
+    out = {f"{prefix}.norm.weight": (width,)}
+    for i in range(layers):
+        layer = f"{prefix}.layers.{i}."
+        out |= {layer + "self_attn.q_proj.weight": (heads * size, width), layer + "self_attn.k_proj.weight": (groups * size, width), layer + "mlp.gate_proj.weight": (ffn, width)}
+    return out
+
+
+@pytest.mark.parametrize("raw", [{}, {"backbone_flavor": "llama-8B", "decoder_flavor": "llama-300M"}])
+def test_the_sizes_of_misotts_are_told_by_its_tensors_or_by_name(raw):
+    backbone, decoder = MISO.values()
+    shapes = {**tower_shapes("backbone", *backbone), **tower_shapes("decoder", *decoder), "audio_embeddings.weight": (32 * 2051, 4096)}
+    for known in (shapes, {}) if raw else (shapes,):
+        c = csm.read_config(raw, known, "config.json")
+        for tower, (width, ffn, layers, heads, groups) in ((c.backbone, backbone), (c.depth_decoder_config, decoder)):
+            assert (tower.hidden_size, tower.intermediate_size, tower.num_hidden_layers, tower.num_attention_heads, tower.num_key_value_heads, tower.head_dim) == \
+                (width, ffn, layers, heads, groups, width // heads) and tower.rope_scaling["factor"] == 32 and tower.max_position_embeddings == 2048
+        assert (c.text_vocab_size, c.vocab_size, c.num_codebooks, c.speaker_blank) == (128256, 2051, 32, True)
+    fewer = csm.read_config({}, {**tower_shapes("backbone", 4096, 100, 3, 32, 8), **tower_shapes("decoder", *decoder)}, "")  # sizes are the tensors', heads the flavour's
+    assert (fewer.backbone.num_hidden_layers, fewer.backbone.intermediate_size, fewer.backbone.num_attention_heads) == (3, 100, 32)
+
+
+@pytest.mark.parametrize("heads, width, words", [((32, 8), 64, r"does not say backbone_flavor, and its tensors \(64 wide, 64 rows of q, 16 of k\) fit the heads of llama-1B and llama-100M"),
+                                                 ((5, 5), 65, "fit the heads of none. Write a config.json there")])
+def test_tensors_that_fit_two_flavours_or_none_are_refused(heads, width, words):
+    with pytest.raises(Invalid, match=words):
+        csm.read_config({}, tower_shapes("backbone", width, 96, 2, *heads), "config.json")
+
+
+def test_a_flavour_that_is_not_that_of_the_tensors_is_refused():
+    names = {"backbone_flavor": "llama-1B", "decoder_flavor": "llama-100M"}
+    with pytest.raises(Invalid, match="decoder_flavor is llama-100M, but its tensors .* are those of llama-300M"):
+        csm.read_config(names, tower_shapes("decoder", *MISO["llama-300M"]), "config.json")
+
+
+def test_a_checkpoint_of_misotts_form_comes_without_a_config(tmp_path):
+    """A tiny one in its form: one float32 file of the original naming, no config.json; only the decoder's 24 heads are told by the rows."""
+    small = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=2, hidden_size=24, depth=dict(num_attention_heads=24, num_key_value_heads=6, head_dim=4, hidden_size=16))
+    folder = tiny_csm.write(tmp_path / "miso", "original", codec="moshi", stated=False, backbone_flavor="llama-8B", decoder_flavor="llama-300M", **small)
+    one = load(folder)
+    assert (one.config.depth_decoder_config.num_attention_heads, one.config.depth_decoder_config.num_key_value_heads) == (24, 6)
+    plain = one.tokenizer.encode("[3] Hello.")
+    assert one.encode_text("Hello.", 3) == [one.bos, *plain, one.eos]
+    again = load(one.save(tmp_path / "again", "transformers"))
+    assert again.config.speaker_blank and again.encode_text("Hello.", 3) == one.encode_text("Hello.", 3) and again.encode_key == one.encode_key
+    assert again.fingerprint == one.fingerprint and json.loads((tmp_path / "again/config.json").read_text())["decoder_flavor"] == "llama-300M"
+    other = load(tiny_csm.write(tmp_path / "sesame", "original", codec="moshi", stated=False, **{**small, "depth": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=4, hidden_size=16)}))
+    assert other.encode_text("Hello.", 3) != one.encode_text("Hello.", 3) and other.encode_key != one.encode_key
+    (folder / "config.json").unlink()
+    with pytest.raises(Invalid, match="fit the heads of llama-1B and llama-100M"):
+        load(folder)
+    eight = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=2)  # the only heads that such narrow rows fit
+    stated = load(tiny_csm.write(tmp_path / "eight", "original", codec="moshi", **eight, hidden_size=24, depth={**eight, "hidden_size": 16}))
+    (tmp_path / "eight/config.json").unlink()
+    bare = models.load(tmp_path / "eight")
+    assert bare.fingerprint == stated.fingerprint and bare.encode_text("Hello.", 3) == stated.encode_text("Hello.", 3)
+    for ours, theirs in ((bare.config.backbone, stated.config.backbone), (bare.config.depth_decoder_config, stated.config.depth_decoder_config)):
+        assert (ours.hidden_size, ours.num_hidden_layers, ours.head_dim) == (theirs.hidden_size, theirs.num_hidden_layers, theirs.head_dim)
+
+
 @pytest.mark.parametrize("tied", ["backbone", "depth"])
 def test_one_of_the_two_tied_names_is_enough(tied, model, tmp_path):
     other = load(tiny_csm.write(tmp_path, tied=tied))

@@ -67,7 +67,7 @@ def changed(patch):
 
 
 def test_there_are_five():
-    assert [patch.stem for patch in PATCHES] == ["lora_fa", "manifest_key", "min_p", "wsd", "z_loss"]
+    assert [patch.stem for patch in PATCHES] == ["inverse_sqrt", "lora_fa", "manifest_key", "min_p", "z_loss"]
     assert all(patch.with_suffix(".py").is_file() for patch in PATCHES)
 
 

@@ -1,11 +1,14 @@
 """infer.py as a user starts it, and what the model promises about generation beyond equality with the original."""
+import dataclasses
 import gc
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tests import tiny_csm
 from tests import tiny_voxcpm as tiny
 from tests.conftest import ROOT
 from tests.running import here
+from tests.test_measures import speech_like
 
 FOUR = ("--min_len", "3", "--max_len", "4")  # patches, whatever the stop head says
 SHORT = (*FOUR, "--inference_timesteps", "3")
@@ -143,6 +147,20 @@ def test_sampling_fields_are_flags(home):
     assert len({w.numpy().tobytes() for w in waves.values()}) == 3
     assert torch.equal(waves["--cfg-value", "3"], direct(home.model, cfg_value=3.0, inference_timesteps=10))
     assert torch.equal(waves["--inference_timesteps=4",], direct(home.model, inference_timesteps=4))
+
+
+def test_help_lists_the_flags_of_the_backbone_that_is_meant(home):
+    for flags in (("--ckpt_dir", home.base), ("--lora", home / "first"), ("--lora", f"{home / 'first'}:0.5")):
+        code, out, err = here("infer", ("--help", *flags))
+        assert (code, err) == (0, "") and "--output_dir" in out.decode()
+        own = out.decode().split("Flags of this backbone (voxcpm):")[1]
+        told = dict(re.findall(r"--(\w+)\n .*\(default: (.*?)\)", own))
+        assert told == {f.name: "none" if f.default is None else str(f.default) for f in dataclasses.fields(voxcpm.Sampling)}
+        assert own.strip().endswith("retries is 3 where files are written, if it is not given.")
+    code, out, _ = here("infer", ("-h",))
+    assert code == 0 and "Flags of this backbone" not in out.decode() and "--help with --ckpt_dir DIR or --lora DIR" in out.decode()
+    code, _, err = here("infer", ("--help", "--ckpt_dir", "nowhere"))
+    assert code == 1 and "no checkpoint at nowhere" in err
 
 
 def test_the_length_in_milliseconds_is_never_exceeded(home):
@@ -273,7 +291,7 @@ def test_an_unknown_speaker_is_answered_with_the_known(home):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say lora_alpha"),
+    (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": 4}}'), "does not say alpha"),
     (lambda a: (a / "lora_config.json").write_text('{"lora_config": {"r": "4", "alpha": 8}}'), "r is '4', expected a whole number"),
     (lambda a: (a / "lora_config.json").write_text("[1]"), "expected a map of settings"),
     (lambda a: (a / "lora_config.json").write_text('{"lora_config"'), "not valid JSON"),
@@ -366,6 +384,40 @@ def test_a_line_of_jsonl_says_all_that_a_flag_says(home):
         assert close(said(path), wave), path
 
 
+def test_lines_name_adapters_of_their_own_and_one_batch_mixes_them(home, monkeypatch):
+    chosen = [[("second", 1.0)], [("first", 0.5)], [("first", 1.0), ("second", 0.5)], [], [("first", 1.0)]]
+    rows = [{"text": "hello"}, {"text": "hello", "lora": f"{home / 'first'}:0.5"}, {"text": "hello", "lora": [str(home / "first"), f"{home / 'second'}:0.5"]},
+            {"text": "hello", "lora": ""}, {"text": "hello", "lora": str(home / "first")}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes, generate = [], voxcpm.VoxCPM.generate_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(voxcpm.VoxCPM, "generate_batch", lambda model, requests, **how: sizes.append(len(requests)) or generate(model, requests, **how))
+        paths, err = speak("--lora", home / "second", "--input", "rows.jsonl", "--batch_size", 3, *SHORT)
+    assert sizes == [3, 2] and err.count("; one of 4 side by side") == 4
+    for path, adapters in zip(paths, chosen):
+        assert close(said(path), adapted(home, *adapters) if adapters else direct(home.model)), adapters
+    assert len({said(path).numpy().tobytes() for path in paths}) == 5
+
+
+def test_adapters_of_lines_are_looked_for_first_and_each_has_its_own_speakers(home, tmp_path):
+    lines = [{"text": "a", "lora": "gone"}, {"text": "a", "lora": 5}, {"text": "a", "lora": [""]}, {"text": "a", "lora": f"{home / 'first'}:inf"},
+             {"text": "a", "lora": "a\0b"}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    err = fails(2, "--ckpt_dir", "nowhere", "--input", "rows.jsonl").splitlines()
+    assert len(err) == len(lines)
+    for line, words in zip(err, ("no adapter at gone", "lora is 5, expected an adapter folder", "lora is \\[''\\]", "the strength is inf",
+                                "lora is \\['a.x00b'\\], expected")):
+        assert re.search(words, line) and "rows.jsonl line" in line
+    item = dict(lora=["x"], speaker="", context=[{"text": "t", "audio": "a", "speaker": "ben"}])
+    requests = [infer.Request("a.wav", dict(item, lora=[str(home / "first")], speaker="ben")), infer.Request("b.wav", dict(item, lora=[], speaker="ben"))]
+    voices = infer.voices_of(requests)
+    with pytest.raises(Invalid, match="speaker 'carl' is not one of those trained: anna, ben"):
+        infer.check_speakers([infer.Request("a.wav", dict(requests[0].item, speaker="carl"))], voices)
+    csm = types.SimpleNamespace(speaker_input=True, speakers={"ben": 7, "dora": None})
+    infer.name_speakers(requests, voices, csm)
+    assert [(r.item["speaker"], r.item["context"][0]["speaker"]) for r in requests] == [("1", "1"), ("7", "7")]
+
+
 def test_a_line_that_fails_is_counted_and_the_others_are_written(home):
     rows = [{"text": "hello"}, {"text": "world", "prompt_audio": "gone.wav", "prompt_text": "x"}, {"text": "the"},
             {"text": "world", "reference_audio": str(home.speech)}]
@@ -431,7 +483,8 @@ def test_speakers_may_be_numbers(tmp_path, home):
     (("--text", "a"), "give --ckpt_dir"),
     (("--text", "a", "--ckpt_dir", "BASE", "--cfg_vlaue", "2"), "--cfg_vlaue: unknown; the nearest known name is cfg_value"),
     (("--text", "a", "--ckpt_dir", "BASE", "--promt_audio", "x"), "--promt_audio: unknown; the nearest known name is prompt_audio"),
-    (("--text", "a", "--ckpt_dir", "BASE", "--temperature", "1"), "--temperature: unknown"),
+    (("--text", "a", "--ckpt_dir", "BASE", "--temperature", "1", "--cfg_rate", "1"),
+     "--temperature: a flag of csm and higgs and indextts2\n--cfg_rate: a flag of indextts2\nvoxcpm has cfg_value, inference_timesteps, "),
     (("--text", "a", "--ckpt_dir", "BASE", "--cfg_value", "much"), "--cfg_value: 'much' is not a number"),
     (("--text", "a", "--ckpt_dir", "BASE", "--inference_timesteps", "0"), "inference_timesteps is 0, expected at least 1"),
     (("--text", "a", "--ckpt_dir", "BASE", "--max_len", "0"), "max_len is 0, expected at least 1"),
@@ -479,7 +532,7 @@ def test_what_is_not_there_exits_1(home, flags, words):
 @pytest.mark.parametrize("name, share, words", [
     ("model.safetensors", 0.5, "model.safetensors is damaged"),
     ("model.safetensors", 0.0, "model.safetensors is damaged"),
-    ("model.safetensors", None, "has no model.safetensors or pytorch_model.bin"),
+    ("model.safetensors", None, "has no model.safetensors or "),
     ("audiovae.pth", 0.5, "audiovae.pth is damaged"),
     ("audiovae.pth", None, "has no audiovae.safetensors or audiovae.pth, so the codec cannot be loaded"),
     ("config.json", 0.5, "config.json is not valid JSON"),
@@ -511,6 +564,13 @@ def test_a_tensor_that_nobody_knows_is_used_only_when_asked_for(home):
     assert "unexpected speaker.weight" in fails(1, "--ckpt_dir", "more", "--text", "hello")
     speak("--ckpt_dir", "more", "--allow_unused_tensors", "--text", "hello", *SHORT)
     assert torch.equal(said(), direct(home.model))
+
+
+def test_a_terminal_that_is_not_utf8_loses_nothing_of_a_batch(home):
+    Path("rows.jsonl").write_text('{"text": "hello", "output": "größe.wav"}\n{"text": "hello", "output": "b.wav"}\n', encoding="utf-8")
+    code, out, err = here("infer", ["--ckpt_dir", home.base, "--input", "rows.jsonl", "--batch_size", 1, *SHORT], "ascii")
+    assert (code, out) == (0, b"gr\\xf6\\xdfe.wav\nb.wav\n"), err
+    assert torch.equal(said("größe.wav"), direct(home.model)) and torch.equal(said("b.wav"), direct(home.model))
 
 
 # ------------------------------------------------------------------------------------------------ in a process of its own
@@ -606,7 +666,7 @@ def test_the_cap_is_the_least_of_text_length_max_len_and_what_the_model_holds(ho
     model.config.max_length = tokens + 1 + 7
     assert len(frames(model, "the hello world", min_len=long)) == 7
     model.config.max_length = tokens + 1
-    with pytest.raises(Invalid, match=f"prompt and text take {tokens + 1} positions, the model has {tokens + 1}"):
+    with pytest.raises(Invalid, match=f"prompt and text take {tokens + 1} positions, the model has {tokens + 1}; split it, as --max_chars"):
         frames(model, "the hello world")
 
 
@@ -718,6 +778,57 @@ def test_a_long_text_is_spoken_in_pieces_with_pauses(home, tmp_path):
         assert (short - waves[3]).abs().max() < 2e-3
     code, out, err = here("infer", [*map(str, common), "--text", " ".join(parts), "--output", "-", "--max_chars_per_piece", "22", "--pause", "0.1"])
     assert code == 0 and len(out) == 2 * len(whole)
+
+
+SCRIPTS = ("The cat, Dr. Lee said, cost 3.50. ", "\u4f60\u597d\u5417\uff1f\u5f88\u597d\u3002", "\u0928\u092e\u0938\u094d\u0924\u0947\u0964 \u0915\u0948\u0938\u0947 \u0939\u094b? ")
+
+
+def test_a_text_of_fifty_thousand_characters_is_spoken_whole_and_tells_how_far_it_is(home, monkeypatch):
+    draw, text = random.Random(1), ""
+    while len(text) < 50000:
+        text += draw.choice(SCRIPTS)
+    heard = []
+
+    def generate_batch(model, requests, **how):
+        model.finish = ["end"] * len(requests)
+        for i, request in enumerate(requests):
+            heard.append(request["text"])
+            yield i, torch.full((2,), 0.5)
+
+    monkeypatch.setattr(voxcpm.VoxCPM, "generate_batch", generate_batch)
+    Path("book.jsonl").write_text(json.dumps({"text": text}))
+    common = ("--ckpt_dir", home.base, "--max_chars_per_piece", 150, "--pause", 0)
+    _, err = speak(*common, "--input", "book.jsonl", "--batch_size", 8)
+    pieces, done = list(heard), [int(n) for n in re.findall(rf"(\d+)/{len(heard)} \| .*ETA", err)]
+    assert "".join("".join(pieces).split()) == "".join(text.split()) and len(said("output_001.wav")) == 2 * len(pieces)
+    assert 334 <= len(pieces) < 450 and max(map(len, pieces)) <= 150, "as few as whole sentences allow"
+    assert all(piece.endswith((".", "?", "\u3002", "\uff1f", "\u0964")) and not piece.endswith("Dr.") for piece in pieces)
+    assert done == [*range(8, len(pieces), 8), len(pieces)]
+    heard.clear()
+    code, out, err = here("infer", (*common, "--text", text, "--output", "-"))
+    assert code == 0 and heard == pieces and len(out) == 4 * len(pieces)
+    assert len(re.findall(rf"\d+/{len(pieces)} \| .* Hz", err)) == len(pieces)
+
+
+def test_what_is_behind_the_last_speech_is_cut_when_asked_for_and_counted(home, monkeypatch):
+    rate = models.load(home.base).out_sample_rate
+    speech, hiss = speech_like(rate), 0.02 * torch.randn(2 * rate, generator=torch.Generator().manual_seed(0))
+    ends = {"long": torch.cat([torch.zeros(rate), hiss]), "none": torch.zeros(rate // 20), "bad": torch.full((rate,), float("nan"))}
+
+    def generate_batch(model, requests, **how):
+        model.finish = ["end"] * len(requests)
+        yield from ((i, torch.cat([speech, ends[request["text"]]])) for i, request in enumerate(requests))
+
+    monkeypatch.setattr(voxcpm.VoxCPM, "generate_batch", generate_batch)
+    Path("lines.txt").write_text("long\nnone\n")
+    flags = ("--ckpt_dir", home.base, "--input", "lines.txt")
+    paths, err = speak(*flags)
+    assert [len(said(path)) for path in paths] == [len(speech) + len(ends[text]) for text in ("long", "none")] and "behind" not in err
+    paths, err = speak(*flags, "--trim_end", 0.25)
+    assert len(said(paths[0])) == pytest.approx(len(speech) + 0.25 * rate, abs=0.06 * rate) and len(said(paths[1])) == len(speech) + rate // 20
+    assert re.search(r"1 of 2 takes had more than 0.25 s behind their last speech; 2\.[78] s are cut", err)
+    assert "not written, sample" in fails(1, "--ckpt_dir", home.base, "--text", "bad", "--trim_end", 0.25)
+    assert "--trim_end hears a sound to its end" in fails(2, "--ckpt_dir", home.base, "--text", "a", "--output", "-", "--trim_end", 0)
 
 
 @pytest.mark.parametrize("flags, words", ((("--max_chars_per_piece", "-1"), "max_chars_per_piece is -1"), (("--pause", "1e9"), "pause is")))

@@ -1,5 +1,9 @@
 """LoRA: what it wraps, how it switches, what it reads and refuses. Fixtures of foreign formats are written by hand here."""
+import dataclasses
+import gc
+import importlib
 import json
+import warnings
 
 import pytest
 import torch
@@ -7,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import models
-from models.parts import Invalid
+from models.parts import Invalid, slots
 from tests import tiny_voxcpm
 
 
@@ -349,41 +353,59 @@ def test_peft_itself_gives_the_same_update_from_our_file(model, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again.published_state_dict(merged=True).values(), ours.values()))
 
 
-def test_switching_never_recompiles_and_another_rank_does_so_once(model, tmp_path):
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-            self.embeddings, self.lora_dropout_after, self.namings, self.backbone = (), False, ("published",), "block"
-            self.fingerprint, self.native_adapter, self.adapter_namings = "1", "peft", {"peft": "published"}
+class Block(torch.nn.Module):
+    """The least that adapters need of a model."""
 
-        def forward(self, x):
-            return self.b(torch.relu(self.a(x)))
+    embeddings, lora_dropout_after, namings, backbone = (), False, ("published",), "block"
+    fingerprint, native_adapter, adapter_namings = "1", "peft", {"peft": "published"}
+    device = torch.device("cpu")
 
-        def published_name(self, name, naming=None):
-            return name
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
 
-        def published_rows(self, name, naming=None):
-            return None
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
 
-    torch.compiler.reset()
-    compiled = []
+    def published_name(self, name, naming=None):
+        return name
 
-    def backend(graph, inputs):
-        compiled.append(graph)
+    def published_rows(self, name, naming=None):
+        return None
+
+
+def block_with(folder, **ranks):
+    """A Block and a folder for each adapter of it, {name: path}."""
+    block, paths = Block(), {}
+    for seed, (name, r) in enumerate(ranks.items()):
+        lora.apply_lora_to_model(block, {"r": r, "target_modules": ["a", "b"]})
+        randomize(block, seed)
+        lora.save_lora_weights(block, folder / name)
+        paths[name] = folder / name
+    return block, paths
+
+
+class Counter:
+    """A backend of torch.compile that counts what it is given."""
+
+    def __init__(self):
+        torch.compiler.reset()
+        self.compiled = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
         return graph.forward
 
-    block, x = Block(), torch.randn(3, 8)
-    for r, name in ((2, "two"), (2, "other"), (3, "three")):
-        lora.apply_lora_to_model(block, {"r": r, "target_modules": ["a", "b"]})
-        randomize(block, r)
-        lora.save_lora_weights(block, tmp_path / name)
-    lora.load_lora_weights(block, tmp_path / "two")
+
+def test_switching_never_recompiles_and_another_rank_does_so_once(tmp_path):
+    counter, x = Counter(), torch.randn(3, 8)
+    block, paths = block_with(tmp_path, two=2, other=2, three=3)
+    lora.load_lora_weights(block, paths["two"])
     block.requires_grad_(False)
-    run = torch.compile(block, backend=backend)
+    run = torch.compile(block, backend=counter)
     with torch.no_grad():
         run(x)
-        first = len(compiled)
+        first = counter.compiled
         lora.set_lora_enabled(block, False)
         off = run(x)
         lora.set_lora_enabled(block, True)
@@ -391,13 +413,123 @@ def test_switching_never_recompiles_and_another_rank_does_so_once(model, tmp_pat
         assert not torch.equal(run(x), off)
         lora.reset_lora_weights(block)
         assert torch.equal(run(x), off)
-        lora.load_lora_weights(block, tmp_path / "other")
+        lora.load_lora_weights(block, paths["other"])
         assert not torch.equal(run(x), off)
-        assert len(compiled) == first, "on, off, strength, reset and an adapter of the same shape"
-        lora.load_lora_weights(block, tmp_path / "three")
+        assert counter.compiled == first, "on, off, strength, reset and an adapter of the same shape"
+        lora.load_lora_weights(block, paths["three"])
         block.requires_grad_(False)
         run(x)
-        assert len(compiled) <= first + 1
+        assert counter.compiled <= first + 1
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+
+def live_tensors():
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def test_two_hundred_switches_between_resident_adapters_compile_nothing_and_leave_memory_flat(tmp_path):
+    counter, x = Counter(), torch.randn(4, 8)
+    block, paths = block_with(tmp_path, **{f"v{i}": 2 + i % 2 for i in range(8)})
+    expected = []
+    with torch.no_grad():
+        for path in paths.values():
+            lora.load_lora_weights(block, path)
+            expected.append(block(x))
+        lora.load_lora_slots(block, {**paths, "twice": [(paths["v0"], 0.5), (paths["v0"], 0.5)]})
+        run = torch.compile(block, backend=counter, fullgraph=True)
+        for places in ([0] * 4, [0, 1, 0, 1]):  # all rows alike, and two side by side
+            with slots.acting(block, places):
+                run(x)
+        gc.collect()
+        first, tensors = counter.compiled, live_tensors()
+        for n in range(200):
+            one, two = n % 8, (n // 8 + 3) % 8
+            places = [one] * 4 if n % 3 else [one, two, two, one]
+            with slots.acting(block, places):
+                y = run(x)
+            assert torch.allclose(y, torch.stack([expected[p][i] for i, p in enumerate(places)]), atol=1e-6)
+        gc.collect()
+        assert counter.compiled == first and live_tensors() <= tensors + 4 * slots.KEPT
+        with slots.acting(block, [8]):
+            assert torch.allclose(run(x), expected[0], atol=1e-6), "several folders under one name are added up"
+
+
+def test_what_is_meant_for_one_adapter_is_refused_where_several_stand(tmp_path):
+    block, paths = block_with(tmp_path, one=2, two=2)
+    lora.load_lora_slots(block, paths)
+    for act in (lambda: lora.set_lora_strength(block, 0.5), lambda: lora.save_lora_weights(block, tmp_path / "x"),
+                lambda: lora.reset_lora_weights(block), lambda: lora.merge_lora_weights(block), lambda: block.a.merged("weight")):
+        with pytest.raises(Invalid, match=r"several adapters side by side \(one, two\)"):
+            act()
+    lora.load_lora_weights(block, paths["one"])  # one takes their place
+    assert slots.of(block) is None and block.a.lora_A.shape == (2, 8)
+    lora.apply_lora_to_model(block, {"target_modules": ["a"], "bias": True})
+    lora.save_lora_weights(block, tmp_path / "bias")
+    with pytest.raises(Invalid, match="holds more than LoRA pairs, which cannot differ from row to row"):
+        lora.load_lora_slots(block, {"x": tmp_path / "bias"})
+
+
+NAMES = ("anna", None, "ben")
+TEXTS = ("Hello there, good morning.", "Good.", "Hello.")
+STEPS = {"diffusion_steps": 2, "inference_timesteps": 3}  # of a flow, where there is one
+
+
+def voices(model, requests, **how):
+    """What each request sounds like, and how often the first block of the model ran."""
+    out, calls = [[] for _ in requests], []
+    hook = model.blocks()[0].register_forward_hook(lambda *_: calls.append(1))
+    for i, chunk in model.generate_batch(requests, **how):
+        out[i].append(chunk)
+    hook.remove()
+    return [torch.cat(chunks) for chunks in out], len(calls)
+
+
+def requests_of(model, tiny):
+    """Of different lengths, with and without recordings where the backbone takes both."""
+    asked = []
+    for seed, text in enumerate(TEXTS):
+        clip = torch.sin(torch.arange(round(model.sample_rate * (0.3 + 0.2 * seed))) / 20)
+        prompts = [("Good.", clip, None)] if seed % 2 else []
+        if hasattr(tiny, "prompts"):
+            prompts = tiny.prompts(model)
+        asked.append(dict(text=text, prompts=prompts, seed=seed))
+    return asked
+
+
+@pytest.mark.parametrize("name", sorted(models.backbones()))
+def test_a_batch_that_mixes_adapters_equals_single_runs_with_one_forward_per_step(tmp_path, name):
+    tiny = importlib.import_module(f"tests.tiny_{name}")
+    tiny.write(tmp_path / "base", sorted(tiny.VARIANTS)[-1])
+    model = models.load(tmp_path / "base")
+    every = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for seed, who in enumerate(("anna", "ben")):  # on every layer, so that no row of any shape can be mistaken
+        lora.apply_lora_to_model(model, {"r": 4, "target_modules": every[seed:]})
+        randomize(model, seed)
+        lora.save_lora_weights(model, tmp_path / who)
+    fields = [f.name for f in dataclasses.fields(models.backbones()[name].Sampling)]
+    how = dict(max_len=4, min_len=4, **{key: steps for key, steps in STEPS.items() if key in fields})
+    asked = requests_of(model, tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a take met its cap
+        single = []
+        for request, who in zip(asked, NAMES):
+            lora.remove_lora(model) if who is None else lora.load_lora_weights(model, tmp_path / who)
+            single += voices(model, [request], **how)[0]
+        lora.load_lora_slots(model, {who: tmp_path / who for who in ("anna", "ben")})
+        mixed, forwards = voices(model, [dict(r, lora=who) for r, who in zip(asked, NAMES)], **how)
+        uniform = {who: voices(model, [dict(r, lora=who) for r in asked], **how) for who in set(NAMES)}
+    assert {count for _, count in uniform.values()} == {forwards}, "a mixed batch runs as often as one of a single adapter"
+    for i, who in enumerate(NAMES):
+        assert torch.equal(mixed[i], uniform[who][0][i]), "no row depends on its neighbours"
+        assert not torch.equal(mixed[i], uniform["ben" if who is None else None][0][i])
+        if name == "voxcpm":  # no codes, so the last bits hang on how many rows a product has, adapters or not
+            assert torch.allclose(mixed[i], single[i], atol=1e-3)
+        else:
+            assert torch.equal(mixed[i], single[i])
+    with pytest.raises(Invalid, match="lora 'carl': no adapter is loaded under this name; there are anna, ben"):
+        voices(model, [dict(asked[0], lora="carl")])
 
 
 def test_a_merged_folder_has_the_dtypes_of_the_base(base, tmp_path):

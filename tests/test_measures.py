@@ -46,6 +46,47 @@ def test_silence_at_the_end_is_counted_from_the_last_sound():
     assert measures.silence_at_end(torch.zeros(0), 16000) == 0
 
 
+NOISES = {
+    "hiss": lambda n, t: torch.randn(n, generator=torch.Generator().manual_seed(1)),
+    "rumble": lambda n, t: torch.nn.functional.avg_pool1d(torch.randn(1, 1, n + 499, generator=torch.Generator().manual_seed(1)), 500, 1)[0, 0],
+    "hum": lambda n, t: sum(torch.sin(2 * math.pi * 50 * k * t) for k in range(1, 8)),
+    "tone": lambda n, t: torch.sin(2 * math.pi * 440 * t),
+    "silence": lambda n, t: torch.zeros(n),
+}
+
+
+def speech_like(rate):
+    """Syllables of a fifth of a second with a rise and a fall, and a short hiss at the end, as in `types`."""
+    n = rate // 5
+    rise = torch.sin(math.pi * torch.arange(n) / n)
+    syllables = torch.cat([buzz(hertz, 0.2, rate)[:n] * rise for hertz in (120, 150, 130, 110)])
+    return torch.cat([syllables, 0.05 * torch.randn(rate // 5, generator=torch.Generator().manual_seed(2))])
+
+
+@pytest.mark.parametrize("rate", (16000, 24000, 44100))
+@pytest.mark.parametrize("name", NOISES)
+def test_speech_ends_where_only_noise_follows(name, rate):
+    speech = speech_like(rate)
+    n = int(1.97 * rate)  # so that it sets in within a block
+    noise = NOISES[name](n, torch.arange(n) / rate)
+    noise = noise / noise.std().clamp(min=1e-9)
+    seconds = len(speech) / rate
+    for gap in (0, rate // 5, rate // 3):
+        for level in (0.005, 0.03):
+            wave = torch.cat([speech, torch.zeros(gap), level * noise])
+            assert measures.end_of_speech(wave, rate) == pytest.approx(seconds, abs=0.1), (gap, level)
+    click = torch.zeros(rate)
+    click[rate // 2 : rate // 2 + rate // 100] = 0.3
+    assert measures.end_of_speech(torch.cat([speech, click]), rate) == pytest.approx(seconds, abs=0.1)
+    assert measures.end_of_speech(speech, rate) == pytest.approx(seconds, abs=0.051)
+    assert measures.end_of_speech(noise, rate) == n / rate, "without any speech nothing can be behind it"
+
+
+def test_the_end_of_speech_of_next_to_nothing():
+    for n in (0, 1, 2, 100):
+        assert measures.end_of_speech(torch.ones(n), 16000) == n / 16000
+
+
 def test_level():
     assert measures.level(torch.ones(100)) == 0 and measures.level(torch.full((9,), 0.1)) == pytest.approx(-20, abs=1e-4)
     assert measures.level(torch.zeros(5)) == measures.level(torch.zeros(0)) == -120

@@ -1,5 +1,6 @@
 """merge_lora.py: the merged folder is the base with its adapters on, and a converted adapter is the same adapter."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import models
 from models import voxcpm
+from models.parts import adapters
 from tests import tiny_voxcpm as tiny
 from tests.running import here
 
@@ -208,6 +210,90 @@ def test_a_record_outlives_a_conversion(home):
     assert config["lora_alpha"] / config["r"] == pytest.approx(16 / 2**0.5) and not config["use_rslora"]
 
 
+# ------------------------------------------------------------------------------------------------ shrinking, filling up
+
+
+def updates(model):
+    return {name: m.lora_full_scale * (m.lora_B @ m.lora_A).detach().double() for name, m in lora.lora_modules(model).items()}
+
+
+def test_a_shrunk_adapter_is_the_best_of_its_rank_and_says_what_it_keeps(home):
+    base, a, b = home / "base1.5", home / "original1.5", home / "other"
+    err = merge("--ckpt_dir", base, "--lora", f"{a}:0.5", "--lora", f"{b}:-1", "--to", "native", "--rank", 3)  # ranks 4 and 6
+    before, after = updates(adapted(base, (a, 0.5), (b, -1.0))), updates(adapted(base, ("out", 1.0)))
+    assert json.loads(Path("out/lora_config.json").read_text())["lora_config"]["r"] == 3 and {m.shape[0] for n, m in load_file("out/lora_weights.safetensors").items() if n.endswith("A")} == {3}
+    told = {m[1]: (float(m[2]), int(m[3]), float(m[4])) for m in re.finditer(r"(\S+): rank 3 keeps (\S+) % of the energy of (\d+) layers, least in \S+, (\S+) %", err)}
+    groups = {}
+    for name, whole in before.items():
+        U, values, Vt = torch.linalg.svd(whole)  # of the full matrix
+        assert torch.allclose(after[name], U[:, :3] * values[:3] @ Vt[:3], atol=1e-5), name
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append((values[:3].square().sum(), values.square().sum()))
+    assert told.keys() == groups.keys() and min(share for share, _, _ in told.values()) < 95
+    for group, rows in groups.items():
+        kept, total = (float(sum(column)) for column in zip(*rows))
+        assert told[group][0] == pytest.approx(100 * kept / total, abs=0.01) and told[group][1] == len(rows)
+        assert told[group][2] == pytest.approx(min(100 * float(k / t) for k, t in rows), abs=0.01)
+    merge("--ckpt_dir", base, "--lora", a, "--lora", b, "--to", "peft", "--rank", 6, to="both")  # a thin pair is filled up
+    same, both = updates(adapted(base, (a, 1.0), (b, 1.0))), updates(adapted(base, ("both", 1.0)))
+    assert all(torch.allclose(same[name], both[name], atol=1e-5) for name in same)
+    merge("--ckpt_dir", base, "--lora", f"{a}:0.75", "--to", "native", "--rank", 4, to="one")  # of its own rank, with its scale and strength
+    one, whole = updates(adapted(base, ("one", 1.0))), updates(adapted(base, (a, 1.0)))
+    assert all(torch.allclose(one[name], 0.75 * whole[name], atol=1e-5) for name in whole)
+    assert "--rank 5: the adapter has rank 4; only a smaller one says less" in fails(2, "--ckpt_dir", base, "--lora", a, "--to", "native", "--rank", 5, to="x")
+
+
+def strict_load(folder, model):
+    """A tool that builds its layers from the settings and wants all their pairs, and nothing besides."""
+    words, names = json.loads((folder / "lora_config.json").read_text())["lora_config"], []
+    roots = [(words["enable_lm"], ("base_lm.", "residual_lm."), words["target_modules_lm"]), (words["enable_dit"], ("feat_decoder.estimator.",), words["target_modules_dit"])]
+    for name, module in model.named_modules():
+        inside = any(on and name.startswith(root) and name.split(".")[-1] in leaves for on, root, leaves in roots)
+        if isinstance(module, torch.nn.Linear) and (inside or words["enable_proj"] and name in words["target_proj_modules"]):
+            names += [f"{name}.lora_{letter}" for letter in "AB"]
+            assert module.in_features and words["r"]
+    tensors = load_file(folder / "lora_weights.safetensors")
+    assert sorted(tensors) == sorted(names)
+    return tensors
+
+
+def test_partial_layers_are_said_and_zeros_make_a_strict_loader_take_them(tmp_path, capsys):
+    tiny.write("base", "1.5", **CODEC | {"lm_config": {"num_hidden_layers": 2}})
+    model = models.load("base")
+    lora.apply_lora_to_model(model, {"r": 2, "alpha": 6.0, "target_modules": ["q_proj"], "target_layers": ["base_lm.1"]})
+    for m in lora.lora_modules(model).values():
+        m.lora_B.data += 0.1
+    for _ in range(2):
+        lora.save_lora_weights(model, "partial")
+    said = "strict servers refuse this adapter: it has no pair for 2 layers that its settings mean, base_lm.layers.0.self_attn.q_proj among them"
+    assert capsys.readouterr().err.count(said) == 1, "once in a process"
+    with pytest.raises(AssertionError):
+        strict_load(Path("partial"), models.load("base"))
+    err = merge("--lora", "partial", "--to", "voxcpm", "--zero_fill")
+    assert "2 layers filled up with zeros" in err and "strict servers" not in err
+    tensors, given = strict_load(Path("out"), models.load("base")), load_file("partial/lora_weights.safetensors")
+    assert all(torch.equal(tensors[name], given[name]) if name in given else not tensors[name].any() for name in tensors)
+    config = json.loads(Path("out/lora_config.json").read_text())["lora_config"]
+    assert (config["r"], config["alpha"]) == (2, 6)
+    assert outcome(adapted("base", ("out", 1.0))).equal(outcome(adapted("base", ("partial", 1.0))))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"enable_proj": True, "bias": True}, "it has biases (lora.bias)"),
+    ({"enable_proj": True, "train_modules": ["stop_head"]}, "it has 1 tensors trained in full, such as stop_head.weight"),
+    ({"target_modules": ["feat_encoder.*q_proj"]}, "it has pairs of 1 layers that its settings cannot name, such as feat_encoder"),
+    ({"enable_proj": True}, None),
+])
+def test_what_strict_servers_refuse_is_said_with_every_file(home, capsys, settings, words):
+    model = models.load(home / "base1.5")
+    adapters._say_once.cache_clear()
+    lora.apply_lora_to_model(model, {"r": 2, **settings})
+    lora.save_lora_weights(model, "own")
+    lora.save_lora_weights(model, "peft", format="peft")
+    err = capsys.readouterr().err
+    assert words in err if words else "strict" not in err
+    assert err.count("strict servers refuse") <= 1
+
+
 # ------------------------------------------------------------------------------------------------ refusing
 
 
@@ -229,6 +315,8 @@ def test_what_is_there_is_never_overwritten(home):
     (("--lora", "A", "--to", "mlx"), 2, "--to mlx: for this backbone native or voxcpm or peft"),
     (("--lora", "A", "--naming", "transformers"), 2, "--naming transformers: this backbone has published"),
     (("--lora", "A", "--to", "peft", "--dtype", "bfloat16"), 2, "--dtype is of merged weights"),
+    (("--lora", "A", "--rank", "2"), 2, "--rank and --zero_fill are of adapters that are written: say --to native"),
+    (("--lora", "A", "--to", "peft", "--rank", "-1"), 2, "rank is -1, expected at least 1"),
     (("--lora", "A", "--dtype", "int4"), 1, "dtype 'int4' is not known"),
     (("--lora", "A", "--sterngth", "1"), 2, "--sterngth: unknown; the nearest known name is"),
     (("--lora", "gone"), 1, "no adapter at gone"),

@@ -1,4 +1,6 @@
 """Every shape of data set that is read, the split, cutting and levelling, the cache, and the report of a clean set."""
+import base64
+import io
 import json
 import os
 import re
@@ -382,6 +384,61 @@ def test_slice_cuts_untranscribed_recordings_into_clips(tmp_path):
     table = tmp_path / "out/clips/clips.csv"
     table.write_text(re.sub(r"\.wav,,", ".wav,said,", table.read_text()))
     assert len(read_manifest(table)) == 3
+
+
+EARS = """
+import soundfile, sys
+calls = []
+def transcribe(path):
+    calls.append(path)
+    if len(calls) == 3 and interrupted:
+        raise KeyboardInterrupt
+    seconds = soundfile.info(path).duration
+    if seconds > 8:
+        raise OSError("too long for me")
+    return f" it lasts {seconds:.1f}\\n" if seconds > 0.6 else "  "
+interrupted = True
+"""
+
+
+def test_a_transcriber_hears_what_has_no_text_and_its_rows_say_so(tmp_path, monkeypatch):
+    """One has a text, three have none, of which one is noise; a part of a file is heard alone; what was heard is not heard again."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "ears_one.py", EARS)
+    for n, seconds in enumerate((1.0, 2.0, 3.0, 0.5, 9.0)):
+        tone(tmp_path / f"in/{n}.wav", seconds, 300 + 50 * n)
+    put(tmp_path / "rows.csv", "audio,text,start,end\nin/0.wav,said by hand,,\nin/1.wav,,,\nin/2.wav,,1.0,2.5\nin/3.wav,,,\nin/4.wav,,,\n")
+    flags = ("--input", tmp_path / "rows.csv", "--output_dir", tmp_path / "out", "--val_split", 0, "--skip_bad", "--transcriber", "ears_one:transcribe")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(*flags)
+    ears = sys.modules["ears_one"]
+    assert len(ears.calls) == 3 and ears.calls[0] == str(tmp_path / "in/1.wav") and not os.path.exists(ears.calls[1])
+    ears.interrupted = False
+    for _ in range(2):
+        prepare(*flags)
+    assert len(ears.calls) == 3 + 2 + 2  # the two that gave nothing are asked again
+    rows = read_manifest(tmp_path / "out/train.jsonl")
+    assert [(row["text"], row.get("transcriber")) for row in rows] == [
+        ("said by hand", None), ("it lasts 2.0", "ears_one:transcribe"), ("it lasts 1.5", "ears_one:transcribe")]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["totals"]["rows with a text that a machine heard"] == 2
+    assert [fault["reason"] for fault in report["dropped"]] == ["ears_one:transcribe: it gave '  ', expected a text",
+                                                                "ears_one:transcribe: OSError: too long for me"]
+    assert "transcriber" not in manifests.for_encode(rows[1])
+    os.utime(tmp_path / "ears_one.py", (1, 1))  # another model, perhaps
+    prepare(*flags)
+    assert len(ears.calls) == 11
+    with pytest.raises(configs.Usage, match="--transcriber ears_one:hear: .*such as my_ears:transcribe"):
+        prepare(*flags[:-1], "ears_one:hear")
+
+
+def test_slices_go_to_the_transcriber_and_not_into_a_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "ears_two.py", EARS.replace("interrupted = True", "interrupted = False"))
+    speech(tmp_path / "in/long.wav", 5, 1, 6, 2, 5)
+    rows, _ = prepared(tmp_path, "--input", tmp_path / "in", "--slice", "--transcriber", "ears_two:transcribe")
+    assert [(row["id"], row["text"]) for row in rows] == [("long_0001", "it lasts 5.5"), ("long_0002", "it lasts 7.0"), ("long_0003", "it lasts 5.5")]
+    assert not (tmp_path / "out/clips").exists() and rows[1]["start"] == pytest.approx(5.5, abs=0.02)
 
 
 def test_pieces_begin_and_end_where_they_should(tmp_path):
@@ -871,6 +928,45 @@ def test_unknown_characters_and_long_rows_are_reported(tmp_path, model):
         assert [(n["id"], n["kind"]) for n in report["notices"]] == [("1", "unknown tokens"), ("1", "too many tokens"), ("2", "too many tokens")]
         assert about["positions"] == pytest.approx(7 + 11 + 3 + 25 * 6, abs=3)
     assert sorted(p.name for p in (tmp_path / "check").iterdir()) == ["report.html", "report.json"]
+
+
+def test_channels_that_are_swapped_change_nothing_and_those_that_cancel_are_told(tmp_path):
+    """Several channels are averaged: the order is no fault, and the report has their number; opposite phases are silence."""
+    left, right = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 16000))
+    for name, channels in (("a", (left, right)), ("b", (right, left)), ("c", (left, -left))):
+        soundfile.write(str(tmp_path / f"{name}.wav"), np.stack(channels, 1), 16000)
+        put(tmp_path / f"{name}.txt", f"text {name}")
+    assert torch.equal(audio.read(tmp_path / "a.wav", None)[0], audio.read(tmp_path / "b.wav", None)[0])
+    flags = ("--input", tmp_path, "--output_dir", tmp_path / "out", "--val_split", 0, "--skip_bad")
+    prepare(*flags)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["channels"] == {"2": 2} and [(Path(f["file"]).name, f["reason"][:7]) for f in report["dropped"]] == [("c.wav", "silence")]
+
+
+def test_each_speaker_can_be_heard_under_the_name_that_its_rows_give(tmp_path):
+    """Which voice a name belongs to no number tells: swapped names are another naming. So the report lets one listen."""
+    for n, name in enumerate(("anna", "ben", "anna", "ben")):
+        put(tone(tmp_path / f"in/{name}/{n}.wav", 1, 200 + 300 * (name == "ben") + n).with_suffix(".txt"), f"text {n}")
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--speaker_from_folder")
+    section = (tmp_path / "out/report.html").read_text().split("<h2>Speakers</h2>")[1].split("<h2>")[0]
+    pitches = []
+    for name, sound in re.findall(r"<td >(anna|ben)</td>.*?base64,([^\"]+)", section):
+        wave, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)))
+        pitches.append((name, round(np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave), -2)))
+    assert pitches == [("anna", 200), ("ben", 500)]
+
+
+def test_scripts_that_the_tokenizer_spells_in_bytes_are_told(tmp_path, model, monkeypatch):
+    texts = ["abc def", "ghi ABC", ARABIC, "123"]
+    for n, text in enumerate(texts):
+        put(tone(tmp_path / f"in/{n}.wav", 1, 300 + 50 * n).with_suffix(".txt"), text)
+    monkeypatch.setattr(Model, "encode_text", lambda self, text, speaker=None: list(text.encode()))
+    prepare("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--ckpt_dir", "any", "--check")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["checkpoints"][0]["tokens per character"] == {"ARABIC": round(len(ARABIC.encode()) / len(ARABIC), 3), "LATIN": 1.0, "no letters": 1.0}
+    assert [(n["id"], n["what"]) for n in report["notices"] if n["kind"] == "foreign script"] == [
+        ("2", "1.9 tokens per character of ARABIC text: the tokenizer has hardly met it")]
+    assert [prepare_data.script_of(text) for text in ("漢字かな漢", "ひらがな漢", "Ünï", "Привет you")] == ["CJK", "HIRAGANA", "LATIN", "CYRILLIC"]
 
 
 def test_its_own_manifests_are_encoded_as_they_are(tmp_path, model):

@@ -60,5 +60,6 @@ def test_nothing_is_lost_of_a_long_text_in_three_scripts(most):
 
 def test_texts_without_a_word_are_one_piece():
     assert pieces("", 10) == [] and pieces("...", 10) == ["..."]
+    assert pieces("... ... Hello world, you.", 6) == ["... ... Hello ", "world,", " you."]
     with pytest.raises(Invalid, match="max_chars_per_piece is 0"):
         pieces("a", 0)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -24,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import configs
 import lora
@@ -90,7 +92,7 @@ def contents(folder):
     for path in folder.glob("*.safetensors"):
         out |= {f"{path.name} {name}": t for name, t in load_file(path).items()}
     saved = torch.load(folder / "optimizer.pth", weights_only=True)
-    out |= {f"master {name}": t for name, t in saved["values"].items()}
+    out |= {f"master {name}": t for name, t in saved["values"].items()} | {f"average {i}": t for i, t in enumerate(saved["average"])}
     return out | {f"optimizer {i} {name}": t for i, state in saved["optimizer"]["state"].items() for name, t in state.items()}
 
 
@@ -201,6 +203,70 @@ def test_bf16_weights_have_float32_masters_and_resume_exactly(home):
     assert torch.equal(file, held["master stop_head.weight"].bfloat16())
 
 
+AVERAGED = {"lora": ("--lora.b_lr_ratio", 16), "full": ("--dtype", "bfloat16", "--learning_rate", 1e-3)}
+
+
+@pytest.mark.parametrize("config", AVERAGED)
+def test_the_average_is_what_is_saved_and_validated_and_a_run_with_it_resumes_exactly(home, config):
+    """With LoRA+ and wsd in one of them, bf16 in the other; the average is computed anew from the values of each step."""
+    flags = ("--ema", 0.2, "--schedule", "wsd", "--val_manifest", "val.jsonl", "--valid_interval", 1, "--save_interval", 1, "--max_steps", 4,
+             *AVERAGED[config], "--num_iters")
+    whole, half = home / f"average {config}", home / f"half an average {config}"
+    go(home, whole.name, *flags, 4, config=config)
+    for steps in (2, 4):
+        go(home, half.name, *flags, steps, config=config)
+    assert numbers(half) == numbers(whole) and numbers(half, "val") == numbers(whole, "val") and not differing(step(half, 4), step(whole, 4))
+    model = models.load(home / "base", dtype=torch.bfloat16 if config == "full" else torch.float32)
+    mean = {"base_lm.layers.0.self_attn.q_proj.lora_B": torch.zeros(())}
+    if config == "full":
+        mean = {name: model.get_parameter(name).detach().float() for name in ("base_lm.layers.0.self_attn.q_proj.weight", "stop_head.weight")}
+    for n in range(1, 5):
+        held = contents(step(whole, n))
+        for name in mean:
+            value = held[f"master {name}"]
+            mean[name] = mean[name] + (1 - min(0.2, n / (n + 9))) * (value - mean[name])
+            file = next(t for key, t in held.items() if key.endswith(f"safetensors {name}"))
+            assert torch.allclose(file.float(), mean[name], rtol=1e-2 if config == "full" else 1e-5, atol=1e-7) and file.dtype == (
+                torch.bfloat16 if config == "full" else torch.float32)
+            assert n == 1 or not torch.allclose(value, mean[name], rtol=1e-3, atol=1e-7)
+    source = step(whole, 4) if config == "full" else home / "base"
+    model = models.load(source, dtype=model.dtype)
+    if config == "lora":
+        lora.load_lora_weights(model, step(whole, 4))
+    cfg, cache = flags_of("--batch_size", 2), train.ClipCache(home / "cache", model)
+    examples = [cache.get(row) for row in train.read_manifest(home / "val.jsonl")]
+    means = train.evaluate(cfg, model, {"val": examples}, {"loss/diff": 1.0, "loss/stop": 1.0}, train.Place(torch.device("cpu"), 0, 1))
+    assert means["loss/total"] == numbers(whole, "val")[-1]["loss/total"]
+
+
+def test_what_the_average_lends_to_the_model_is_given_back_to_the_bit():
+    value = torch.nn.Parameter(torch.randn(5).bfloat16())
+    masters = train.Masters({"x": value})
+    average, before = train.Average(masters, 0.5), value.detach().clone()
+    masters.parameters[0].data += 1e-3
+    exact = masters.parameters[0].detach().clone()
+    masters.publish()
+    average.update(9)
+    held, published = average.values[0].clone(), value.detach().clone()
+    assert torch.allclose(held, before.float() + 5e-4, atol=1e-6)
+    with pytest.raises(KeyError), average.acting():
+        assert torch.equal(value, held.bfloat16()) and torch.equal(masters.parameters[0], held)
+        raise KeyError
+    assert torch.equal(masters.parameters[0], exact) and torch.equal(value, published) and torch.equal(average.values[0], held)
+
+
+def test_b_has_its_own_rate(home):
+    """Adam's first step moves every weight that has a gradient by the rate; A has none, since B is zero."""
+    flags = ("--num_iters", 1, "--warmup_steps", 0, "--weight_decay", 0, "--learning_rate", 1e-3, "--lora.b_lr_ratio", 16, "--lora.bias")
+    go(home, "two rates", *flags)
+    held = load_file(step(home / "two rates", 1) / "lora_weights.safetensors")
+    for name, t in held.items():
+        if not name.endswith("lora_A"):
+            rate = 0.016 if name.endswith("lora_B") else 1e-3
+            assert (t.abs().max() - rate).abs() < 1e-3 * rate, name
+    assert "lora.b_lr_ratio: 16.0 there, 8.0 here" in go(home, "two rates", *flags[:-3], "--lora.b_lr_ratio", 8, "--lora.bias", code=2)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_float32_training_saves_what_it_has_whatever_the_base_was_stored_in(home, stored):
     """On the CPU a bf16 base is trained in float32; a checkpoint rounded back to bf16 would not resume exactly."""
@@ -235,6 +301,50 @@ def test_every_row_comes_exactly_once_per_epoch(how, per_step):
     if cfg.batch_tokens:
         assert all(len(rows) * max(lengths[i] for i in rows) <= 60 for _, rows in seen)
         assert sum(len(rows) * max(lengths[i] for i in rows) for e, rows in seen if e == 0) < 1.3 * sum(lengths)  # of like length
+
+
+def test_a_share_of_each_epoch_is_drawn_from_the_seed():
+    """60 clips in full; a fifth of an epoch from 40 others, and a tenth from three, which come often then."""
+    cfg, pools = flags_of("--batch_size", 4), [train.Pool(0.2, list(range(60, 100))), train.Pool(0.1, [100, 101, 102])]
+    lengths, order, seen = [10] * 103, train.Order([10] * 103, flags_of("--batch_size", 4), pools=pools), []
+    while order.epoch < 8:
+        order = train.Order(lengths, cfg, order.epoch, order.position, pools)
+        seen += order.take(3)
+    epochs = [[i for e, clips in seen if e == epoch for i in clips] for epoch in range(7)]
+    for clips in epochs:
+        drawn = [i for i in clips if 60 <= i < 100]
+        assert sorted(i for i in clips if i < 60) == list(range(60)) and len(drawn) == 17 and len(clips) == 86
+    few, drawn = [i for clips in epochs for i in clips if i >= 100], [i for clips in epochs for i in clips if 60 <= i < 100]
+    assert sorted(map(few.count, (100, 101, 102))) == [21, 21, 21]
+    assert {drawn.count(i) for i in range(60, 100)} == {2, 3}  # 119 of 40: none is left out, none preferred
+    assert len({tuple(sorted(clips)) for clips in epochs}) == 7
+    other = train.clips_of_epoch(103, flags_of("--seed", 1), 0, pools)
+    assert sorted(other) != sorted(epochs[0]) and sorted(train.clips_of_epoch(103, cfg, 0, pools)) == sorted(epochs[0])
+    assert train.clips_of_epoch(5, cfg, 0, ()) == [0, 1, 2, 3, 4]
+
+
+def test_weighted_files_train_alike_on_other_ranks_and_each_has_its_validation(home):
+    """Nine rows of one file and a share of four; two ranks go on from where one stopped; the total is that of all rows together."""
+    rows = [json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()]
+    jsonl(home / "voice.jsonl", rows[:9])
+    jsonl(home / "replay@.5.jsonl", rows[9:])  # an @ in a name is no share
+    flags = ("--train_manifest", "voice.jsonl", "replay@.5.jsonl@0.25", "--batch_size", 1, "--max_steps", 8)
+    known = ("--val_manifest", "val.jsonl", "replay@.5.jsonl")
+    said = go(home, "weighted", *flags, *known, "--grad_accum_steps", 4, "--num_iters", 4, "--save_interval", 2)
+    assert "clips of an epoch: 9 of voice.jsonl, 3 of replay@.5.jsonl" in said and "4 steps of 4 micro-batches (4 per rank), 12 micro-batches" in said
+    whole = numbers(home / "weighted")
+    first = [row for line in whole[:3] for row in line["rows"]]
+    assert {f"r{i:02d}" for i in range(9)} < set(first) and len(first) == len(set(first)) == 12
+    shutil.copytree(home / "weighted", home / "weighted on two", symlinks=True)
+    shutil.rmtree(step(home / "weighted on two", 4))
+    go(home, "weighted on two", *flags, "--grad_accum_steps", 4, "--num_iters", 4, world=2)
+    for a, b in zip(numbers(home / "weighted on two"), whole, strict=True):
+        assert a["rows"] == b["rows"] and a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
+    line = numbers(home / "weighted", "val")[0]
+    counts = {"val": 3, "replay@.5": 4}
+    stop = sum(counts[name] * line[f"{name}/metric/stop_frame_error"] for name in counts) / 7
+    assert line["metric/stop_frame_error"] == pytest.approx(stop) and line["val/loss/total"] != line["replay@.5/loss/total"]
+    assert f"| val {line['val/loss/total']:.4f}, replay@.5 {line['replay@.5/loss/total']:.4f}" in said
 
 
 def test_the_log_shows_every_row_once_per_epoch(straight):
@@ -335,8 +445,10 @@ def eager_compile():
 
 def test_compiled_layers_train_alike(gradients, home):
     name = "compiled"
-    go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", 8, "--optimizer", "sgd", "--num_iters", 1, "--warmup_steps", 0, "--compile",
-       "--weight_decay", 0, "--learning_rate", 1e4, config="full", hook=eager_compile)
+    said = go(home, name, "--train_manifest", "eight.jsonl", "--batch_size", 8, "--optimizer", "sgd", "--num_iters", 1, "--warmup_steps", 0, "--compile",
+              "--weight_decay", 0, "--learning_rate", 1e4, config="full", hook=eager_compile)
+    assert "layers are compiled as the first validation and the first step come to them" in said
+    assert re.search(r"step 1: \d+\.\d s, compiling included", said)
     assert numbers(home / name)[0]["grad_norm"] == pytest.approx(gradients(8, 1)[1]["grad_norm"], rel=1e-5)
 
 
@@ -365,6 +477,21 @@ def test_the_learning_rate_rises_falls_and_stays_at_zero(straight):
     assert got == pytest.approx([0, 0.5, 1.0, 1.5, *half, 0, 0, 0])
     logged = [line["lr"] for line in numbers(straight("lora"))]  # the rate of the update after s completed ones
     assert logged == [train.learning_rate(flags_of("--learning_rate", 0.01), s, 20, 2) for s in range(20)]
+
+
+SHAPES = {  # of ten steps with four of warm-up, then three after the end
+    "linear": [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0, 0],
+    "constant": [1] * 9,
+    "wsd": [1, 1, 1, 1, 1, 0.5, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_schedule_has_its_shape_and_says_how_it_ends(name):
+    cfg, heard = flags_of("--learning_rate", 2.0, "--schedule", name), Heard()
+    assert [train.learning_rate(cfg, s, 10, 4) / 2 for s in range(13)] == pytest.approx([0, 0.25, 0.5, 0.75, *SHAPES[name]])
+    train.announce_length(cfg, train.Place(torch.device("cpu"), 0, 1), schedule(), heard)
+    assert ("reaches zero at the last" in heard.lines[1]) == (name != "constant")
 
 
 def test_validation_and_its_samples_do_not_disturb_training(home, straight):
@@ -480,6 +607,16 @@ def test_the_length_and_the_intervals_follow_the_data(home, halfway):
     assert bookkeeping.Progress.read(step(run, 11)).steps == 2000
 
 
+@pytest.mark.parametrize("flags, words", [(("--num_iters", 20), "the learning rate reaches 1.9e-05 of 0.0001. Say --warmup_steps 2"), (("--max_steps", 200, "--warmup_ratio", 0.2), ""),
+                                          (("--num_iters", 20, "--max_steps", 200, "--warmup_ratio", 0.2), "of 40 steps is no shorter than the run: the learning rate reaches 4.75e-05 of 0.0001")])
+def test_a_warm_up_that_outlives_the_run_is_said_with_the_rate_that_it_reaches(flags, words):
+    said = []
+    log = types.SimpleNamespace(say=lambda text, level="info": said.append(f"{level}: {text}"))
+    train.announce_length(flags_of(*flags), types.SimpleNamespace(world=1), schedule(*flags), log)
+    found = [line for line in said if "warm-up of" in line]
+    assert len(found) == bool(words) and all(line.startswith("warning: ") and words in line for line in found)
+
+
 def test_a_run_without_a_length_has_the_one_of_its_data_and_names_its_best(home):
     """13 clips in one micro-batch: 20 steps, ten validations after the first, ten checkpoints; `best` is the lowest of them."""
     free = ("--num_iters", 0, "--max_steps", 0, "--valid_interval", "null", "--save_interval", "null", "--val_manifest", "val.jsonl")
@@ -559,6 +696,20 @@ def test_two_ranks_tell_an_error_once(home):
         assert code in codes and 0 not in codes, (name, codes)
 
 
+def test_the_block_that_torchrun_ends_with_has_the_reason(tmp_path, monkeypatch):
+    """As torchrun reads it from the file that it names to each rank."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    @train.told_once
+    def main():
+        raise configs.Usage("batch_size is 0\nand more")
+
+    with pytest.raises(configs.Usage):
+        main()
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    assert "traceback : batch_size is 0\n" in ChildFailedError("train", {0: failure}).format_msg() + "\n" and failure.timestamp > 1e9
+
+
 def only_rank_0_fails():
     def fail(*_):
         raise Invalid("the disk is on fire")
@@ -627,6 +778,25 @@ def test_the_best_is_one_that_was_saved(home):
     go(home, "best", *flags, 6, hook=told_losses)
     assert steps_in(home / "best") == [6, 2]
     assert checkpoint.read_json(step(home / "best", 6) / checkpoint.INDEX)["best"] == [5.0, 2]
+
+
+def losses_by_step():
+    train.Validation.losses = lambda self, step, steps, epoch: [9.0, 2.0, 5.0, 2.0, 1.0, 3.0, 4.0, 0.0][step]
+
+
+def test_patience_ends_a_run_and_counts_on_when_it_resumes(home):
+    """Two validations in a row that are no better: at step 3; with three it goes to its end."""
+    flags = ("--val_manifest", "val.jsonl", "--valid_interval", 1, "--num_iters")
+    for steps in (2, 7, 7):  # interrupted between the two that count; and the third time nothing is left to do
+        said = go(home, "patient", *flags, steps, "--patience", 2, hook=losses_by_step)
+    assert "patience: 2 validations in a row were not below the 2.0000 of step 1, so the run ends at step 3" in said
+    assert "done: 3 steps" in said and steps_in(home / "patient") == [3, 2] and len(numbers(home / "patient")) == 3
+    said = go(home, "patient", *flags, 7, "--patience", 3, hook=losses_by_step)
+    assert "done: 7 steps" in said and "patience" not in said
+    nothing = bookkeeping.Progress()
+    for loss in (math.inf, math.nan):  # no rows, or nothing but NaN: neither is a loss that could be lower
+        nothing.judge(loss)
+    assert not nothing.is_out_of(1) and not bookkeeping.Progress(stale=9).is_out_of(0)
 
 
 def test_a_run_stays_what_it_is_under_its_own_config(home):
@@ -1191,6 +1361,11 @@ REFUSED = {  # flags, exit code, words
     "lambdas": (("--lambdas.loss/dif", 1), 2, "unknown loss loss/dif; this backbone has loss/diff, loss/stop"),
     "backbone option": (("--backbone.training_cfg", 1), 2, "backbone.training_cfg: unknown; the nearest known name is training_cfg_rate"),
     "batch_size": (("--batch_size", 0), 2, "batch_size is 0, expected at least 1"),
+    "ema": (("--ema", 1), 2, "ema is 1, expected 0, which is off, or a decay below 1"),
+    "patience": (("--patience", 2), 2, "patience counts validations: it needs val_manifest, and a valid_interval above 0"),
+    "a ratio of zero": (("--lora.b_lr_ratio", 0), 2, "lora.b_lr_ratio is 0, expected above 0"),
+    "shares that leave nothing": (("--train_manifest", "a.jsonl", "b.jsonl@0.6", "c.jsonl@.4"), 2, "the shares must leave something of an epoch"),
+    "nothing but shares": (("--train_manifest", "b.jsonl@0.6"), 2, "train_manifest is b.jsonl@0.6: the shares must leave"),
     "distribute": (("--distribute",), 2, "distribute needs hf_model_id"),
     "no manifest": (("--train_manifest", "none.jsonl"), 1, "none.jsonl"),
     "empty manifest": (("--train_manifest", "empty.jsonl"), 1, "holds no rows"),

@@ -286,6 +286,54 @@ def write(folder, version, stored=torch.float32, main_file=None, codec_file="aud
     return folder
 
 
+OF_EVERY_SECTION = {"_name_or_path": "", "architectures": None, "chunk_size_feed_forward": 0, "dtype": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+                    "is_encoder_decoder": False, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "output_attentions": False, "output_hidden_states": False,
+                    "problem_type": None, "return_dict": True}
+
+
+def transformers_config(cfg):
+    """config.json of VoxCPM2 as transformers writes it."""
+    lm, dit = dict(cfg["lm_config"]), dict(cfg["dit_config"])
+    rope, theta = dict(lm.pop("rope_scaling")), lm.pop("rope_theta")
+    rope |= {"rope_type": rope["type"], "rope_theta": theta}
+    lm |= {**OF_EVERY_SECTION, "model_type": "voxcpm2_text", "head_dim": lm["kv_channels"], "hidden_act": "silu", "no_rope": False, "pad_token_id": None,
+           "tie_word_embeddings": True, "rope_parameters": rope}
+    dit |= {**OF_EVERY_SECTION, "model_type": "voxcpm2_dit", "cfm_config": {**OF_EVERY_SECTION, "model_type": "voxcpm2_cfm", **dit["cfm_config"]}}
+    codec = {**OF_EVERY_SECTION, "model_type": "voxcpm2_audio_vae", "depthwise": True, "use_noise_block": False, "cond_type": "scale_bias", "cond_dim": 128,
+             "cond_out_layer": False, **codec_config(cfg)}
+    kept = {key: value for key, value in cfg.items() if key not in ("architecture", "device", "max_length")}
+    return {**kept, "architectures": ["VoxCPM2Model"], "model_type": "voxcpm2", "lm_config": lm, "dit_config": dit, "audio_vae_config": codec,
+            "encoder_config": {**OF_EVERY_SECTION, "model_type": "voxcpm2_encoder", **cfg["encoder_config"]}, "max_cache_length": cfg["max_length"],
+            "sample_rate": codec["out_sample_rate"], "transformers_version": "5.24.0"}
+
+
+def transformers_weights(cfg, dtype=torch.float32):
+    """{name: tensor} of transformers' model.safetensors: the codec in it, its weight norms as torch has named them since 2.0."""
+    new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    codec = {f"audio_vae.{'.'.join([*name.split('.')[:-1], new.get(name.split('.')[-1], name.split('.')[-1])])}": value for name, value in codec_weights(cfg).items()}
+    return {**main_weights(cfg, dtype), **codec}
+
+
+def transformers_tokenizer(vocab_size=440):
+    """tokenizer.json as transformers writes it: no normalizer, the marker put in front by Metaspace, Chinese characters cut apart before merging."""
+    steps = [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
+             {"type": "Split", "pattern": {"Regex": "\\p{Han}"}, "behavior": "Isolated", "invert": False}]
+    spec = tokenizer_files(vocab_size)["tokenizer.json"]
+    return {**spec, "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {**spec["model"], "unk_token": None}}
+
+
+def write_transformers(folder, **overrides):
+    """A folder of VoxCPM2 as transformers saves it; returns its Path."""
+    folder, cfg = Path(folder), config("2", **overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"config.json": transformers_config(cfg), "tokenizer.json": transformers_tokenizer(cfg["lm_config"]["vocab_size"]),
+             "tokenizer_config.json": {"tokenizer_class": "VoxCPM2Tokenizer"}, "generation_config.json": {"max_new_tokens": 2000}}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    save_file(transformers_weights(cfg), folder / "model.safetensors")
+    return folder
+
+
 MERGES = [("t", "h"), ("h", "e"), ("i", "n"), ("e", "r"), ("a", "n"), ("l", "l"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("o", "r"),
           ("▁", "w"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("or", "l"), ("▁w", "orl"), ("▁worl", "d"), ("in", "g"),
           ("▁", "▁"), ("1", "2"), ("你", "好"), ("世", "界"), ("▁", "你好"), ("▁", "语"), ("▁语", "音"), ("人", "们"), ("世界", "人们")]

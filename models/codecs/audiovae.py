@@ -175,6 +175,7 @@ class AudioVAE(nn.Module):
         self.sample_rate, self.out_sample_rate = sample_rate, out_sample_rate or sample_rate
         self.hop, self.out_hop, self.latent_dim = math.prod(encoder_rates), math.prod(decoder_rates), latent_dim
         self.boundaries = sr_bin_boundaries
+        self.stored = {}  # {published name: Stored} where it came with the model's weights, for saving it again
         self.encoder = Encoder(encoder_dim, encoder_rates, latent_dim, depthwise, odd_stride_extra_pad)
         self.decoder = Decoder(decoder_dim, decoder_rates, latent_dim, depthwise, sr_bin_boundaries)
 
@@ -271,11 +272,15 @@ def settings(config, defaults):
 def load(path, config=None, defaults=V1, device="cpu"):
     """The codec in a folder (audiovae.safetensors, else audiovae.pth) or a file, frozen, in eval mode and float32."""
     path = checkpoint.find(path, ("audiovae.safetensors", "audiovae.pth"), "the codec of VoxCPM")
-    numbers = settings(config, defaults)
+    return build(checkpoint.read(path), settings(config, defaults), str(path), device)
+
+
+def build(stored, numbers, what, device="cpu"):
+    """The codec of {published name: Stored}. numbers: what `settings` gives; what: the file, for errors."""
     with torch.device("meta"):
         codec = AudioVAE(**numbers)
-    checkpoint.fill(codec, checkpoint.fold_weight_norm(checkpoint.read(path)), dtype=torch.float32, device=device, what=str(path))
+    checkpoint.fill(codec, checkpoint.fold_weight_norm(stored), dtype=torch.float32, device=device, what=what)
     if codec.boundaries and codec.decoder.sr_bin_boundaries.tolist() != list(codec.boundaries):
-        raise Invalid(f"{path} was made with the rate boundaries {codec.decoder.sr_bin_boundaries.tolist()}, "
+        raise Invalid(f"{what} was made with the rate boundaries {codec.decoder.sr_bin_boundaries.tolist()}, "
                       f"but config.json says {list(codec.boundaries)}")
     return codec.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ also records backbone, base, a fingerprint of the base and the settings in the s
 tools look past it.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.parts import Invalid, checkpoint
+from models.parts import Invalid, checkpoint, targets
 from models.parts.plain import LARGEST, an_object, need, parse, pattern_of, read_object, shown
 
 FILES = {"voxcpm": ("lora_weights.safetensors", "lora_weights.ckpt"),
@@ -75,7 +76,8 @@ def locate(path):
     if path.is_file() and path.suffix == ".safetensors":
         return path, _config_beside(path, "voxcpm"), "voxcpm"
     names = ", ".join(sum(FILES.values(), ()))
-    hint = f"; this is a run, give {path / 'latest'}" if os.path.lexists(path / "latest") else ""
+    steps = [path / "latest"] if os.path.lexists(path / "latest") else checkpoint.steps(path)
+    hint = f"; this is a run, give {steps[0]}" if steps else ""
     raise Invalid(f"no adapter at {path}; expected a folder with one of {names}{hint}")
 
 
@@ -134,10 +136,15 @@ VOXCPM_WORDS = ("enable_lm", "enable_dit", "enable_proj",
                 "target_modules_lm", "target_modules_dit", "target_proj_modules")
 
 
+def _either(raw, key, other):
+    """Which of two keys a file has; the first, which a message then asks for, where it has neither."""
+    return other if other in raw and key not in raw else key
+
+
 def _voxcpm_settings(raw):
     raw = need(raw, "lora_config", dict, raw)
-    r = _rank(raw, "r" if "r" in raw else "rank")
-    alpha = need(raw, "alpha" if "alpha" in raw else "lora_alpha", float)
+    r = _rank(raw, _either(raw, "r", "rank"))
+    alpha = need(raw, _either(raw, "alpha", "lora_alpha"), float)
     settings = dict(r=r, alpha=alpha, dropout=_dropout(raw, "dropout"))
     for key in VOXCPM_WORDS:
         if raw.get(key) is not None:
@@ -524,6 +531,7 @@ def write(model, tensors, settings, place, record):
     folder.mkdir(parents=True, exist_ok=True)
     draft = _draft(model, tensors, settings, kind, place.naming or model.adapter_namings[kind])
     draft.base = record.get("base") or getattr(model, "path", "")
+    _say_what_is_refused(model, settings, draft)
     out = {}
     for name, value in tensors.items():
         for key, published in _published(model, draft, name, value).items():
@@ -535,6 +543,42 @@ def write(model, tensors, settings, place, record):
     config = json.dumps(WRITERS[kind](model, draft), indent=2, ensure_ascii=False)
     (folder / CONFIGS[kind]).write_text(config + "\n", encoding="utf-8")
     return folder
+
+
+def unfilled(model, settings, kind, modules):
+    """Modules that the words of the settings file mean beyond `modules`, and those that it cannot mean.
+
+    Tools of the voxcpm format build their layers from these words, which name kinds of layers, not layers.
+    """
+    if kind != "voxcpm":
+        return [], []
+    words = model.adapter_words(list(modules), {})
+    meant = targets.linears(model, type(settings)(**words))
+    return [name for name in meant if name not in modules], [name for name in modules if name not in meant]
+
+
+def _say_what_is_refused(model, settings, draft):
+    """Some servers want every pair that the settings mean, and nothing besides pairs."""
+    missing, beyond = unfilled(model, settings, draft.kind, draft.modules)
+    told = []
+    if missing:
+        told.append(f"no pair for {len(missing)} layers that its settings mean, {missing[0]} among them "
+                    "(merge_lora.py --zero_fill writes zeros)")
+    if beyond:
+        told.append(f"pairs of {len(beyond)} layers that its settings cannot name, such as {beyond[0]}")
+    if draft.biased:
+        told.append("biases (lora.bias)")
+    if draft.full:
+        told.append(f"{len(draft.full)} tensors trained in full, such as {draft.full[0]}")
+    if told:
+        _say_once(f"strict servers refuse this adapter: it has {'; '.join(told)}. Merged into its base it "
+                  "loads.")
+
+
+@functools.cache
+def _say_once(text):
+    """To stderr, once in a process: a run saves the same adapter many times."""
+    print(text, file=sys.stderr)
 
 
 def _draft(model, tensors, settings, kind, naming):

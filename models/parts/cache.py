@@ -328,6 +328,10 @@ class ClipCache:
             raise Invalid(f"{name_of(row)} is not in {self.folder}; run prepare_data.py for this checkpoint")
         return key
 
+    def make(self, row) -> dict[str, torch.Tensor]:
+        """The example of a row whose recordings are here, made anew: it is not stored, no codec runs."""
+        return self._example(self._plan(row))
+
     def load(self, key):
         example = {}
         for name, (tensor, shape) in self.records[key].items():

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from models.parts import Invalid
-from models.parts.plain import (LARGEST_JSON, TEMPORARY, an_object, need, parse, read_bytes,
+from models.parts.plain import (LARGEST_JSON, POINTER, TEMPORARY, an_object, need, parse, read_bytes,
                                 read_json,  # noqa: F401  (of all that reads a checkpoint's JSON)
-                                read_object, shown, temporary_name)
+                                read_object, refuse_pointer, shown, temporary_name)
 
 # Keys under which trainers put the state dict inside what they save.
 WRAPPERS = ("state_dict", "model", "net", "generator", "module")
@@ -58,8 +58,8 @@ def find(path, names, what):
 def read(path) -> dict[str, Stored]:
     """The tensors of a safetensors file, a pickle (weights only), or the shards that an index.json names.
 
-    Wrappers around the state dict (state_dict, model, net, generator) and a common prefix "module." are taken
-    off; state dicts side by side become one with names such as "part.name".
+    Wrappers around the state dict (state_dict, model, net, generator) and what DataParallel and torch.compile
+    put into names are taken off; state dicts side by side become one with names such as "part.name".
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
@@ -70,12 +70,23 @@ def read(path) -> dict[str, Stored]:
     if damage:
         raise Invalid(f"{damage}. Take an earlier step.")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    state = _unwrap(_read_pickle(path), path)
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+        return _plain_names(_read_safetensors(path), path)
+    state = _plain_names(_unwrap(read_pickle(path), path), path)
     tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
     return {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
+
+
+COMPILED = "_orig_mod."  # torch.compile puts it in front of all that lies in a module, at any depth
+
+
+def _plain_names(state, path):
+    """The state under the names that it has without the wrappers of DataParallel and torch.compile."""
+    out = {name.replace(COMPILED, ""): value for name, value in state.items()}
+    if len(out) < len(state):
+        raise Invalid(f"{path} holds tensors with and without {COMPILED} under one name; which one counts?")
+    if out and all(name.startswith("module.") for name in out):
+        out = {name.removeprefix("module."): value for name, value in out.items()}
+    return out
 
 
 def _read_shards(path):
@@ -94,6 +105,7 @@ def _read_safetensors(path):
             return f.get_tensor(name)
 
     out = {}
+    _check_begin(path)
     try:
         with safetensors.safe_open(path, "pt") as f:
             for name in f.keys():
@@ -115,20 +127,34 @@ MALFORMED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError
              AssertionError, MemoryError, ArithmeticError)
 
 
-def _read_pickle(path):
+def read_pickle(path):
+    """What a file of torch.save holds; only tensors, numbers, texts, lists and dictionaries are unpickled."""
+    is_zip = _check_begin(path).startswith(b"PK")  # as since 1.6; only those can be mapped into memory
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError:  # torch's own text tells how to open it all the same
-        raise Invalid(f"{path} holds more than tensors and was not opened, since unpickling it could run "
-                      "code. Ask its author for a safetensors file.") from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as e:  # torch's own text tells how to open it all the same
+        raise Invalid(f"{path} holds {_foreign(e)} and was not opened, since unpickling it could run code. "
+                      "Ask its author for a safetensors file, or for one of its tensors alone.") from None
     except MALFORMED as e:
         raise Invalid(f"{path} is damaged or not a PyTorch file ({_first_line(e)}). Copy it again.") from None
 
 
-def _is_zip(path):
-    """Whether torch.save wrote it as it does since 1.6; only those can be mapped into memory."""
+def _foreign(error):
+    """What torch would not unpickle, by the name that its message has."""
+    found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error))
+    if not found:
+        return "more than tensors"
+    if found[1].startswith("numpy."):  # a loss or a step that was saved beside the weights
+        return f"numbers of numpy beside tensors ({shown(found[1])})"
+    return f"{shown(found[1])} beside tensors"
+
+
+def _check_begin(path):
+    """The first bytes of a file that is no pointer of Git LFS."""
     with open(path, "rb") as f:
-        return f.read(2) == b"PK"
+        begin = f.read(len(POINTER))
+    refuse_pointer(path, begin)
+    return begin
 
 
 DEEPEST = 8  # wrappers around wrappers: one that holds itself would have no end
@@ -152,6 +178,15 @@ def _unwrap(state, path):
     if not any(torch.is_tensor(v) for v in state.values()):
         raise Invalid(f"{path} holds no tensors {DEEPEST} levels deep")
     return state
+
+
+def split(stored, prefix):
+    """(those under a prefix, under their names without it, all others) of {name: Stored}."""
+    inside, others = {}, {}
+    for name, tensor in stored.items():
+        bare = name.removeprefix(prefix)
+        (others if bare == name else inside)[bare] = tensor
+    return inside, others
 
 
 def _side_by_side(state):
@@ -296,14 +331,15 @@ def _does_not_fit(what, total, match):
         parts.append(f"unexpected {_some(match.unexpected)}")
     if match.misfits:
         parts.append(_some(match.misfits))
-    count = len(match.missing) + len(match.unexpected) + len(match.misfits)
+    odd = len(match.unexpected) + len(match.misfits)
     hint = ""
     for name in match.unexpected[:1]:  # one example shows which naming the file is in
         close = difflib.get_close_matches(name, match.missing, 1, 0.8)
         hint += f" Closest: {name} (did you mean {close[0]}?)." if close else ""
     if match.unexpected and not match.missing and not match.misfits:
         hint += " To load it without the unexpected names: --allow_unused_tensors."
-    return (f"{what}: {count} of {total} tensors do not fit: {'; '.join(parts)}.{hint} "
+    counts = f"{odd} of its {total} tensors do not fit, {len(match.missing)} are missing"
+    return (f"{what}: {counts}: {'; '.join(parts)}.{hint} "
             "Is this the original checkpoint or a converted one?")
 
 

@@ -155,7 +155,7 @@ def look(model, clips, cache, weights, device):
         if texts(other) == texts(clip.row):
             continue
         right = cache.load(clip.key)
-        shuffled = encode_again(cache, with_texts(clip.row, texts(other)))
+        shuffled = cache.make(with_texts(clip.row, texts(other)))
         found.right.append(losses(model, right, device))
         found.shuffled.append(losses(model, shuffled, device))
         found.constant.append(losses(model, right, device, zeros))
@@ -191,8 +191,3 @@ def with_texts(row, words):
     for number, holder in enumerate(spoken(row)):
         holder["text"] = words[number % len(words)]
     return row
-
-
-def encode_again(cache, row):
-    """The example of a row whose recordings are in the cache; not stored, and the codec does not run."""
-    return cache._example(cache._plan(row))

@@ -16,6 +16,7 @@ import torch
 
 from models.parts import Invalid, audio, page
 from models.parts.run import Log
+from models.parts.textfiles import one_line
 
 SHARE = 0.1  # of the time since the last samples: more would be felt as a slower run
 LEAST_SECONDS = 10  # that may always be spent: no share of a few seconds would let a word be said
@@ -47,7 +48,7 @@ def further(texts, rows) -> list[Sentence]:
     """Sentences of texts that nobody has recorded, in the voice of the first row that has a text."""
     voices = sentences(rows)
     row = voices[0].row if voices else {}
-    return [Sentence(text, {**row, "text": text}, False) for text in texts]
+    return [Sentence(text, {**row, "text": text}, False) for text in map(one_line, texts)]
 
 
 @dataclass

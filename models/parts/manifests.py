@@ -58,6 +58,7 @@ KEYS = {
     "duration": ("duration",),
     "sample_rate": ("sample_rate",),
     "dataset_id": ("dataset_id",),
+    "transcriber": ("transcriber",),
     "start": ("start", "offset", "start_time"),
     "end": ("end", "end_time"),
     "gain_db": ("gain_db",),
@@ -69,7 +70,7 @@ KEYS = {
 }
 CUT = ("start", "end", "gain_db")  # seconds within the file, and a factor in dB
 # What `encode` is not given: when one of these changes, nothing is encoded anew.
-LABELS = ("id", "duration", "sample_rate", "dataset_id", "alignment")
+LABELS = ("id", "duration", "sample_rate", "dataset_id", "transcriber", "alignment")
 # What belongs to a whole row: a turn has none of these.
 OF_A_ROW = (*LABELS, "ref_audio", "ref_text", "emotion", "turns", "messages", *FEATURES)
 # What else is read of a row, a turn or a message.
@@ -587,7 +588,7 @@ def check_holder(holder, roots):
     start, end = holder.get("start", 0), holder.get("end", math.inf)
     if end <= start:
         raise Invalid(f"end {end} is not after start {start}")
-    for key in ("speaker", "dataset_id", "id"):
+    for key in ("speaker", "dataset_id", "id", "transcriber"):
         value = holder.get(key)
         if isinstance(value, str):
             check_text(value, key)
@@ -867,12 +868,12 @@ def unused(name, taken, n):
     return next(f"{name}-{ending}" for ending in endings if f"{name}-{ending}" not in taken)
 
 
-def read_manifest(path, speakers=None) -> list[dict]:
+def read_manifest(path, speakers=None, files=None) -> list[dict]:
     """The canonical rows of a manifest or of several; everything that is wrong with them in one Invalid.
 
     With speakers = {} (or {name: number}) each row's speaker becomes a number: a number stays what it is, a
     name keeps its speaker_id or takes the lowest number that is free, and the map is filled so that it can be
-    stored.
+    stored. With files = {} that becomes {id: the manifest that the row is of}.
     """
     rows, bad, ids = [], [], set()
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
@@ -893,6 +894,8 @@ def read_manifest(path, speakers=None) -> list[dict]:
                 bad.append(Fault(at, str(e)))
             row["id"] = unused(row["id"], ids, k)
             ids.add(row["id"])
+            if files is not None:
+                files[row["id"]] = str(one)
         rows += found.rows
     if bad:
         raise Invalid(listing(bad))

@@ -14,6 +14,15 @@ from models.parts.clips import frame_levels
 SILENCE_DB = -40.0  # below the loudest frame: breath and room are quieter, soft consonants are not
 FRAME = 0.01  # seconds
 
+# Where speech ends. It rises and falls: in 24 read sentences no 0.6 s stayed within 6 dB, as hiss, rumble,
+# hum and one long tone do.
+BLOCK = 0.05  # seconds
+STEADY = 12  # blocks that are noise where their levels lie within SPREAD_DB
+SPREAD_DB = 5.0
+SLACK_DB = 1.0  # by which earlier blocks of the same noise may differ more
+CLICK = 2  # blocks: what is no longer and stands apart by GAP blocks is no word
+GAP = 6
+
 # Pitch by the difference function of YIN (de Cheveigne and Kawahara 2002).
 PITCH_RATE = 16000  # Hz; pitch lies far below, and one rate means one window
 LONGEST, SHORTEST = 267, 32  # samples of a period: 60 Hz, a low man's voice, to 500 Hz, a child's
@@ -40,6 +49,48 @@ def silence_at_end(wave, rate):
     levels = frame_levels(wave.numpy(), rate, FRAME)
     loud = np.flatnonzero(levels > levels.max() + SILENCE_DB)
     return max(0.0, len(wave) / rate - (int(loud[-1]) + 1) * FRAME)
+
+
+def end_of_speech(wave, rate):
+    """Seconds to the end of the last speech; what is louder than silence behind it is noise.
+
+    A clip in which nothing is like speech is left whole.
+    """
+    size = round(BLOCK * rate)
+    first = (len(wave) - 1) % size if len(wave) else 0  # blocks are counted from the end
+    sharp = np.diff(wave.numpy())[first:]  # differences, in which rumble is as even as hiss
+    levels = frame_levels(sharp, rate, BLOCK)
+    loud = levels > levels.max(initial=-math.inf) + SILENCE_DB
+    end = len(levels)
+    while end:
+        end = _behind_the_last(loud[:end])
+        begin = _where_noise_begins(levels[:end], loud[:end])
+        if begin == end:
+            break
+        end = begin
+    return (first + 1 + end * size) / rate if end else len(wave) / rate
+
+
+def _behind_the_last(loud):
+    places = np.flatnonzero(loud)
+    return int(places[-1]) + 1 if len(places) else 0
+
+
+def _where_noise_begins(levels, loud):
+    """The block at which the noise begins that these blocks end with; their number where there is none."""
+    end = len(levels)
+    click = _behind_the_last(~loud)  # where the last stretch without silence begins
+    if 0 < end - click <= CLICK and not loud[max(0, click - GAP) : click].any():
+        return click
+    tail = levels[-STEADY:]
+    if end < STEADY or tail.max() - tail.min() > SPREAD_DB:
+        return end
+    begin, low, high = end - STEADY, tail.min() - SLACK_DB, tail.max() + SLACK_DB
+    while begin and low < levels[begin - 1] < high:
+        begin -= 1
+    if begin and levels[begin - 1] < high:  # the block in which it sets in
+        begin -= 1
+    return begin
 
 
 def pitch(wave, rate):

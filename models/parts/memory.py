@@ -1,7 +1,7 @@
 """What training takes of a device's memory, by arithmetic: on the meta device, where nothing is allocated.
 
     weights       as they are stored, codes of few bits with their scales
-    copies        float32 ones of trained bf16 weights
+    copies        float32 ones of trained bf16 weights, and their average
     gradients     of all that is trained, or of the largest tensor where each is stepped at once
     moments       of the optimizer
     activations   what forward keeps for backward
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     batch_size: int = 1
     accumulates: bool = False  # over micro-batches
     ranks: int = 1  # that share out states
+    ema: bool = False
 
 
 class Use(NamedTuple):
@@ -101,6 +102,7 @@ def state_bytes(trained, plan):
         return FLOAT32 * share, FLOAT32 * (share + bucket), moments
     low_size = sum(p.numel() for p in low)
     copies = FLOAT32 * low_size if plan.master == "float32" else 0
+    copies += FLOAT32 * size * plan.ema
     gradients = FLOAT32 * size
     if plan.master == "none" and not plan.accumulates:
         gradients -= (FLOAT32 - 2) * low_size
@@ -179,7 +181,7 @@ def plan_of(cfg, clips):
     """The Plan of train.py's settings, for a step on so many clips."""
     accumulates = cfg.grad_accum_steps > 1 or ranks() > 1
     return Plan(cfg.base_bits, cfg.optimizer, cfg.master, cfg.fused_backward, int(cfg.checkpointing), clips,
-                accumulates, ranks() if cfg.shard else 1)
+                accumulates, ranks() if cfg.shard else 1, bool(cfg.ema))
 
 
 class Change(NamedTuple):

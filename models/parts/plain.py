@@ -74,11 +74,22 @@ def read_bytes(path, most):
             raise Invalid(f"{path} is no file, expected one")
         if status.st_size > most:
             raise Invalid(f"{path} has {status.st_size} bytes, at most {most} are read; is it the right one?")
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
+        refuse_pointer(path, data)
+        return data
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         if isinstance(e, Invalid):
             raise
         raise Invalid(f"{shown(path, 300)} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+POINTER = b"version https://git-lfs"  # begins what lies in the place of a file until Git LFS brings it
+
+
+def refuse_pointer(path, begin):
+    """Invalid for a file that begins as a pointer of Git LFS does."""
+    if begin.startswith(POINTER):
+        raise Invalid(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
 
 
 class Record(dict):

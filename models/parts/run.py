@@ -153,6 +153,8 @@ class Progress:
     epoch: int = 0
     position: int = 0  # micro-batches of the epoch that are done
     best: Best = Best()
+    lowest: Best = Best()  # of all validations, saved or not
+    stale: int = 0  # validations since then
     skipped: int = 0
     steps: int = 0  # the length of the run, where settings do not say it anew
     micro_per_step: int = 1  # over all ranks; stays what it was when the number of ranks changes
@@ -166,11 +168,14 @@ class Progress:
     @classmethod
     def read(cls, folder):
         index = read_object(folder / checkpoint.INDEX)
-        best = need(index, "best", list)
-        if len(best) != len(Best._fields):
-            raise Invalid(f"{index.where}: best is {best}, expected a loss and a step")
+        bests = {}
+        for key, default in (("best", []), ("lowest", list(Best()))):
+            best = need(index, key, list, default)
+            if len(best) != len(Best._fields):
+                raise Invalid(f"{index.where}: {key} is {best}, expected a loss and a step")
+            bests[key] = Best(*best)
         steps = need(index, "steps", int, STEPS_BEFORE)
-        return typed(cls, index, best=Best(*best), folder=folder, steps=steps)
+        return typed(cls, index, **bests, folder=folder, steps=steps)
 
     def index(self):
         values = asdict(self)
@@ -182,8 +187,20 @@ class Progress:
 
         Settings are equal; but speakers may have been added, and rows and base may be others by intent.
         """
-        names = ("step", "epoch", "position", "best", "skipped", "steps", "micro_per_step", "folder")
+        names = ("step", "epoch", "position", "best", "lowest", "stale", "skipped",
+                 "steps", "micro_per_step", "folder")
         return replace(self, **{name: getattr(past, name) for name in names})
+
+
+    def judge(self, loss):
+        """Count the validations in a row that were not the lowest so far, once there is one."""
+        if loss < self.lowest.loss:
+            self.lowest, self.stale = Best(loss, self.step), 0
+        elif self.lowest != Best():
+            self.stale += 1
+
+    def is_out_of(self, patience):
+        return bool(patience) and self.stale >= patience
 
 
 def find(root, resume_from, say) -> Progress | None:
@@ -260,6 +277,7 @@ class Clip(NamedTuple):
     key: str  # by which the cache finds its example; empty while nobody has looked
     length: int  # positions of the trained network; while there is no key, what its audio takes at least
     seconds: float  # of audio
+    file: str = ""  # the manifest
 
 
 def seconds_of(row):
@@ -285,9 +303,16 @@ def positions(row, rate):
     return math.floor(seconds_of({**row, "duration": None}) * rate)
 
 
-def outlines(rows, rate) -> list[Clip]:
-    """Clips of which only the headers of the files were read."""
-    return [Clip(row, "", positions(row, rate), seconds_of(row)) for row in rows]
+def outlines(rows, rate, files) -> list[Clip]:
+    """Clips of which only the headers of the files were read; files: {id of a row: its manifest}."""
+    return [Clip(row, "", positions(row, rate), seconds_of(row), files[row["id"]]) for row in rows]
+
+
+def short(path, paths):
+    """A name for one of several files: without folder and ending, unless two are then called the same."""
+    stems = [Path(one).stem for one in paths]
+    stem = Path(path).stem
+    return stem if stems.count(stem) == 1 else str(path)
 
 
 def measured(clips, model, cache, limit) -> list[Clip]:

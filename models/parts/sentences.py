@@ -78,6 +78,10 @@ def _cut(sentence, most):
     return out + [sentence] if sentence else out
 
 
+def _has_words(piece):
+    return any(character.isalnum() for character in piece)
+
+
 def pieces(text, most):
     """The text in as few pieces of at most `most` characters as whole sentences allow."""
     if most < 1:
@@ -89,9 +93,9 @@ def pieces(text, most):
                 out[-1] += part
             else:
                 out.append(part)
-    spoken = []  # a piece of blanks or marks alone is nothing to say, and stays with the piece before it
+    spoken = []  # blanks or marks alone are nothing to say: they stay with the piece before, the first behind
     for piece in out:
-        if spoken and not any(character.isalnum() for character in piece):
+        if spoken and not (_has_words(piece) and _has_words(spoken[-1])):
             spoken[-1] += piece
         else:
             spoken.append(piece)

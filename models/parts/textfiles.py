@@ -9,11 +9,10 @@ import re
 import unicodedata
 from pathlib import Path
 
-from models.parts import Invalid
+from models.parts import Invalid, plain
 
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-VALUE_LENGTH = 80  # of a value within a message, which then fits into a line or two of a terminal
 # What tables and models come in that is no text: the first bytes of a file, what it is, and the way out.
 FOREIGN = (
     (b"PAR1", "Parquet", "export it as JSONL, such as with pandas' to_json(orient='records', lines=True), "
@@ -22,7 +21,6 @@ FOREIGN = (
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV in UTF-8"),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet", "save it as CSV in UTF-8"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "run git lfs pull"),
 )
 
 
@@ -35,6 +33,7 @@ def refuse_foreign(path):
     """Invalid for a file that is no text, with what it is."""
     with open(path, "rb") as f:
         begin = f.read(32)
+    plain.refuse_pointer(path, begin)
     for magic, what, way_out in FOREIGN:
         if begin.startswith(magic):
             raise Invalid(f"{path} is {what}: {way_out}")
@@ -78,6 +77,12 @@ def one_line(text):
     return "".join(c for c in spaced if not is_control(c)).strip()
 
 
+def refuse_blank(text):
+    """Invalid for a text that holds nothing to say."""
+    if not one_line(text):
+        raise Invalid(f"text {shown(text)} is empty")
+
+
 def is_control(character):
     return unicodedata.category(character) == "Cc" and not character.isspace()
 
@@ -90,8 +95,8 @@ def is_file(path):
 
 
 def shown(value):
-    text = repr(value)
-    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
+    """A value for a message, as Python writes it."""
+    return plain.shown(plain.written(value))
 
 
 def check_text(text, key):

@@ -22,6 +22,8 @@ MUTANTS = [
     ("1 gate and up swapped", FILE, '(".mlp.gate_proj.", ".mlp.w1.")', '(".mlp.gate_proj.", ".mlp.w4.")', FILES),
     ("2 no eos", FILE, "return [self.bos, *ids, self.eos]", "return [self.bos, *ids]", ROWS),
     ("2 a space after the bracket", FILE, 'encode(f"[{speaker}]{text}")', 'encode(f"[{speaker}] {text}")', ROWS),
+    ("2 no space for MisoTTS", FILE, 'text = f" {text}"', "pass", some("misotts")),
+    ("2 the first of two flavours", FILE, "fits[0] if len(fits) == 1 else None", "fits[0] if fits else None", some("two_flavours")),
     ("2 specials in the text", FILE, "self.tokenizer.encode(f\"[{speaker}]{text}\")", "self.tokenizer.encode(f\"[{speaker}]{text}\", special=True)", ROWS),
     ("3 offset without the special ids", FILE, "codebooks * self.config.vocab_size", "codebooks * (self.config.vocab_size - 3)", LOSS),
     ("3 the depth input's offset", FILE, "table(codes[:, :-1] + self.offsets[:-1])", "table(codes[:, :-1] + self.offsets[1:])", LOSS),

@@ -68,7 +68,7 @@ MUTANTS = [
     ("9.6 time always in float32", MODEL, "k = torch.arange(half, dtype=t.dtype", "t = t.float(); k = torch.arange(half, dtype=t.dtype", ROUNDING),
     # 7: flow and guidance
     ("9.7 condition zeroed with mu", MODEL, "dit.cond_proj(cond).repeat(2, 1, 1)", "dit.cond_proj(torch.cat([cond, torch.zeros_like(cond)]))", LATENTS),
-    ("9.7 times of the next step", MODEL, "times[i:i + 1]", "times[i + 1:i + 2]", LATENTS),
+    ("9.7 times of the next step", MODEL, "times[i]", "times[i + 1]", LATENTS),
     ("9.7 mu kept", MODEL, "torch.cat([mu, torch.zeros_like(mu)])", "torch.cat([mu, mu])", LATENTS),
     ("9.7 no rescaling", MODEL, "scale = (a * b).sum(1) / (b.square().sum(1) + 1e-8)", "scale = torch.ones(len(a))", LATENTS),
     ("9.7 rescaling per frame", MODEL, "with_mu.flatten(1), without.flatten(1)", "with_mu.mean(1), without.mean(1)", LATENTS),
@@ -96,7 +96,7 @@ MUTANTS = [
     ("9.9 snake without its epsilon", CODEC, "self.alpha + 1e-9)", "self.alpha)", "tests/test_audiovae.py"),
     ("9.9 dilations", CODEC, "for d in (1, 3, 9)]", "for d in (1, 3, 5)]", CODEC_TEST),
     ("9.9 depthwise first convolution", CODEC, "[Conv(latent_dim, latent_dim, 7, groups=latent_dim)", "[Conv(latent_dim, latent_dim, 7)", CODEC_TEST),
-    ("9.9 codec in the model's dtype", MODEL, "model.equip(codec, Tokenizer", "model.equip(codec.to(dtype), Tokenizer", seen_by("keeps_its_codec")),
+    ("9.9 codec in the model's dtype", MODEL, "model.equip(codec, read_tokenizer", "model.equip(codec.to(dtype), read_tokenizer", seen_by("keeps_its_codec")),
     ("9.9 always 48 kHz", CODEC, "sum((rate or self.out_sample_rate) > edge", "sum(self.out_sample_rate > edge", CODEC_TEST),
     # 10: adapters
     ("9.10 dropout before A", MODEL, "lora_dropout_after = True", "lora_dropout_after = False", seen_by("adapter_dropout")),
@@ -126,7 +126,9 @@ MUTANTS = [
     ("guess that teaches nothing", MODEL, "torch.cat([lm_h, res_h], -1).float() @", "torch.cat([lm_h, res_h], -1).float().detach() @", seen_by("the_guess")),
     ("noise at its full strength", MODEL, "s.noise_scale * noise.to", "noise.to", seen_by("scaled_noise")),
     # 12: files
-    ("9.12 safetensors only", MODEL, '("model.safetensors", "pytorch_model.bin")', '("model.safetensors",)', seen_by("wrapped_or_bare")),
+    ("9.12 safetensors only", MODEL, '"pytorch_model.bin", "pytorch_model.bin.index.json")', '"pytorch_model.bin.index.json")', seen_by("wrapped_or_bare")),
+    ("9.12 codec in transformers' names", MODEL, 'else (newer, published)', 'else (published, newer)', seen_by("either_form")),
+    ("9.12 Chinese cut apart before merging", MODEL, 'if step.get("pattern") != HAN_SPLIT', "", seen_by("both_forms")),
     ("9.12 wrapper not opened", CHECKPOINT, 'WRAPPERS = ("state_dict", ', "WRAPPERS = (", seen_by("wrapped_or_bare")),
     ("9.12 V2's codec for all", MODEL, "audiovae.V2 if config.fused else audiovae.V1", "audiovae.V2", CODEC_TEST),
     ("9.12 missing tensors pass", CHECKPOINT, "    if match.missing or match.misfits or (", "    if match.misfits or (", seen_by("missing_or_foreign")),
