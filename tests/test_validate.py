@@ -46,6 +46,7 @@ class Home:
 
         def write(folder):
             lora.save_lora_weights(self.model, folder, base=str(self.base))
+            (folder / "scheduler.pth").write_bytes(b"as train.py leaves it")
 
         checkpoint.write_step(self.folder / "run", step, write, {"step": step})
         lora.remove_lora(self.model)
@@ -133,10 +134,10 @@ def test_the_size_of_an_update_is_that_of_the_whole_matrix(one):
 def test_damage_is_told_and_costs_that_column_alone(one, tmp_path):
     shutil.copytree(one.folder / "run", tmp_path / "run")
     torn, sick = tmp_path / "run/step_0000001", tmp_path / "run/step_0000002"
-    weights = next(p for p in torn.iterdir() if p.suffix == ".safetensors")
-    data = bytearray(weights.read_bytes())
+    beside = torn / "scheduler.pth"  # nothing that speaks reads it; the index tells
+    data = bytearray(beside.read_bytes())
     data[-3] ^= 1
-    weights.write_bytes(data)
+    beside.write_bytes(data)
     file = next(p for p in sick.iterdir() if p.suffix == ".safetensors")
     tensors = {name: t.load() for name, t in checkpoint.read(file).items()}
     name = next(name for name in tensors if "lora_B" in name)
@@ -148,6 +149,8 @@ def test_damage_is_told_and_costs_that_column_alone(one, tmp_path):
     assert code == 1
     assert "checksum" in found["step_0000001"]["problems"][0] and not found["step_0000001"]["cells"]
     assert "NaN" in found["step_0000002"]["problems"][0]
+    values = {"a.weight": torch.tensor([1.0, math.inf]), "b.weight": torch.ones(2)}  # as those of a full checkpoint
+    assert validate.not_finite(values) == ["a.weight holds NaN or infinity"]
     assert not found["step_0000003"]["problems"] and found["step_0000003"]["cells"]
 
 
