@@ -39,10 +39,12 @@ import lora
 import models
 from configs import Usage, opt
 from lora import LoRAConfig
-from models.parts import Invalid, checkpoint, gate, listen, run, sweep
+from models.parts import Invalid, checkpoint, gate, listen, memory, run, sweep
 from models.parts.cache import ClipCache
+from models.parts.lean import Bare, InBackward, Lean, Rule, padded
 from models.parts.manifests import holders, read_manifest
 from models.parts.ranks import attempt, others
+from models.parts.shards import Shards
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -96,7 +98,8 @@ class Train:
     warmup_ratio: float = opt(0.0, "warm-up as a share of the schedule instead of warmup_steps; 0 is off")
     max_grad_norm: float = opt(0.0, "longer gradients are scaled down to this norm; 0 never")
     ema: float = opt(0.0, "decay per step of an average of the trained weights, which is validated and saved then; 0 is off")
-    optimizer: str = opt("adamw", "adamw, adam or sgd", choices=("adamw", "adam", "sgd"))
+    optimizer: str = opt("adamw", "adamw, adam, sgd, or adamw8bit: moments in 2 bytes per trained weight instead of 8",
+                         choices=("adamw", "adam", "sgd", "adamw8bit"))
     lambdas: dict[str, float] = opt({}, "weight of each loss; one that is not listed keeps the backbone's")
     seed: int = opt(42, "of the order of rows and of every draw")
 
@@ -105,7 +108,11 @@ class Train:
     dtype: str = opt("auto", "of the weights: auto is bfloat16 on CUDA and float32 elsewhere",
                      choices=("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile every layer: faster steps after a slow start")
-    checkpointing: bool = opt(False, "recompute activations in backward: less memory, slower steps")
+    checkpointing: bool | int = opt(False, "recompute activations in backward: less memory, slower steps; 2: half of the layers")
+    master: str = opt("float32", "copies of bf16 weights that steps are added up in; none: rounded at random, 4 bytes less",
+                      choices=("float32", "none"))
+    fused_backward: bool = opt(False, "step each weight as soon as its gradient is there, so that no gradients are kept")
+    shard: bool = opt(False, "each rank keeps its share of moments, float32 copies and gradients only")
     resume_from: str = opt("", "step folder to go on from; empty means the newest complete one in save_path")
     overwrite: bool = opt(False, "start anew; what save_path holds is moved aside, not deleted")
     ignore_base: bool = opt(False, "resume an adapter although it was trained on another base")
@@ -139,15 +146,16 @@ FREE = {
     "num_iters", "max_steps", "epochs", "log_interval", "valid_interval", "save_interval", "save_epochs",
     "patience", "keep_last", "keep_every", "keep_best", "num_workers", "device", "compile", "checkpointing",
     "resume_from", "overwrite", "ignore_base", "val_samples", "sample_texts", "gate", "dry_run", "sweep",
-    "trials", "log_level", "debug",
+    "trials", "log_level", "debug", "fused_backward", "shard",
 }
 AT_LEAST_ONE = {"batch_size", "grad_accum_steps", "log_interval", "trials"}
 AT_LEAST_ZERO = {
     "batch_tokens", "max_batch_tokens", "max_length", "num_workers", "num_iters", "max_steps", "epochs",
     "valid_interval", "save_interval", "save_epochs", "patience", "keep_last", "keep_every", "val_samples",
-    "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
+    "checkpointing", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
 }
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+LEAN = {"adamw8bit": ("adamw", 8), **{name: (name, 32) for name in OPTIMIZERS}}  # name and bits for lean.Rule
 DECAY = 0.2  # of the steps, in which wsd falls to zero: a tenth to a fifth will do, and short runs need more
 # Where no setting says how long, as README's table has it: 20 passes over a few clips, and with hours of them
 # so many steps, since by then a voice is learned; but all of the data once.
@@ -200,8 +208,37 @@ def check_settings(cfg):
     if cfg.base_bits != 16 and not (cfg.lora and cfg.save_mode == "lora"):
         wrong.append(f"base_bits {cfg.base_bits} rounds weights that are frozen: it needs a lora section and "
                      "save_mode lora; merge_lora.py merges the adapter into the base as it was published")
+    wrong += wrong_together(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if wrong:
         raise Usage("; ".join(wrong))
+
+
+def wrong_together(cfg, world):
+    """Ways to save memory that do not go with other settings."""
+    wrong = []
+    if cfg.fused_backward:
+        # A gradient is gone before the next micro-batch, the norm of all, or the sum over ranks.
+        needed = {"grad_accum_steps above 1": cfg.grad_accum_steps > 1,
+                  "max_grad_norm": cfg.max_grad_norm > 0, "a sum over ranks": world > 1}
+        for what, asked in needed.items():
+            if asked:
+                wrong.append(f"fused_backward keeps no gradients, and {what} needs them; "
+                             "leave out one of the two")
+    if cfg.master == "none":
+        dtype = models.pick_dtype(cfg.dtype, models.pick_device(cfg.device))
+        if cfg.lora or dtype != torch.bfloat16:
+            wrong.append("master none is for full tuning in bf16 (--dtype bfloat16 and no lora section): "
+                         "adapters, and weights in float32, have no copies")
+        if cfg.shard:
+            wrong.append("master none leaves out copies that shard shares out over the ranks; choose one")
+        if cfg.ema:
+            wrong.append("ema averages float32 values, which master none leaves out; choose one")
+    if cfg.shard and cfg.ema:
+        wrong.append("ema needs all values on each rank, which shard shares out; choose one")
+    if cfg.shard and cfg.lora and cfg.lora.b_lr_ratio != 1:
+        wrong.append("shard has one learning rate for all; leave lora.b_lr_ratio at 1, or leave out shard, "
+                     "which saves little with adapters")
+    return wrong
 
 
 class Manifest(NamedTuple):
@@ -386,6 +423,12 @@ def learning_rate(cfg, s, span, warmup):
     if cfg.schedule == "wsd":
         return cfg.learning_rate * min(1.0, (span - s) / (DECAY * span))
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (span - warmup)))
+
+
+def set_rate(optimizer, rate):
+    """Before backward, which with fused_backward takes the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("ratio", 1.0)
 
 
 def seed_from(*numbers) -> int:
@@ -585,21 +628,34 @@ def prepare(cfg, model, lambdas, log):
     """The Trainee: adapters where there is a lora section, masters, optimizer, and how layers compute."""
     if cfg.lora:
         add_adapters(cfg, model)
-    masters = Masters({name: p for name, p in model.named_parameters() if p.requires_grad})
-    if cfg.checkpointing:
-        model.set_recompute(True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if cfg.shard and dist.is_initialized() and dist.get_world_size() > 1:
+        masters = Shards(trained, log.say)
+    else:
+        masters = Masters(trained, cfg.master)
+    model.set_recompute(int(cfg.checkpointing))
     if cfg.compile:
         log.say("layers are compiled as the first validation and the first step come to them, which may take "
                 "minutes; both say how long")
         for block in model.blocks():
             block.compile()
-    # It steps on the masters, which are float32 also where the model computes in bf16. betas and eps are
-    # those that PyTorch has by default, written out so that no other default changes a run that goes on.
+    optimizer = make_optimizer(cfg, masters, model.device)
+    if cfg.fused_backward:
+        masters.step_in_backward(optimizer)
+    return Trainee(model, masters, optimizer, lambdas, Average(masters, cfg.ema))
+
+
+def make_optimizer(cfg, masters, device):
+    """It steps on the masters, which are float32 also where the model computes in bf16."""
+    # betas and eps are those that PyTorch has by default, written out so that no other default changes a run
+    # that goes on.
     rates = {} if cfg.optimizer == "sgd" else {"betas": (0.9, 0.999), "eps": 1e-8}
     rates |= {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay}
-    on_gpu = model.device.type == "cuda"
-    optimizer = OPTIMIZERS[cfg.optimizer](parameter_groups(cfg, masters), fused=on_gpu, **rates)
-    return Trainee(model, masters, optimizer, lambdas, Average(masters, cfg.ema))
+    parameters = parameter_groups(cfg, masters)
+    if cfg.optimizer == "adamw8bit" or cfg.master == "none" or cfg.fused_backward:
+        rule = Rule(*LEAN[cfg.optimizer], cfg.weight_decay, seed_from(cfg.seed, "rounding"))
+        return Lean(parameters, rule, cfg.learning_rate)
+    return OPTIMIZERS[cfg.optimizer](parameters, fused=device.type == "cuda", **rates)
 
 
 def parameter_groups(cfg, masters):
@@ -609,9 +665,9 @@ def parameter_groups(cfg, masters):
     if ratio == 1.0:
         return masters.parameters
     named = list(zip(masters.named, masters.parameters))
-    others = [p for name, p in named if not name.endswith(".lora_B")]
+    slow = [p for name, p in named if not name.endswith(".lora_B")]
     fast = [p for name, p in named if name.endswith(".lora_B")]
-    return [{"params": others, "ratio": 1.0}, {"params": fast, "ratio": ratio}]
+    return [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": ratio}]
 
 
 def add_adapters(cfg, model):
@@ -653,12 +709,11 @@ def restore(cfg, folder, trainee):
     if saved["values"]:
         if list(saved["values"]) != list(masters.named):
             raise Invalid(f"{path} holds other trained parameters than this run has")
-        for value, parameter in zip(saved["values"].values(), masters.parameters):
-            parameter.data.copy_(value)
-        masters.publish()
+        masters.set(saved["values"])
     elif cfg.lora:
         lora.restore_lora_weights(model, folder, cfg.ignore_base)
-    optimizer.load_state_dict(saved["optimizer"])
+        masters.set(masters.named)
+    masters.load_state(optimizer, saved["optimizer"])
     average.restore(saved.get("average", []))
 
 
@@ -673,13 +728,12 @@ def begin_folder(cfg, log):
     configs.dump(again, Path(cfg.save_path) / "config.yaml")
 
 
-def save(cfg, trainee, progress, log, held=None):
+def save(cfg, write, progress, log, held=None):
     """Write step_N with weights or adapter, optimizer, schedule and the index of them all. Rank 0 only.
 
-    Then delete what need not be kept, except step `held`.
+    write(folder) writes all but the index. Then delete what need not be kept, except step `held`.
     """
     started = time.perf_counter()
-    write = partial(write_files, cfg, trainee, progress)
     folder = checkpoint.write_step(cfg.save_path, progress.step, write, progress.index())
     seconds = time.perf_counter() - started
     log.say(f"saved {folder}: {checkpoint.megabytes(folder):.1f} MB in {seconds:.1f} s")
@@ -688,9 +742,21 @@ def save(cfg, trainee, progress, log, held=None):
     run.name_best(cfg.save_path, progress.best, log.say)
 
 
-def write_files(cfg, trainee, progress, folder):
+def state_of(cfg, trainee):
+    """What lets training go on from exactly what it had, beside the files of model or adapter. All ranks."""
+    # Files that round, merge or rescale do not hold that (a bias is stored divided by the scale, as PEFT has
+    # it); then the values stand beside the optimizer's state.
+    _, masters, optimizer, _, average = trainee
+    exact = masters.exact and not cfg.ema
+    if cfg.lora:
+        exact = exact and cfg.save_mode != "full" and not cfg.lora.bias
+    values = {} if exact else masters.values()
+    return {"optimizer": masters.state(optimizer), "values": values, "average": average.values}
+
+
+def write_files(cfg, trainee, progress, state, folder):
     """What a step folder holds beside its index, which checkpoint.write_step puts in last."""
-    model, masters, optimizer, _, average = trainee
+    model, *_, average = trainee
     adapter = bool(cfg.lora) and cfg.save_mode != "full"
     whole = not cfg.lora or cfg.save_mode != "lora"
     with average.acting():
@@ -700,16 +766,7 @@ def write_files(cfg, trainee, progress, folder):
             lora.save_lora_weights(model, folder, base=base, speakers=progress.speakers, extra=extra)
         if whole:
             model.save(folder, merged=bool(cfg.lora))
-    # Training goes on from exactly what it had. Files that round, merge or rescale do not hold that (a bias
-    # is stored divided by the scale, as PEFT has it); then the values stand beside the optimizer's state.
-    exact = not masters.copies and not cfg.ema
-    if cfg.lora:
-        exact = exact and adapter and not cfg.lora.bias
-    values = {}
-    if not exact:
-        values = {n: p.detach().cpu() for n, p in zip(masters.named, masters.parameters)}
-    kept = {"optimizer": optimizer.state_dict(), "values": values, "average": average.values}
-    torch.save(kept, folder / "optimizer.pth")
+    torch.save(state, folder / "optimizer.pth")
     # For tools that look for this file. The rate is a function of the step, which stands in the index.
     torch.save({"last_step": progress.step}, folder / "scheduler.pth")
 
@@ -1020,29 +1077,79 @@ class Masters:
     """What the optimizer steps on: the trained parameters, or float32 copies of those that are kept in bf16.
 
     bf16 has three digits, so most steps would be rounded away. Gradients of a bf16 parameter are added up in
-    its copy as backward makes them, so that accumulation is float32 too.
+    its copy as backward makes them, so that accumulation is float32 too. With `master` "none" there are no
+    copies, only places where gradients are added up: Lean then rounds its steps at random.
     """
 
-    def __init__(self, named):
+    def __init__(self, named, master="float32"):
         self.named, self.copies = named, {}
+        self.fused = None
+        places = 0
         for name, p in named.items():
             if p.dtype != torch.float32:
-                copy = torch.nn.Parameter(p.detach().float())
+                copy = Bare(p)
+                if master != "none":
+                    copy = torch.nn.Parameter(p.detach().float())
                 p.register_post_accumulate_grad_hook(partial(self._move, copy))
                 self.copies[name] = copy
+            self.copies.get(name, p).start = places
+            places += padded(p.numel())
         self.parameters = [self.copies.get(name, p) for name, p in named.items()]
+        # Whether the files of the model hold all that there is.
+        self.exact = master == "none" or not self.copies
 
     @staticmethod
     def _move(copy, p):
         """After each backward: nothing may pile up in bf16."""
-        copy.grad = p.grad.float() if copy.grad is None else copy.grad.add_(p.grad)
+        if copy.grad is not None:
+            copy.grad = copy.grad.float().add_(p.grad)
+        else:
+            copy.grad = p.grad if isinstance(copy, Bare) else p.grad.float()
         p.grad = None
+
+    def step_in_backward(self, optimizer):
+        """From now on backward steps each parameter, and forgets its gradient."""
+        self.fused = InBackward(optimizer)
+        for p, master in zip(self.named.values(), self.parameters):
+            self.fused.follow(p, master)
+
+    def backward(self, loss):
+        """Add the gradients of a micro-batch, or take the step, which a loss that is not finite must not."""
+        if self.fused is None or loss.isfinite():
+            loss.backward()
+
+    def reduce(self):
+        """Sum the gradients over ranks. All ranks."""
+        reduce_gradients(self.parameters)
+
+    def norm(self):
+        """The length of all gradients as one vector; not finite if any value is not."""
+        return self.fused.norm() if self.fused else gradient_norm(self.parameters)
 
     @torch.no_grad()
     def publish(self):
         """Round the copies into the parameters that the model computes with."""
+        if self.exact:
+            return
         for name, copy in self.copies.items():
             self.named[name].copy_(copy)
+
+    def values(self):
+        return {name: p.data.cpu() for name, p in zip(self.named, self.parameters)}
+
+    def set(self, values):
+        """Take values {name: tensor} of all parameters."""
+        for value, parameter in zip(values.values(), self.parameters):
+            parameter.data.copy_(value)
+        self.publish()
+
+    def state(self, optimizer):
+        return optimizer.state_dict()
+
+    def load_state(self, optimizer, saved):
+        """The settings of the optimizer stay its own: another kind of step may have saved the state."""
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 class Average:
@@ -1101,23 +1208,23 @@ def reduce_gradients(parameters, bucket=BUCKET):
     for p in parameters:
         # A part of the model that no clip of this rank needs has a gradient on other ranks only.
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if waiting and size + p.numel() > bucket:
+            p.grad = torch.zeros_like(p.data)
+        if waiting and size + p.data.numel() > bucket:
             reduce_together(waiting)
             waiting, size = [], 0
         waiting.append(p)
-        size += p.numel()
+        size += p.data.numel()
     reduce_together(waiting)
 
 
 def reduce_together(parameters):
     """One message for many tensors: most adapters are so small that latency would be all."""
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = torch.cat([p.grad.flatten().float() for p in parameters])
     with others.waiting():
         dist.all_reduce(flat)
-    parts = flat.split([p.numel() for p in parameters])
+    parts = flat.split([p.data.numel() for p in parameters])
     for p, part in zip(parameters, parts):
-        p.grad = part.view_as(p)
+        p.grad = part.view_as(p.data)
 
 
 def gradients(parameters):
@@ -1129,6 +1236,12 @@ def gradient_norm(parameters):
     """The length of all gradients as one vector; not finite if any value is not."""
     norms = torch._foreach_norm(gradients(parameters))
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def cut(parameters, norm, longest):
+    """Scale the gradients down to the norm `longest`; 0 is none."""
+    if longest and norm > longest:
+        torch._foreach_mul_(gradients(parameters), longest / (norm + 1e-6))
 
 
 def suspects(data, sums, device) -> list[Slot]:
@@ -1270,9 +1383,8 @@ def rehearse(cfg, trainee, data, schedule, log):
     """
     model, masters, optimizer, lambdas, _ = trainee
     clips = data.train
-    lengths = [clip.length for clip in clips]
-    batches = micro_batches(lengths, cfg, 0, data.pools)
-    sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]  # positions, with padding
+    batches = micro_batches([clip.length for clip in clips], cfg, 0, data.pools)
+    sizes = [size_of(batch, clips) for batch in batches]
     longest = batches[sizes.index(max(sizes))]
     examples = [data.cache.load(clips[i].key) for i in longest]
     # What a message about memory looks at.
@@ -1285,14 +1397,15 @@ def rehearse(cfg, trainee, data, schedule, log):
             batch, counts = model.collate(examples, longest)
             out = model(to_device(batch, model.device))
             loss = sum(lambdas[k] * out[k] / max(counts[k], 1) for k in lambdas)
-            loss.backward()
+            masters.backward(loss)
+            masters.reduce()
             optimizer.step()
             masters.publish()
             optimizer.zero_grad(set_to_none=True)
             value = loss.item()  # waits for the device
             seconds = time.perf_counter() - began
     except torch.OutOfMemoryError as e:
-        raise Invalid(out_of_memory(ready, clips, 1, e)) from None
+        raise Invalid(f"out of memory at step 1: {why(cfg, model, data, ready, e)}") from None
     # All steps together take about what their positions do; the longest one is what memory has to hold.
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     each = seconds * schedule.per_step / ranks
@@ -1300,6 +1413,8 @@ def rehearse(cfg, trainee, data, schedule, log):
     left = timedelta(seconds=round(mean * schedule.steps))
     log.say(f"dry run: the longest micro-batch has {len(longest)} clips and {max(sizes)} positions, loss "
             f"{value:.4f}; peak memory {run.memory_line(model.device)}")
+    use = memory.use(memory.on_meta(model), examples, memory.plan_of(cfg, len(longest)))
+    log.say(f"dry run: by arithmetic a step on it takes {use}; CUDA, scratch and the codec come on top")
     log.say(f"dry run: a step takes {each:.2f} s at most and some {mean:.2f} s in the mean, the "
             f"{schedule.steps} steps {left} beside validation, samples and saving. Nothing was written.")
     if math.isfinite(value):
@@ -1315,7 +1430,7 @@ def announce(cfg, trainee, place, schedule, log):
     """What is going to happen, before it does: where, what is trained, for how long."""
     model, masters, *_ = trainee
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in masters.parameters)
+    trained = sum(p.numel() for p in masters.named.values())
     dtype = str(models.pick_dtype(cfg.dtype, place.device)).removeprefix("torch.")
     ranks = f"{place.world} rank{'s' * (place.world > 1)}"
     log.say(f"{model.backbone} on {place.device} in {dtype}, {ranks}: {trained:,} of {total:,} parameters "
@@ -1369,16 +1484,31 @@ def skipped(step, loss, norm, names):
     return f"step {step}: loss {loss}, gradient norm {norm}: update skipped; rows {names}"
 
 
-def out_of_memory(data, clips, step, error):
-    """Which clips were too much at once, and which settings make them fewer."""
-    number = max(numbers_of(data.micro), key=lambda i: clips[i].length)
+def why(cfg, model, data, ready, error):
+    """Which clips were too much at once, and which settings would have been enough."""
+    clips = data.train
+    number = max(numbers_of(ready.micro), key=lambda i: clips[i].length)
     longest = clips[number]
-    sizes = [len(micro.clips) for micro in data.micro]
+    sizes = [len(micro.clips) for micro in ready.micro]
     cause = str(error).splitlines()[0]
     name, length = longest.row["id"], longest.length
-    return (f"out of memory at step {step}: micro-batches of {sizes} clips, the longest {name} with "
-            f"{length} positions. Set a smaller batch_size or batch_tokens (and a larger grad_accum_steps), "
-            f"--checkpointing, or a smaller max_length. Checkpoints are untouched. ({cause})")
+    batches = [micro.clips for micro in ready.micro]
+    largest = max(batches, key=lambda batch: size_of(batch, clips))
+    return (f"micro-batches of {sizes} clips, the longest {name} with {length} positions. "
+            f"{memory.advice(cfg, model, examples_of(data, largest))} Or set a smaller batch_size or "
+            "batch_tokens (and a larger grad_accum_steps), --checkpointing, or a smaller max_length. "
+            f"Checkpoints are untouched. ({cause})")
+
+
+def examples_of(data, batch):
+    """Of clips by number, the longest first."""
+    numbers = sorted(batch, key=lambda i: data.train[i].length, reverse=True)
+    return [data.cache.load(data.train[i].key) for i in numbers]
+
+
+def size_of(batch, clips):
+    """Positions of a micro-batch, with padding."""
+    return len(batch) * max(clips[i].length for i in batch)
 
 
 def say_what_next(cfg, log):
@@ -1503,8 +1633,9 @@ def main():
     def save_now():
         # A full run copies codec and tokenizer from the folder it came from: that one stays until the end.
         held = past.step if past and not cfg.lora and not over() else None
+        state = state_of(cfg, trainee) if rank == 0 or cfg.shard else {}
         if rank == 0:
-            save(cfg, trainee, progress, log, held)
+            save(cfg, partial(write_files, cfg, trainee, progress, state), progress, log, held)
         wait_for_all(for_rank_0=True)
 
     # From here on a signal lets the step finish. What the run has to improve on is the validation at step 0.
@@ -1525,20 +1656,23 @@ def main():
         counts = {k: sum(micro.counts[k] for micro in ready.micro) for k in ready.micro[0].counts}
         counts = all_sum(counts, device)
         weight = {k: lambdas[k] / max(counts[k], 1) for k in lambdas}
+        rate = learning_rate(cfg, progress.step, span, warmup)
+        set_rate(optimizer, rate)
         outs = []
         try:
             for micro in ready.micro:
                 # Dropout is all that still draws; everything else is in the batch.
                 torch.manual_seed(seed_from(cfg.seed, "dropout", progress.step, micro.number))
                 out = model(to_device(micro.batch, device))
-                sum(weight[k] * out[k] for k in weight).backward()
+                masters.backward(sum(weight[k] * out[k] for k in weight))
                 outs.append({k: v.detach().float() for k, v in out.items()})
         except torch.OutOfMemoryError as e:
-            raise Invalid(out_of_memory(ready, clips, progress.step + 1, e)) from None
+            reason = why(cfg, model, data, ready, e)
+            raise Invalid(f"out of memory at step {progress.step + 1}: {reason}") from None
 
         # Sums of all ranks from here on: the same update everywhere, so the weights stay the same everywhere.
-        reduce_gradients(masters.parameters)
-        norm = gradient_norm(masters.parameters).item()
+        masters.reduce()
+        norm = masters.norm().item()
 
         # The true means of this step, over all ranks. A signal to one counts for all, or they would part.
         sums = {k: torch.stack([out[k] for out in outs]) for k in outs[0]}
@@ -1547,14 +1681,10 @@ def main():
         stop = totals.pop("signals")
         means = {k: v / max(counts[k], 1) for k, v in totals.items()}
         loss = sum(lambdas[k] * means[k] for k in lambdas)
-        rate = learning_rate(cfg, progress.step, span, warmup)
 
         # One bad clip must not spoil the weights. Norm and loss are those of all ranks, so all decide alike.
         if math.isfinite(norm) and math.isfinite(loss):
-            if cfg.max_grad_norm and norm > cfg.max_grad_norm:
-                torch._foreach_mul_(gradients(masters.parameters), cfg.max_grad_norm / (norm + 1e-6))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("ratio", 1.0)
+            cut(masters.parameters, norm, cfg.max_grad_norm)
             optimizer.step()
             masters.publish()
             average.update(progress.step + 1)

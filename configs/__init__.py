@@ -444,7 +444,8 @@ class Flags:
         """Whether the next word is one more value of a flag that has `values` already."""
         if flag(word, self.index)[0] is not None:
             return False
-        if is_switch(setting) and not (word.lower() in (*BOOLS, *NULLS) or word.startswith("{")):
+        number = holds(setting.kind, int) and word.isdecimal()
+        if is_switch(setting) and not (number or word.lower() in (*BOOLS, *NULLS) or word.startswith("{")):
             return False
         if not values:
             return True

@@ -16,7 +16,8 @@ The file:
                               file or naming where several lie side by side, or "scratch" for drawn ones;
                               dtype None: the file's
   blank(size, version, device, dtype, options)
-                              a model with drawn weights for bench.py; size: "tiny", "mid" or "real"
+                              a model with drawn weights for bench.py; size: "tiny", "mid" or "real"; version:
+                              one of VERSIONS, if the file has several
   Config                      dataclass of the checkpoint's values, under their published names
   Training                    dataclass: the section `backbone:` of a training config
   Sampling                    dataclass: what `generate` takes besides a request; also infer.py's flags
@@ -51,12 +52,14 @@ The model, calls in the order in which data meets them:
   encode_audio(source, start, end)
                               CPU tensor that the codec makes of a path or of (n,) samples
   encode(row)                 {name: CPU tensor} of a row, no batch dim; slow, frozen, deterministic
+  blank_example(seconds, tokens)
+                              an example of a clip of that length with so many text ids, without content
   length(example)             positions of the trained network, as upstream counts them; 0: nothing to train
   collate(examples, seeds)    (batch, counts); every draw of training is made here, from each row's own seed;
                               seeds None: fixed by the rows' content and nothing dropped, for validation
   counts(batch)               {name: what the sum of that name in `forward` is divided by}
   forward(batch)              {"loss/x": 0-dim float32 sum, "metric/y": detached sum}; no draw but dropout
-  set_recompute(on)           activation checkpointing of every layer
+  set_recompute(every)        activation checkpointing of every n-th layer; 0 of none, True of all
   blocks()                    the modules that torch.compile takes one by one
   lora_targets(settings)      names of the Linears that the words of a lora section mean; none: a default
   sample_request(row)         {argument of generate: value} for a validation sample, besides text and seed

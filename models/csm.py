@@ -299,7 +299,7 @@ class Tower(nn.Module):
         return rotary(positions, self.frequencies)
 
     def forward(self, x, context, caches=None):
-        x = run_layers(self.layers, x, context, caches, self.recompute and self.training)
+        x = run_layers(self.layers, x, context, caches, self.training and self.recompute)
         return self.norm(x)
 
 
@@ -565,6 +565,13 @@ class CSM(nn.Module):
                           f"the rows name {', '.join(names)}")
         return asked | {str(self.speakers[name]) for name in asked & self.speakers.keys()}
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        rows, K = tokens + round(self.frame_rate * seconds) + 1, self.config.num_codebooks
+        sound = torch.arange(rows) >= tokens
+        mask = torch.cat([sound[:, None].expand(-1, K), ~sound[:, None]], 1)
+        return {"rows": torch.zeros(rows, K + 1, dtype=torch.long), "mask": mask, "train": sound}
+
     def length(self, example):
         """Rows of the backbone; 0 where none of them is trained."""
         return len(example["rows"]) if example["train"].any() else 0
@@ -669,10 +676,11 @@ class CSM(nn.Module):
         """Frames per second of audio."""
         return self.sample_rate / self.codec.config.frame
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: up to a third more time for most
+        activation memory."""
         for tower in self.stacks():
-            tower.recompute = on
+            tower.recompute = every
 
     def stacks(self):
         return [self.backbone_model, self.depth_decoder.model]

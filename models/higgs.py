@@ -43,8 +43,8 @@ from models.codecs import higgs_codec
 from models.parts import Invalid, audio, check, checkpoint, opt, slots
 from models.parts.checkpoint import Stored
 from models.parts.layer_steps import Acting, StackSteps
-from models.parts.layers import (Attention, Context, Linear, Packing, RMSNorm, SwiGLU, make_caches,
-                                 rotary)
+from models.parts.layers import (Attention, Context, Linear, Packing, RMSNorm, SwiGLU, cross_entropy,
+                                 make_caches, recomputes, rotary)
 from models.parts.plain import LARGEST, LAYERS, as_record, checked, layers, need, shown, written
 from models.parts.rope import LLAMA3, llama3_frequencies, rope_settings
 from models.parts.sampling import LeftPadded, generator, takes
@@ -1011,6 +1011,17 @@ class Higgs(nn.Module):
                           "Is it the checkpoint's own tokenizer?")
         return self.marks[name]
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        K = self.config.num_codebooks
+        columns = round(self.frame_rate * seconds) + K + 1  # of the delay pattern, with both ends
+        size = tokens + columns
+        sound = torch.arange(size) >= tokens
+        codes = torch.zeros(size, K, dtype=torch.long)
+        return {"ids": torch.ones(size, dtype=torch.long), "codes": codes, "audio": sound,
+                "text_labels": torch.full((size,), NONE),
+                "audio_labels": torch.where(sound[:, None], codes, NONE)}
+
     def length(self, example):
         """Positions, each column of audio being one; 0 where nothing is trained."""
         trained = (example["text_labels"] != NONE).any() or (example["audio_labels"] != NONE).any()
@@ -1053,8 +1064,7 @@ class Higgs(nn.Module):
         h = self.states(batch)
         heads = self.audio_decoder_proj
         labels = batch["text_labels"].flatten()[batch["text_to"]]
-        logits = heads.text_lm_head(h[batch["text_from"]]).float()
-        text = F.cross_entropy(logits, labels, ignore_index=NONE, reduction="sum")
+        text = cross_entropy(heads.text_lm_head, h[batch["text_from"]], labels, NONE)
         labels = batch["audio_labels"].flatten(0, 1)[batch["audio_to"]]  # (N, K)
         logits = heads.audio_lm_head(h[batch["audio_from"]]).float()
         logits = logits.view(labels.numel(), self.config.codebook_size)  # (N K, V)
@@ -1085,11 +1095,11 @@ class Higgs(nn.Module):
 
     def _transform(self, x, context, texts, caches=None, asked=None):
         """Layers and final norm. asked: what the last layer computes, None for all positions."""
-        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        every = self.training and self.recompute
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
             wanted = asked if i == len(self.layers) - 1 else None
-            if recompute:
+            if recomputes(i, every):
                 x = recomputed(layer, x, context, texts, cache, wanted, use_reentrant=False)
             else:
                 x = layer(x, context, texts, cache, wanted)
@@ -1100,9 +1110,10 @@ class Higgs(nn.Module):
         return [Acting(layer.audio_input_layernorm, layer.self_attn, layer.audio_post_attention_layernorm,
                        layer.audio_mlp) for layer in self.layers]
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: a third more time for most of the activation memory."""
-        self.recompute = on
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: a third more time for most of the
+        activation memory."""
+        self.recompute = every
 
     def blocks(self):
         """The modules that torch.compile takes one by one."""

@@ -54,7 +54,7 @@ from models.parts.checkpoint import Stored
 from models.parts.conformer import (SMALLEST, Conformer, ConformerSize, Resampler, ResamplerSize,
                                     conformer_size, resampler_size)
 from models.parts.gpt_steps import GPTSteps
-from models.parts.layers import Cache, Packing
+from models.parts.layers import Cache, Packing, recomputes
 from models.parts.plain import LARGEST, LAYERS, as_record, need, read_yaml, shown, written
 from models.parts.sampling import LeftPadded, takes
 from models.parts.sentencepiece import SentencePiece
@@ -271,7 +271,7 @@ class GPT(nn.Module):
     def forward(self, x, mask, dropout=0.0, caches=None):
         x = F.dropout(x, dropout)
         for i, block in enumerate(self.h):
-            if self.recompute and self.training and torch.is_grad_enabled():
+            if recomputes(i, self.training and self.recompute):
                 x = recomputed(block, x, mask, dropout, use_reentrant=False)
             else:
                 x = block(x, mask, dropout, caches[i] if caches else None)
@@ -555,6 +555,15 @@ class IndexTTS2(nn.Module):
             self._tables = parts
         return self._tables
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        c, codes = self.config, round(self.frame_rate * seconds)
+        example = {"text": torch.ones(tokens, dtype=torch.long), "codes": torch.zeros(codes, dtype=torch.long)}
+        if self.live:  # a frame for each code
+            features = torch.zeros(codes, c.conditioning_encoder.features)
+            return example | {"features": features, "emo_features": features}
+        return example | {"spk": torch.zeros(c.latents, c.model_dim), "emovec": torch.zeros(c.model_dim)}
+
     def length(self, example):
         """Positions of the GPT as upstream counts them: voice, two speed rows, text and codes with their
         marks."""
@@ -783,10 +792,10 @@ class IndexTTS2(nn.Module):
         settings = self.codec.settings
         return settings["rate"] / settings["hop"] / STRETCH
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: a fifth to a third more time for most of the activation
-        memory."""
-        self.gpt.recompute = on
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: a fifth to a third more time for
+        most of the activation memory."""
+        self.gpt.recompute = every
 
     def stacks(self):
         return [self.gpt]

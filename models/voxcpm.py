@@ -240,7 +240,7 @@ class Stack(nn.Module):
         return rotary(positions, self.frequencies, self.rope_scale) if self.use_rope else None
 
     def forward(self, x, context, caches=None):
-        x = run_layers(self.layers, x, context, caches, self.recompute and self.training)
+        x = run_layers(self.layers, x, context, caches, self.training and self.recompute)
         return self.norm(x)
 
     def local(self, x, keep):
@@ -564,6 +564,12 @@ class VoxCPM(nn.Module):
                           "use VoxCPM2, or give the clip together with its transcript as a prompt to be "
                           "continued")
 
+    def blank_example(self, seconds, tokens):
+        """What `encode` makes of a clip, without content: for counting memory."""
+        c, patches = self.config, round(self.frame_rate * seconds)
+        latents = torch.zeros(patches, c.patch_size, c.feat_dim)
+        return {"text": torch.ones(tokens, dtype=torch.long), "latents": latents}
+
     def length(self, example):
         """Positions of the LMs, as upstream counts: text and 101, patches, 102, a reference and marks."""
         reference = len(example["ref_latents"]) + 2 if "ref_latents" in example else 0
@@ -750,10 +756,11 @@ class VoxCPM(nn.Module):
         """Patches per second of audio."""
         return self.sample_rate / self.codec.hop / self.config.patch_size
 
-    def set_recompute(self, on):
-        """Activation checkpointing of every layer: up to a third more time for most activation memory."""
+    def set_recompute(self, every):
+        """Activation checkpointing of every n-th layer, 0 of none. Of all: up to a third more time for most
+        activation memory."""
         for stack in self.stacks():
-            stack.recompute = on
+            stack.recompute = every
 
     def stacks(self):
         return [m for m in self.modules() if isinstance(m, Stack)]

@@ -92,6 +92,8 @@ def test_generation_with_an_adapter_on_or_merged():
     (("--backbone", "voxcpm", "--task", "generate", "--lengths", "1,2"), "--lengths does not go with --task generate"),
     (("--backbone", "voxcpm", "--adapter", "on"), "--adapter does not go with --task train"),
     (("--backbone", "voxcpm", "--task", "encode", "--full"), "--full does not go with --task encode"),
+    (("--memory", "--full", "--steps", "9"), "--full does not go with --memory, whose tables have all ways to train\n--steps does not"),
+    (("--memory", "--version", "2"), "--backbone '': known are"),
     (("--backbone", "voxcpm", "--wramup", "1"), "--wramup: unknown; the nearest known name is warmup"),
     (("--backbone", "csm", "--task", "generate", "--timesteps", "4"), "--timesteps: csm has no solver"),
     (("--backbone", "csm", "--task", "generate", "--options.amortize", "4"), "--options does not go with --task generate"),

@@ -415,80 +415,24 @@ def test_the_python_for_people_from_other_tools_runs(workplace):
 # ------------------------------------------------------------------------------------------------ sizes
 
 
-ROWS = 4  # clips in the batch of the table
-SECONDS = 10
-TOKENS = 3 * SECONDS
-MASTER = 18  # bytes per weight of full tuning: bf16, and float32 master, gradient and two moments
-ADAPTER = 16  # bytes per parameter of an adapter: float32 value, gradient and two moments
-
-
-def voxcpm_clip(config, version):
-    patches = round(SECONDS * {"1.5": 6.25, "0.5": 12.5, "2": 6.25}[version])
-    return {"text": torch.ones(TOKENS, dtype=torch.long), "latents": torch.zeros(patches, config.patch_size, config.feat_dim)}
-
-
-def csm_clip(config, version):
-    length, K = TOKENS + round(12.5 * SECONDS) + 1, config.num_codebooks
-    mask = torch.zeros(length, K + 1, dtype=torch.bool)
-    mask[:TOKENS, K] = mask[TOKENS:, :K] = True
-    return {"rows": torch.zeros(length, K + 1, dtype=torch.long), "mask": mask, "train": torch.arange(length) >= TOKENS}
-
-
-def higgs_clip(config, version):
-    K, columns = config.num_codebooks, round(25 * SECONDS) + config.num_codebooks + 1
-    length = TOKENS + columns
-    sound = torch.arange(length) >= TOKENS
-    labels = torch.where(sound[:, None], torch.zeros(length, K, dtype=torch.long), -100)
-    return {"ids": torch.ones(length, dtype=torch.long), "codes": torch.zeros(length, K, dtype=torch.long), "audio": sound,
-            "text_labels": torch.full((length,), -100), "audio_labels": labels}
-
-
-def indextts2_clip(config, version):
-    latents = torch.zeros(config.latents, config.model_dim)
-    return {"text": torch.ones(TOKENS, dtype=torch.long), "codes": torch.zeros(50 * SECONDS, dtype=torch.long), "spk": latents,
-            "emovec": torch.zeros(config.model_dim)}
-
-
-CLIPS = {"voxcpm": voxcpm_clip, "csm": csm_clip, "higgs": higgs_clip, "indextts2": indextts2_clip}  # ten seconds, to each backbone
 PUBLISHED = {"VoxCPM1.5": ("voxcpm", "1.5"), "VoxCPM-0.5B": ("voxcpm", "0.5"), "VoxCPM2": ("voxcpm", "2"), "CSM-1B": ("csm", ""),
              "Higgs Audio v2": ("higgs", ""), "IndexTTS-2": ("indextts2", "")}
-
-
-def kept(model, clips):
-    """Bytes that a forward pass keeps for backward, weights aside."""
-    model.train()
-    batch, _ = model.collate(clips, list(range(len(clips))))
-    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch)
-    return sum(size for size, _ in saved.values())
+CARDS = {name: cells for name, *cells in tables("Which card")}
 
 
 @pytest.mark.parametrize("row", tables("Choose a checkpoint"), ids=lambda row: row[0].partition(",")[0])
 def test_what_training_takes_is_what_the_shapes_give(row):
-    """On the meta device, at the published shapes: weights in bf16, the optimizer's state, what backward keeps."""
-    name, version = PUBLISHED[row[0].partition(",")[0]]
-    backbone = models.backbones()[name]
-    with torch.device("meta"):  # the codec, too, which is not trained
-        model = backbone.blank("real", version, torch.device("meta"), torch.bfloat16)
-    clips = [CLIPS[name](model.config, version)] * ROWS
-    weights = sum(p.numel() for p in model.parameters())
-    lora.apply_lora_to_model(model, {"r": 8, "alpha": 16.0})
-    base = 2 * weights + ADAPTER * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    plain = base + kept(model, clips)
-    model.set_recompute(True)
-    least = kept(model, clips)
-    saving, full = base + least, MASTER * weights + least
-    assert f"{plain / 1e9:.1f}, {saving / 1e9:.1f}, {full / 1e9:.1f} GB" == row[5]
+    """By the command that the README names, for one checkpoint: on the meta device, at the published shapes."""
+    name = row[0].partition(",")[0]
+    cfg = configs.parse(bench.Bench, re.search(r"python bench\.py (--memory[^`]*)`", TEXT)[1].split(), "bench")
+    cfg.backbone, cfg.version = PUBLISHED[name]
+    bench.check(cfg)
+    uses = bench.counted(cfg, [*bench.WAYS, bench.SHARDED])
+    by_name = {way.short: use.total / 1e9 for way, use in uses.items()}
+    assert f"{by_name['LoRA']:.1f}, {by_name['LoRA c']:.1f}, {by_name['full']:.1f} GB" == row[5]
+    assert name != "Higgs Audio v2" or f"{by_name['']:.0f} GB on each of four" in TEXT
+    del uses[bench.SHARDED]
+    assert [bench.fitting(uses, card) for card in bench.CARDS] == CARDS[name]
 
 
 # ------------------------------------------------------------------------------------------------ speed

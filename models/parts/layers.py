@@ -273,15 +273,39 @@ class Layer(nn.Module):
         return torch.add(x, y, alpha=self.branch)
 
 
+def recomputes(i, every):
+    """Whether the activations of layer i are made again in backward; every: 1 means of all, 0 of none."""
+    return bool(every) and i % every == 0 and torch.is_grad_enabled()
+
+
+LOGITS = 2**24  # held at once, 64 MB in float32: 128 rows of 128k entries
+
+
+def cross_entropy(head, h, labels, ignore):
+    """Sum of the cross-entropies of head(h) against labels. h (N, C), labels (N,).
+
+    Many rows of a large vocabulary are computed in pieces, and again in backward: their logits, and the
+    gradients of those, are never there at once.
+    """
+    def part(h, labels):
+        return F.cross_entropy(head(h).float(), labels, ignore_index=ignore, reduction="sum")
+
+    rows = max(1, LOGITS // head.out_features)
+    if len(h) <= rows:
+        return part(h, labels)
+    parts = zip(h.split(rows), labels.split(rows))
+    return sum(checkpoint(part, *pair, use_reentrant=False) for pair in parts)
+
+
 def run_layers(layers, x, context, caches=None, recompute=False):
     """Apply layers in turn; the last one computes only what context.keep asks for.
 
-    recompute: keep only each layer's input for backward (activation checkpointing).
+    recompute: of every n-th layer keep only the input for backward (activation checkpointing); 0: of none.
     """
     whole = context._replace(keep=None)
     for i, layer in enumerate(layers):
         asked = context if i == len(layers) - 1 else whole
-        if recompute and torch.is_grad_enabled():
+        if recomputes(i, recompute):
             x = checkpoint(layer, x, asked, use_reentrant=False)
         else:
             x = layer(x, asked, caches[i] if caches else None)

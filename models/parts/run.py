@@ -494,11 +494,21 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
 
 
+def all_memory(device) -> float:
+    """Bytes of the GPU, or else of this machine; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+
+
 def memory_line(device) -> str:
     """The peak, and on a GPU of how much."""
     text = f"{peak_memory(device) / 2**30:.2f} GiB"
     if device.type == "cuda":
-        text += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+        text += f" of {all_memory(device) / 2**30:.0f} GiB"
     return text
 
 

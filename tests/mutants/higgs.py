@@ -66,7 +66,7 @@ MUTANTS = [
     ("19 marks are not read", FILE, 'm["train"] = i == last if m["train"] is None else bool(m["train"])', 'm["train"] = i == last', MARKED),
     ("19 a reference before the text is trained", FILE, 'turns.append(message("assistant", audio_part(codes)))', 'turns.append(message("assistant", audio_part(codes), train=True))', some("references_count")),
     ("19 the user's audio is trained", FILE, "draft.speak(self.marks[place], columns, labels if turn[\"train\"] else None)", "draft.speak(self.marks[place], columns, labels)", some("guides_rows")),
-    ("20 nothing is recomputed", FILE, "recompute = self.recompute and self.training and torch.is_grad_enabled()", "recompute = False", some("recomputing")),
+    ("20 nothing is recomputed", FILE, "every = self.training and self.recompute", "every = 0", some("recomputing")),
     ("21 stream ids count as repeated", FILE, "torch.where(code, self.column, -1)[:, None]], 1)", "self.column[:, None]], 1)", some("stream_ids")),
     ("21 one repetition too many", FILE, ".sum(1) >= s.ras_max_repeat", ".sum(1) > s.ras_max_repeat", some("repeated_codes")),
     ("21 the window does not move", FILE, "self.recent = torch.cat([self.recent[:, 1:],", "self.recent = torch.cat([self.recent[:, :-1],", some("repeated_codes")),
