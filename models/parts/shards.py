@@ -15,9 +15,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from models.parts.ranks import others
-
 from models.parts.lean import BLOCK, padded
+from models.parts.ranks import others
 
 BUCKET = 64 * 2**20  # values sent at once, 256 MB: enough to hide latency, little beside a model
 # Their names from torch 2.13 on, and those before.
