@@ -9,6 +9,7 @@ import concurrent.futures
 import importlib
 import os
 import pkgutil
+import shlex
 import shutil
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def pytest_in(tree, test, log):
         if name.partition(".")[0] in OWN:
             del sys.modules[name]
     try:
-        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *test.split()]))
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(test)]))
     except BaseException as error:
         os.write(2, repr(error).encode())
         return 70
