@@ -4,7 +4,7 @@ ROPE = "models/parts/rope.py"
 
 
 def some(word):
-    return f"{ALL} -k {word}"
+    return f"{ALL} -k '{word}'"
 
 
 LOSS, ROWS, FILES, GREEDY = some("losses"), some("written"), some("namings"), some("greedy_frames")
