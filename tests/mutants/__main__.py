@@ -9,13 +9,19 @@ import concurrent.futures
 import importlib
 import os
 import pkgutil
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+import torch  # noqa: F401  here, so that no mutant has to wait for it: each is a fork of this process
+import transformers  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".carry", "__pycache__", ".pytest_cache", "*.pyc", "runs")
+OWN = {"tests", "models", "configs", "demo", *(path.stem for path in ROOT.glob("*.py"))}
 
 
 def run(mutant):
@@ -24,14 +30,33 @@ def run(mutant):
     if text.count(old) != 1:
         return f"the text occurs {text.count(old)} times"
     with tempfile.TemporaryDirectory() as tmp:
-        tree = Path(tmp) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", ".carry", "__pycache__", ".pytest_cache", "*.pyc", "runs"))
+        tree, log = Path(tmp) / "tree", Path(tmp) / "log"
+        shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
         (tree / file).write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *test.split()]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode == 1:
-        return "killed"
-    return "survived" if done.returncode == 0 else f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+        child = os.fork()
+        if not child:
+            os._exit(pytest_in(tree, test, log))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == pytest.ExitCode.TESTS_FAILED:
+            return "killed"
+        return "survived" if code == 0 else f"pytest ended with {code}: {log.read_text()[-300:]}"
+
+
+def pytest_in(tree, test, log):
+    """In a fork: run pytest in a copy of the tree, as if nothing of this one had been imported. Its exit status."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.chdir(tree)
+    sys.path[:] = [str(tree)] + [path for path in sys.path if Path(path).resolve() != ROOT]
+    for name in list(sys.modules):
+        if name.partition(".")[0] in OWN:
+            del sys.modules[name]
+    try:
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(test)]))
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+        return 70
 
 
 def main():
@@ -39,6 +64,8 @@ def main():
     parser.add_argument("subjects", nargs="*", help="files of tests/mutants; all of them without one")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     names = args.subjects or [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "__main__"]
     killed = total = 0
     for name in names:

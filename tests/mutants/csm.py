@@ -5,7 +5,7 @@ ROPE = "models/parts/rope.py"
 
 
 def some(word):
-    return f"{ALL} -k {word}"
+    return f"{ALL} -k '{word}'"
 
 
 LOSS, FILES, GREEDY, ROWS = some("losses"), some("namings"), some("greedy"), some("rows_of_a_turn")

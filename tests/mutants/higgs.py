@@ -5,7 +5,7 @@ STEPS = "models/parts/layer_steps.py"
 
 
 def some(word):
-    return f"{ALL} -k {word}"
+    return f"{ALL} -k '{word}'"
 
 
 LOSS, ROWS, FILES, GREEDY = some("losses"), some("written"), some("namings"), some("greedy_frames")

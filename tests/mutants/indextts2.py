@@ -5,7 +5,7 @@ CHAIN, ALL = "models/codecs/speech_chain.py", "tests/test_indextts2.py"
 
 
 def some(word):
-    return f"{ALL} -k {word}"
+    return f"{ALL} -k '{word}'"
 
 
 LOSS, STATES, CODES, CONDITIONS = some("losses"), some("states_at"), some("test_codes"), some("conditioning_is")
