@@ -94,7 +94,7 @@ def check(cfg):
     except Usage as e:
         wrong.append(str(e))
     defaults = Bench()
-    given = {name for name in vars(cfg) if getattr(cfg, name) != getattr(defaults, name)}
+    given = {name for name in vars(defaults) if getattr(cfg, name) != getattr(defaults, name)}
     for name in ("full", "ckpt", "lengths", "adapter", "timesteps", "options", "text", *LEAST_MEMORY):
         if name in given and name not in ONLY[cfg.task]:
             wrong.append(f"--{name} does not go with --task {cfg.task}")

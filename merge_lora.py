@@ -7,6 +7,7 @@
 The merged folder loads wherever the base does, at the base's speed. Sums are float32, the file has the base's
 dtype.
 """
+import re
 import signal
 import sys
 from dataclasses import dataclass, replace

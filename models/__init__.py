@@ -34,6 +34,7 @@ The model, values:
   dtype                       of the weights
   codec                       the frozen codec, float32, in no list of parameters: encode(wave),
                               decode(frames), stream() -> object with decode(chunk), an nn.Module's own
+  tokenizer                   of texts; its `vocab` is {piece: id}
   codec_key                   text that names the codec and how it is used: another key, other cached codes
   encode_key                  text that names all else that `encode` reads: another key, other cached examples
   files                       {role: path} of what `save` copies, "tokenizer" among them; {} of a blank model

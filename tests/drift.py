@@ -15,9 +15,9 @@ import torch
 
 import configs
 import train
-from models.parts import run as bookkeeping
 from tests import tiny_csm
 from tests.conftest import ROOT
+from tests.running import free_locks
 
 BF16 = ["--dtype", "bfloat16"]
 LEAN = ["--optimizer", "adamw8bit"]
@@ -45,8 +45,7 @@ def losses(argv, folder):
     """(loss of each step, validation loss at the end) of one run."""
     sys.argv = ["train.py", *argv, "--save_path", str(folder)]
     train.main()
-    while bookkeeping.LOCKS:
-        bookkeeping.LOCKS.pop().close()
+    free_locks()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["loss/total"] for line in lines if line["split"] == "train"]
     return torch.tensor(steps), [line["loss/total"] for line in lines if line["split"] == "val"][-1]

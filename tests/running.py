@@ -25,6 +25,7 @@ import merge_lora  # noqa: F401
 import prepare_data  # noqa: F401
 import train  # noqa: F401
 import validate  # noqa: F401
+from models.parts import plain
 from tests.conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -89,6 +90,12 @@ def start(script, argv, cwd, env=None, hook=None):
     process = SERVER.Process(target=_child, args=(script, [str(a) for a in argv], str(log), str(cwd), env or {}, hook), daemon=True)
     process.start()
     return Run(process, log)
+
+
+def free_locks():
+    """Let go of the folders that scripts have locked in this process, which ends no sooner than all tests."""
+    while plain.LOCKS:
+        os.close(plain.LOCKS.pop())
 
 
 def ranks(n, script, argv, cwd, hook=None):

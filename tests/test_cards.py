@@ -18,9 +18,8 @@ import lora
 import models
 import train
 from models.parts import layers, lean, memory, quant, shards
-from models.parts import run as bookkeeping
 from tests.conftest import ROOT
-from tests.running import SERVER, here, ranks
+from tests.running import SERVER, free_locks, here, ranks
 from tests.test_train import contents, differing, dying, go, home, numbers, step, steps_in  # noqa: F401  (home is a fixture)
 
 
@@ -35,8 +34,7 @@ def in_folder(path):
         os.chdir(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        while bookkeeping.LOCKS:
-            bookkeeping.LOCKS.pop().close()
+        free_locks()
 
 
 def trained(home, save, *flags, config="full", code=0):

@@ -1,5 +1,6 @@
 """train.py --sweep: what is drawn, that nothing is run twice, and the table."""
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -7,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.parts import Invalid, sweep
-from models.parts import run as bookkeeping
-from tests.running import here, start
+from tests.running import free_locks, here, start
 from tests.test_train import home  # noqa: F401  (a base and rows)
 
 RANGES = """\
@@ -39,8 +39,7 @@ def go(home, tmp_path, monkeypatch):  # noqa: F811
 
         monkeypatch.setattr(sweep, "wait_for", wait_for)
         code, out, said = here("train", [*FLAGS, "--save_path", tmp_path / "sweep", "--trials", trials, *flags])
-        while bookkeeping.LOCKS:  # this process ends no sooner than all tests
-            bookkeeping.LOCKS.pop().close()
+        free_locks()
         return code, out.decode(), said, started
 
     yield call
