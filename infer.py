@@ -258,7 +258,9 @@ SMALL_VOCABULARY = 500  # words that an error may list
 
 
 def check_words(requests, model):
-    """A word that the tokenizer has no token for would be babbled: an error; a sign would be left out: said."""
+    """A word that the tokenizer has no token for would be babbled, which is an error; a sign is left out, which
+    is said.
+    """
     unknown = Unknown(model)
     wrong, unsaid = [], set()
     for request in requests:
@@ -271,9 +273,11 @@ def check_words(requests, model):
     if unsaid:
         say(f"no token for {' '.join(sorted(unsaid))}: left unsaid")
     if wrong:
-        words = sorted(piece.strip("\u2581") for piece in model.tokenizer.vocab if piece[1:].isalpha())
-        known = f"\nIts words are: {', '.join(words)}" if len(model.tokenizer.vocab) < SMALL_VOCABULARY else ""
-        raise Invalid("\n".join(wrong) + known)
+        vocab = model.tokenizer.vocab
+        if len(vocab) < SMALL_VOCABULARY:
+            words = sorted(piece.strip("\u2581") for piece in vocab if piece[1:].isalpha())
+            wrong.append(f"Its words are: {', '.join(words)}")
+        raise Invalid("\n".join(wrong))
 
 
 RETRIES = 3  # more takes of a runaway, as nobody waits for the first chunk of a file; few would need a fifth

@@ -841,8 +841,13 @@ def text_of(row):
     return " ".join(part["text"] for part in parts if "text" in part)
 
 
+def spelled_out(piece):
+    """A character with its number, since a font may lack it."""
+    return f"{piece} (U+{ord(piece):04X})" if len(piece) == 1 else piece
+
+
 def unknown_notice(row, text, pieces):
-    names = ", ".join(f"{piece} (U+{ord(piece):04X})" if len(piece) == 1 else piece for piece in sorted(set(pieces)))
+    names = ", ".join(map(spelled_out, sorted(set(pieces))))
     share = 100 * sum(map(len, pieces)) / len(text)
     return Notice(row, "unknown tokens", f"no token for {names}: {share:.1f} % of the text")
 

@@ -558,7 +558,8 @@ class IndexTTS2(nn.Module):
     def blank_example(self, seconds, tokens):
         """What `encode` makes of a clip, without content: for counting memory."""
         c, codes = self.config, round(self.frame_rate * seconds)
-        example = {"text": torch.ones(tokens, dtype=torch.long), "codes": torch.zeros(codes, dtype=torch.long)}
+        example = {"text": torch.ones(tokens, dtype=torch.long),
+                   "codes": torch.zeros(codes, dtype=torch.long)}
         if self.live:  # a frame for each code
             features = torch.zeros(codes, c.conditioning_encoder.features)
             return example | {"features": features, "emo_features": features}

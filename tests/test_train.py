@@ -31,7 +31,7 @@ import configs
 import lora
 import models
 import train
-from models.parts import Invalid, adapters, audio, checkpoint, listen, plain
+from models.parts import Invalid, adapters, audio, checkpoint, listen, masters, plain
 from models.parts import run as bookkeeping
 from tests import tiny_voxcpm
 from tests.conftest import ROOT
@@ -718,14 +718,14 @@ def only_rank_0_fails():
 
 
 def only_rank_1_fails():
-    reduce = train.reduce_gradients
+    reduce = masters.reduce_gradients
 
     def fail(parameters):
         if os.environ["RANK"] == "1":
             raise Invalid("no such number")
         reduce(parameters)
 
-    train.reduce_gradients = fail
+    masters.reduce_gradients = fail
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -976,7 +976,7 @@ def test_rows_too_long_by_their_audio_are_not_encoded(home):
 
 def small_disk():
     """No file may grow beyond 20 kB from the third step on."""
-    reduce, calls = train.reduce_gradients, []
+    reduce, calls = masters.reduce_gradients, []
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limit(parameters):
@@ -985,7 +985,7 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
         reduce(parameters)
 
-    train.reduce_gradients = limit
+    masters.reduce_gradients = limit
 
 
 @pytest.mark.parametrize("config", ["lora", "full"])
@@ -1232,7 +1232,7 @@ def infinite_gradient():
         if len(calls) in (2, 4):
             parameters[3].grad.view(-1)[0] = math.inf
 
-    train.reduce_gradients = reduce
+    masters.reduce_gradients = reduce
 
 
 def test_an_infinite_gradient_is_caught_although_the_loss_is_finite(home):
