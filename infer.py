@@ -258,7 +258,7 @@ SMALL_VOCABULARY = 500  # words that an error may list
 
 
 def check_words(requests, model):
-    """A word that the tokenizer has no token for would be babbled, which is an error; a sign is left out, which
+    """A word that the tokenizer has no token for would be babbled, which is an error; a sign is left out, and
     is said.
     """
     unknown = Unknown(model)

@@ -10,6 +10,23 @@ restart changes what is computed. Interrupted runs go on from save_path by thems
 
 `main`, at the end, is the whole story. What stands before it comes in the order in which main needs it. The
 run folder, the log and all else that computes nothing are in models/parts/run.py.
+
+One step, with two micro-batches on each of two ranks:
+
+    rank 0   clips 4 9 | 1 7    forward, backward twice: gradients of sums add up  \
+                                                                                    sum over ranks, clip, step
+    rank 1   clips 0 3 | 8 2    forward, backward twice                            /
+
+    loss = sum over k of  lambda_k * (sum of loss k over the four micro-batches) / (what k counts in all four)
+
+The divisor is known before the first forward, since `collate` counts; so each micro-batch is weighted as it
+comes, and nothing has to be kept or divided afterwards. What a run leaves in save_path:
+
+    config.yaml         the settings as they acted; itself an argument of this script
+    metrics.jsonl       every number of every step and validation; train.log has what was printed
+    step_0000500/       adapter or weights, optimizer.pth, and last an index with sizes and checksums
+    latest, best        links to the newest step and to the one with the lowest validation loss
+    samples/, logs/     sentences as they sounded on the way; TensorBoard
 """
 import dataclasses
 import json
@@ -961,7 +978,11 @@ class Slot(NamedTuple):
 
 
 class Order:
-    """Walks through the micro-batches of all epochs; (epoch, position) is all there is to save."""
+    """Walks through the micro-batches of all epochs; (epoch, position) is all there is to save.
+
+    Ranks share one order and take from it in turns: of four slots of a step, rank 0 of two computes the first
+    and the third. So another number of ranks goes on from the same place.
+    """
 
     def __init__(self, lengths, cfg, epoch=0, position=0, pools=()):
         self.lengths, self.cfg, self.epoch, self.position = lengths, cfg, epoch, position
@@ -1023,7 +1044,11 @@ class StepData(NamedTuple):
 
 
 class Loader:
-    """Collates micro-batches in threads: those of the next step while the device computes this one."""
+    """Collates micro-batches in threads: those of the next step while the device computes this one.
+
+    Threads and not processes, since all that is slow in it (reading a cache, filling tensors) lets go of the
+    interpreter, and nothing has to be copied from one memory to another.
+    """
 
     def __init__(self, cfg, model, data, place, order):
         self.cfg, self.model, self.place = cfg, model, place
