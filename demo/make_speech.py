@@ -295,7 +295,8 @@ def tokenizer():
              "vocab": vocab, "merges": []}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
             "normalizer": {"type": "Sequence", "normalizers": steps},
-            "pre_tokenizer": {"type": "Metaspace", "replacement": mark, "prepend_scheme": "always", "split": True},
+            "pre_tokenizer": {"type": "Metaspace", "replacement": mark, "prepend_scheme": "always",
+                              "split": True},
             "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
 
 
