@@ -83,6 +83,7 @@ NUMBERS = {
 }
 CAMPPLUS, CAMPPLUS_RATE = "campplus_cn_common.bin", 16000  # its published file, and Hz of what it hears
 SHORTEST = 0.1  # seconds of which spectra, and a voice, can be told
+USUAL_LENGTH = 0.8, 1.25  # of speech, as a share of the recordings'; a voice learns its pace, too
 COMPARED_FRAMES = 50  # steps of a sentence that show the effect of an adapter: four seconds, enough to differ
 REPORT, PAGE = "report.json", "report.html"
 
@@ -99,6 +100,7 @@ class Column:
     key: str = ""  # of the files and settings; a column with the same key need not be made again
     problems: list[str] = field(default_factory=list)  # texts; empty means sound
     notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)  # texts: what speaks against it, beside the base
     groups: list[list] = field(default_factory=list)  # [group of modules, modules, still zero, |BA| / |W|]
     numbers: dict[str, float] = field(default_factory=dict)  # {name: mean over the sentences, or loss}
     cells: list[dict] = field(default_factory=list)  # one dict per sentence: file, numbers
@@ -459,6 +461,30 @@ def verdict(column):
     return "sound"
 
 
+def doubts_of(column, base):
+    """Texts: in what a column is no better than the base, or unlike the recordings. None where all is well.
+
+    These are differences that no good fine-tune shows; what a number has to be, nobody can say.
+    """
+    ours, before, told = column.numbers, base.numbers, []
+    if no_lower("loss/total", ours, before):
+        told.append(f"its loss on the rows, {ours['loss/total']:.4g}, is no lower than the base's, "
+                    f"{before['loss/total']:.4g}")
+    if no_lower("mel_cepstral_distance", ours, before):
+        told.append("it sounds no more like the recordings than the base does (mel-cepstral distance)")
+    ratio = ours.get("length_ratio", 1.0)
+    if not USUAL_LENGTH[0] <= ratio <= USUAL_LENGTH[1]:
+        told.append(f"its sentences last {ratio:.2f} times as long as the recordings of the same words")
+    if ours.get("ended", 1.0) < before.get("ended", 1.0):
+        told.append(f"{1 - ours['ended']:.0%} of its sentences do not end by themselves, of the base's "
+                    f"{1 - before['ended']:.0%}")
+    return told
+
+
+def no_lower(name, ours, before):
+    return name in ours and name in before and ours[name] >= before[name]
+
+
 def better(name):
     """Which end of a number comes first: losses low, accuracies high, None where it orders nothing."""
     if name in NUMBERS:
@@ -546,10 +572,12 @@ def cell_box(cfg, column, cell):
 
 def write_page(cfg, columns, plan):
     """report.html: verdicts, numbers, what the adapters changed, and every clip, all in one file."""
-    sound = [[named(column), column.kind, verdict(column), "; ".join(column.notes)] for column in columns]
+    sound = []
+    for column in columns:
+        sound.append([named(column), column.kind, verdict(column), "; ".join(column.doubts), "; ".join(column.notes)])
     groups = [[named(column), *group] for column in columns for group in column.groups]
     note = page.text("* is the first of its row by that number alone. None of them is a quality.")
-    pieces = [page.section("Sound?", page.table(["column", "kind", "verdict", "notes"], sound)),
+    pieces = [page.section("Sound?", page.table(["column", "kind", "verdict", "doubts", "notes"], sound)),
               page.section("Which?", note, numbers_table(columns)),
               page.section("Blind", BLIND)]
     pieces += [sentence_section(cfg, columns, i, sentence) for i, sentence in enumerate(plan.sentences)]
@@ -725,6 +753,12 @@ def main():
     if cfg.rank_by and not ranking:
         names = ", ".join(number_names(finished)) or "no numbers"
         raise Invalid(f"rank_by: no column has {cfg.rank_by}; they have {names}")
+    base_column = next((column for column in finished if column.is_base), None)
+    for column in finished:
+        if base_column and not column.is_base:
+            column.doubts = doubts_of(column, base_column)
+        for doubt in column.doubts:
+            say(f"{column.name}: {doubt}")
     write_report(cfg, finished, ranking)
     write_page(cfg, finished, plan)
     if ranking:

@@ -189,6 +189,37 @@ def test_a_clip_that_was_deleted_is_made_again(one, tmp_path):
     assert run(*flags)[0] == 0 and clip.read_bytes() == before
 
 
+def test_what_no_good_fine_tune_shows_is_told_in_words():
+    numbers = {"loss/total": 1.0, "mel_cepstral_distance": 6.0, "length_ratio": 1.0, "ended": 1.0}
+    base = validate.Column("base", is_base=True, numbers=numbers)
+    better = {**numbers, "loss/total": 0.9, "mel_cepstral_distance": 5.0}
+
+    def doubts(**changed):
+        return validate.doubts_of(validate.Column("tuned", numbers={**better, **changed}), base)
+
+    assert doubts() == [] and doubts(length_ratio=0.85) == []
+    for changed, words in (({"loss/total": 1.1}, "1.1, is no lower than the base's, 1"),
+                           ({"mel_cepstral_distance": 6.5}, "no more like the recordings"),
+                           ({"length_ratio": 1.6}, "1.60 times as long"), ({"length_ratio": 0.5}, "0.50 times"),
+                           ({"ended": 0.6}, "40% of its sentences do not end by themselves, of the base's 0%")):
+        told = doubts(**changed)
+        assert len(told) == 1 and words in told[0], changed
+    # A base that seldom ends either is no reason to doubt the adapter.
+    base.numbers["ended"] = 0.5
+    assert doubts(ended=0.6) == []
+    assert validate.doubts_of(validate.Column("mute"), base) == []
+
+
+def test_doubts_stand_on_the_page_and_in_the_report(one, tmp_path):
+    adapters = "--lora", str(one.step(3)), "--manifest", str(one.manifest), *SHORT
+    code, report, err = run(*adapters, "--output_dir", str(tmp_path))
+    tuned = columns(report)["step_0000003"]
+    # Four steps at the most are far shorter than the recordings.
+    assert code == 0 and any("times as long" in doubt for doubt in tuned["doubts"])
+    assert all(doubt in err and doubt.split(",")[0] in (tmp_path / "report.html").read_text() for doubt in tuned["doubts"])
+    assert columns(report)["base"]["doubts"] == []
+
+
 def test_ties_go_to_the_earlier_step_and_the_best_is_copied(one, tmp_path):
     flags = ("--lora", one.step(3), one.step(2), one.step(1), "--text", TEXT, "--output_dir", tmp_path / "out", *SHORT,
              "--rank_by", "takes", "--retries", "0", "--compare_base", "false")

@@ -73,6 +73,10 @@ MUTANTS = [
         ("ties by name", "(score(column), column.step)", "(score(column), -column.step)", "ties"),
         ("files unchecked", "wrong = checkpoint.check_step(path)", "wrong = None", "damage"),
         ("NaN passes", 'if not value.isfinite().all()]', "if False]", "damage"),
+        ("lower losses doubted", "and ours[name] >= before[name]", "and ours[name] < before[name]", "no_good_fine_tune"),
+        ("any length will do", "if not USUAL_LENGTH[0] <= ratio <= USUAL_LENGTH[1]:", "if False:", "no_good_fine_tune"),
+        ("ends not compared", 'if ours.get("ended", 1.0) < before.get("ended", 1.0):', "if False:", "no_good_fine_tune"),
+        ("the base doubted", "if base_column and not column.is_base:", "if base_column:", "doubts_stand"),
         ("seed not in the key", '"speaker", "seed", "retries"', '"speaker", "retries"', "same_command"),
     )],
 ]
