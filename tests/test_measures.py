@@ -114,6 +114,16 @@ def test_the_cepstral_distance_ignores_level_and_pace_and_sees_another_sound():
     assert measures.mel_cepstral_distance(wave, 16000, 0.5 * wave, 16000) < 0.3
 
 
+def test_the_cepstral_distance_is_in_decibels_of_the_envelope(monkeypatch):
+    """Two envelopes that differ by cosines over the mel bands lie apart by the root mean square of that difference."""
+    bands = (torch.arange(80) + 0.5) / 80
+    flat, ripple = torch.zeros(80), 0.3 * torch.cos(3 * math.pi * bands) - 0.2 * torch.cos(7 * math.pi * bands)
+    monkeypatch.setattr(measures.audio, "mel_spectrogram", lambda wave: (ripple if wave[0] else flat)[:, None].expand(80, 5))
+    found = measures.mel_cepstral_distance(torch.zeros(100), 22050, torch.ones(100), 22050)
+    decibels = 20 / math.log(10) * ripple.square().mean().sqrt()
+    assert found == pytest.approx(decibels.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("wanted, got, count", (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0)))
 def test_edit_distance(wanted, got, count):
     assert measures.errors(wanted, got) == count

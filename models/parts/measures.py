@@ -159,13 +159,13 @@ def pitch_facts(wave, rate):
 
 
 def cepstra(wave, rate):
-    """Mel cepstral coefficients 1 to 13. (n,) -> (T, 13) float64"""
+    """Mel cepstral coefficients 1 to 13 of the power spectrum. (n,) -> (T, 13) float64"""
     mel = audio.mel_spectrogram(audio.resample(wave, rate, CEPSTRA_RATE)).double()  # (80, T), natural log
     mel = mel.clamp(min=float(mel.max()) - FLOOR_DB * math.log(10) / 20)
     bins = torch.arange(len(mel), dtype=torch.float64)
     order = torch.arange(1, CEPSTRA + 1, dtype=torch.float64)
-    cosines = torch.cos(math.pi / len(mel) * order[:, None] * (bins + 0.5)) * math.sqrt(2 / len(mel))
-    return (cosines @ mel).T
+    cosines = torch.cos(math.pi / len(mel) * order[:, None] * (bins + 0.5))
+    return (2 / len(mel) * cosines @ mel).T  # the logarithm of a power is twice that of its amplitude
 
 
 def aligned(costs):

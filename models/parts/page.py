@@ -19,6 +19,7 @@ import torch
 from models.parts.plain import write_file
 
 TABLE_ROWS = 500  # more of them nobody reads, and a browser takes seconds to lay them out
+LONG = 40  # characters of a cell that is read as a text and needs some width, on a telephone too
 BINS = 24  # of a histogram: about as wide as a finger on a telephone
 TAIL_PART = 200  # of the values, on each side, may be wild without flattening all the others: 0.5 %
 WIDTH, HEIGHT, BASE = 280, 90, 110  # of the bars in a histogram, and the line they stand on, in its view box
@@ -39,6 +40,7 @@ th, td { text-align: left; vertical-align: top; padding: 3px 8px; min-width: 4em
 th, td { border-bottom: 1px solid var(--line); overflow-wrap: break-word }
 h1, h2, th, .facts div { overflow-wrap: break-word } th { overflow-wrap: normal }
 figure { margin: 0 } figcaption { font-size: .9em }
+td.t { min-width: 14em }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor }
@@ -96,7 +98,8 @@ def table(headers, rows, empty="none"):
     css = []
     for column in zip(*shown):
         numbers = all(isinstance(value, (int, float)) for value in column)
-        css.append('class="n"' if numbers else "")
+        words = any(isinstance(value, str) and not isinstance(value, Piece) and len(value) > LONG for value in column)
+        css.append('class="n"' if numbers else 'class="t"' if words else "")
     head = "".join(f"<th {c}>{cell(title)}</th>" for c, title in zip(css, headers))
     body = ""
     for row in shown:
