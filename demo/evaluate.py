@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configs
 import lora
 import models
-from demo.make_speech import plain, vocabulary
+from demo.make_speech import FIRST, plain, vocabulary
 from demo.robot import RATE
 from models.parts import Invalid, audio, opt
 
@@ -319,7 +319,7 @@ def main():
     add(Rendering("first robot, codec", through(model.codec, first)))
     add(Rendering("target", target))
     add(Rendering("target, codec", through(model.codec, target)))
-    add(generate("base", model, texts, cfg))
+    add(generate("base", model, [f"{FIRST} {text}" for text in texts], cfg))
     for name, path in (("fine-tuned", cfg.lora), ("shuffled", cfg.shuffled)):
         if path:
             lora.load_lora_weights(model, path)

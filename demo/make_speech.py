@@ -6,8 +6,8 @@
     python demo/make_speech.py --part tokenizer --output_dir demo/base   # tokenizer.json, one piece per word
 
 Everything is a function of the seed and of flite's version. No sentence is in two of base, val, voice, held
-out and test. The base hears six robots of three synthesiser voices (ROBOTS) and, under a seventh name, many
-more of the same three; it never hears slt, which is the target.
+out and test. The base hears six robots by name (ROBOTS) and, without a name, a crowd of blends of the same
+three synthesiser voices; it never hears slt, which is the target.
 
 Every robot has one rendering of each word and says it like that in every sentence. That is what lets a
 model of four million parameters learn to speak within an hour of one core; prosody is what it costs.
@@ -36,14 +36,13 @@ from models.parts import Invalid, opt
 
 
 class Robot(NamedTuple):
-    voice: str  # of flite
+    voice: str | tuple  # of flite, or the share of each of VOICES in a blend
     pitch: int  # Hz, a multiple of 25
     tract: float = 1.0  # above one: a shorter vocal tract than the synthesiser's
-    pace: str = ""  # of flite's voices, the one whose words are as long; its own by default
 
 
-# Pitch and vocal tract are crossed, so that neither tells the other nor the words. The first speaks where no
-# name stands in front of the text. All pitches are multiples of 50 Hz: the codec's dimensions stay few.
+# Pitch and vocal tract are crossed, so that neither tells the other nor the words. All pitches are multiples
+# of 50 Hz: the codec's dimensions stay few.
 ROBOTS = {
     "Alpha": Robot("kal16", 100),
     "Bravo": Robot("kal16", 200, 1.16),
@@ -53,12 +52,15 @@ ROBOTS = {
     "Foxtrot": Robot("rms", 200, 1.16),
 }
 FIRST = "Alpha"
-# And a name for all: behind it every clip has another robot, so that words are learned apart from voices.
-ANYONE = "Golf"
+# Without a name in front anybody speaks, one of a crowd of robots: so words are learned apart from voices.
+CROWD = 300
 VOICES = ("kal16", "awb", "rms")
 PITCHES = (100, 150, 200)  # Hz
-TRACTS = (0.92, 1.0, 1.08, 1.16, 1.24)
-TARGET = Robot("slt", 200, pace="kal16")
+TRACTS = 0.92, 1.24
+BEYOND = 1.4  # shares of a blend may lie outside of 0 to 1: some voices are between the three, some further out
+FAINT = 1e-3  # levels below are nothing; a blend takes logarithms
+TARGET = Robot("slt", 200)
+PACE = "kal16"  # all robots speak as fast as this voice does
 SPEED = 1.15  # words spoken alone are slower than in a sentence
 PAUSE = Frames(np.zeros((8, robot.BANDS)), np.zeros(8))  # a block of silence: at both ends, and at a comma
 
@@ -172,18 +174,38 @@ def spoken_words(voice):
 
 
 @functools.cache
-def word_bank(who):
-    """{word: Frames} of a robot; every word lasts a whole number of blocks."""
-    clips = []
-    lengths = spoken_words(who.pace or who.voice)
-    for word, said in spoken_words(who.voice).items():
-        seconds = said.end - said.start
-        usual = lengths[word].end - lengths[word].start
-        blocks = max(1, round(usual / SPEED * RATE / robot.BLOCK))
+def analysed_words(voice):
+    """[Frames] of the vocabulary by one of flite's voices. A word lasts a whole number of blocks, and each
+    of its phones stands at the same place in all voices: what tells them apart is how they sound, not when.
+    """
+    paces, clips = spoken_words(PACE), []
+    for word, said in spoken_words(voice).items():
+        pace = paces[word]
+        if len(pace.bounds) != len(said.bounds):
+            raise Invalid(f"flite says {word!r} in other phones as {voice} than as {PACE}, so they cannot be aligned; "
+                          "was another version of it tried than 2.2?")
+        blocks = max(1, round(pace.seconds / SPEED * RATE / robot.BLOCK))
         steps = blocks * robot.BLOCK // robot.HOP
-        times = said.start + (np.arange(steps) + 0.5) * seconds / steps
-        frames = robot.analyse(said.wave, times)
-        clips.append(Frames(robot.shorten(frames.levels, who.tract), frames.voicing))
+        times = pace.bounds[0] + (np.arange(steps) + 0.5) * pace.seconds / steps
+        clips.append(robot.analyse(said.wave, np.interp(times, pace.bounds, said.bounds)))
+    return clips
+
+
+def blend(parts, shares):
+    """Frames of several voices that say the same: levels on a scale of logarithms, voicing in proportion."""
+    logs = sum(share * np.log(part.levels + FAINT) for part, share in zip(parts, shares))
+    voicing = sum(share * part.voicing for part, share in zip(parts, shares))
+    return Frames(np.exp(logs), voicing.clip(0, 1))
+
+
+@functools.cache
+def word_bank(who):
+    """{word: Frames} of a robot."""
+    if isinstance(who.voice, str):
+        clips = analysed_words(who.voice)
+    else:
+        clips = [blend(parts, who.voice) for parts in zip(*map(analysed_words, VOICES))]
+    clips = [Frames(robot.shorten(clip.levels, who.tract), clip.voicing) for clip in clips]
     return dict(zip(vocabulary(), robot.compress(clips)))
 
 
@@ -205,8 +227,8 @@ def speak(text, who):
 
 VOICE_CLIPS = 60
 POOL = 400  # sentences from which those of the target voice are chosen
-UNNAMED_SHARE = 0.25  # of base's clips: the first robot, without a name in front
-ANYONE_SHARE = 0.45  # of base's clips: a robot drawn anew; the rest is shared by the six
+CROWD_SHARE = 0.65  # of base's clips: one of the crowd, without a name in front
+FIRST_SHARE = 0.15  # the first robot; the rest is shared by all six
 FIRST_CLIPS = 1200  # short lists by the first robot alone, from which the base learns to read before all else
 
 
@@ -234,23 +256,30 @@ def clips_of(cfg):
     clips = [Clip(f"test{i:02d}", "test", text, first) for i, text in enumerate(said["test"])]
     clips += [Clip(f"target{i:02d}", "test_target", text, TARGET) for i, text in enumerate(said["test"])]
     rng = random.Random(cfg.seed + 1)
-    clips += [Clip(f"val{i:02d}", "val", text, *pick_robot(rng)) for i, text in enumerate(said["val"])]
-    clips += [Clip(f"first{i:05d}", "first", word_list(rng, SHORT_LIST), first) for i in range(FIRST_CLIPS)]
+    crowd = [anybody(rng) for _ in range(CROWD)]
+    clips += [Clip(f"val{i:02d}", "val", text, *pick_robot(rng, crowd)) for i, text in enumerate(said["val"])]
+    clips += [Clip(f"first{i:05d}", "first", word_list(rng, SHORT_LIST), first, FIRST) for i in range(FIRST_CLIPS)]
     for i, text in enumerate(said["base"]):
         words = text if i % 2 else word_list(rng, rng.choice((SHORT_LIST, LONGEST_LIST)))
-        clips.append(Clip(f"base{i:05d}", "base", words, *pick_robot(rng)))
+        clips.append(Clip(f"base{i:05d}", "base", words, *pick_robot(rng, crowd)))
     return clips
 
 
-def pick_robot(rng):
-    """A robot and what it is called: nothing, where it is the first one by default."""
+def pick_robot(rng, crowd):
+    """A robot and what it is called: nothing, where it is one of the crowd."""
     draw = rng.random()
-    if draw < UNNAMED_SHARE:
-        return ROBOTS[FIRST], ""
-    if draw < UNNAMED_SHARE + ANYONE_SHARE:
-        return Robot(rng.choice(VOICES), rng.choice(PITCHES), rng.choice(TRACTS)), ANYONE
-    called = rng.choice(list(ROBOTS))
+    if draw < CROWD_SHARE:
+        return rng.choice(crowd), ""
+    called = FIRST if draw < CROWD_SHARE + FIRST_SHARE else rng.choice(list(ROBOTS))
     return ROBOTS[called], called
+
+
+def anybody(rng):
+    """A robot drawn anew."""
+    parts = [rng.expovariate(1) for _ in VOICES]  # in proportion to their sum all blends are as likely
+    middle = 1 / len(VOICES)
+    shares = tuple(middle + BEYOND * (part / sum(parts) - middle) for part in parts)
+    return Robot(shares, rng.choice(PITCHES), rng.uniform(*TRACTS))
 
 
 def covering(texts, count):
@@ -277,7 +306,7 @@ def tokenizer():
     101 to 104 stay free of text: the model uses those rows of its embedding as audio marks.
     """
     mark, special = "\u2581", ["<|audio_start|>", "<|audio_end|>", "<|ref_audio_start|>", "<|ref_audio_end|>"]
-    names = [name.lower() for name in (*ROBOTS, ANYONE)]
+    names = [name.lower() for name in ROBOTS]
     pieces = ["<unk>", "<s>", "</s>"] + [mark + word for word in [",", *names, *vocabulary()]]
     pieces[101:101] = special
     vocab = {piece: i for i, piece in enumerate(pieces)}

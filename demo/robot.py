@@ -46,11 +46,16 @@ class Frames(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """What the synthesiser said: samples, and where the speech in it begins and ends, in seconds."""
+    """What the synthesiser said: samples, and where each of its phones begins, in seconds; at last, where
+    the last one ends.
+    """
 
     wave: np.ndarray
-    start: float
-    end: float
+    bounds: list
+
+    @property
+    def seconds(self):
+        return self.bounds[-1] - self.bounds[0]
 
 
 def mel(hertz):
@@ -80,19 +85,17 @@ def flite(text, voice):
     else:
         listing, data = phones[0], done.stdout[44:phones.start()]
     wave = np.frombuffer(data[:len(data) // 2 * 2], "<i2") / 32768
-    return Spoken(wave, *speech_span(listing.decode().split()))
+    return Spoken(wave, phone_bounds(listing.decode().split()))
 
 
-def speech_span(listing):
-    """Seconds of the first and the last phone that is no pause, of 'phone:end' entries."""
-    start, end, at, begun = 0.0, 0.0, 0.0, False
-    for entry in listing:
-        phone, _, seconds = entry.rpartition(":")
-        if phone != "pau":
-            start = start if begun else at
-            begun, end = True, float(seconds)
-        at = float(seconds)
-    return start, end
+def phone_bounds(listing):
+    """Seconds at which phones begin and the last one ends, of 'phone:end' entries; pauses at both ends are
+    left out.
+    """
+    names, ends = zip(*(entry.rsplit(":", 1) for entry in listing))
+    ends = [0.0, *map(float, ends)]
+    spoken = [i for i, name in enumerate(names) if name != "pau"]
+    return ends[spoken[0]:spoken[-1] + 2]
 
 
 @functools.cache

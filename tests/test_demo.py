@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import random
 import stat
 import struct
 import sys
@@ -102,8 +103,8 @@ def pretend_flite(folder, monkeypatch, listing_first=False):
     program.write_text(f"#!/bin/sh\ncat {folder / 'said'}\n")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    make_speech.spoken_words.cache_clear()
-    make_speech.word_bank.cache_clear()
+    for cached in (make_speech.spoken_words, make_speech.analysed_words, make_speech.word_bank):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("listing_first", (False, True))
@@ -111,7 +112,7 @@ def test_speech_and_its_phones_come_out_of_one_pipe(tmp_path, monkeypatch, listi
     pretend_flite(tmp_path, monkeypatch, listing_first)
     said = robot.flite("hello", "awb")
     assert len(said.wave) == 8000 and np.abs(said.wave[:1500]).max() == 0
-    assert (said.start, said.end) == (0.1, 0.4)
+    assert said.bounds == [0.1, 0.25, 0.4] and said.seconds == pytest.approx(0.3)
 
 
 def test_a_synthesiser_that_fails_is_quoted(tmp_path, monkeypatch):
@@ -172,6 +173,53 @@ def test_words_last_whole_blocks_and_unknown_ones_are_named(tmp_path, monkeypatc
     assert np.abs(wave[:640]).max() < 20 < np.abs(wave[2000:4000]).max()
     with pytest.raises(Invalid, match="'zebra' is not a word of the demo; there are .*teacher"):
         make_speech.speak("the zebra", first)
+
+
+def test_phones_stand_at_the_same_place_in_all_robots(monkeypatch):
+    """Two phones, a low hum and a high one, that two voices divide differently."""
+    turns = {make_speech.PACE: 0.2, "awb": 0.5}
+
+    def flite(text, voice):
+        t, turn = np.arange(11200) / 16000, turns[voice]
+        low = sum(np.sin(2 * np.pi * 100 * k * t) for k in range(1, 6))
+        high = sum(np.sin(2 * np.pi * 100 * k * t) for k in range(40, 46))
+        return robot.Spoken(0.05 * np.where(t < turn, low, high), [0.1, turn, 0.6])
+
+    monkeypatch.setattr(robot, "flite", flite)
+    for cached in (make_speech.spoken_words, make_speech.analysed_words, make_speech.word_bank):
+        cached.cache_clear()
+    banks = [make_speech.word_bank(make_speech.Robot(voice, 100)) for voice in turns]
+    for cached in (make_speech.spoken_words, make_speech.analysed_words, make_speech.word_bank):
+        cached.cache_clear()
+    firsts = []
+    for bank in banks:
+        levels = bank["teacher"].levels
+        assert len(levels) == round(0.5 / make_speech.SPEED / 0.08) * 8
+        firsts.append(int(np.argmax(levels[:, 16:].sum(1) > levels[:, :8].sum(1))))
+    assert np.allclose(np.array(firsts) / len(levels), 0.2, atol=0.06)  # and not 0.8, as the second voice would have it
+
+
+def test_a_blend_lies_between_its_voices_or_beyond_them():
+    quiet, loud = steady_frames(8, voicing=0.0), steady_frames(8)
+    loud = loud._replace(levels=10 * loud.levels)
+    middle = make_speech.blend([quiet, loud], (0.5, 0.5))
+    assert np.allclose(middle.levels, 10**0.5 * quiet.levels, rtol=0.1) and np.allclose(middle.voicing, 0.5)
+    beyond = make_speech.blend([quiet, loud], (-0.2, 1.2))
+    assert (beyond.levels > loud.levels).all() and beyond.voicing.max() == 1.0
+    crowd = [make_speech.anybody(random.Random(seed)) for seed in range(300)]
+    shares = np.array([who.voice for who in crowd])
+    assert np.allclose(shares.sum(1), 1) and -0.2 < shares.min() < 0 and 1 < shares.max() < 1.3
+    assert {who.pitch for who in crowd} == set(make_speech.PITCHES) and len({who.tract for who in crowd}) == 300
+
+
+def test_voices_of_other_phones_are_told(monkeypatch):
+    bounds = {make_speech.PACE: [0.1, 0.2, 0.6], "awb": [0.1, 0.6]}
+    monkeypatch.setattr(robot, "flite", lambda text, voice: robot.Spoken(np.zeros(11200), bounds[voice]))
+    for cached in (make_speech.spoken_words, make_speech.analysed_words, make_speech.word_bank):
+        cached.cache_clear()
+    with pytest.raises(Invalid, match="in other phones as awb than as kal16"):
+        make_speech.word_bank(make_speech.Robot("awb", 150))
+    make_speech.spoken_words.cache_clear()
 
 
 def test_clips_are_listed_with_the_names_of_their_robots(tmp_path, monkeypatch):
