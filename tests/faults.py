@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -63,8 +64,7 @@ class Case:
         (self.folder / "clips").mkdir()
         lines = []
         for i, (row, wave) in enumerate(zip(self.rows, self.waves)):
-            # (n,) or (channels, n), as audio.write takes them
-            audio.write(self.folder / f"clips/{i}.wav", torch.from_numpy(np.ascontiguousarray(wave)).float(), self.rate)
+            soundfile.write(self.folder / f"clips/{i}.wav", wave, self.rate)  # (n,) or (n, channels)
             lines.append(json.dumps({"audio": f"clips/{i}.wav", "text": row["text"]}) + "\n")
         (self.folder / "data.jsonl").write_text("".join(lines))
         return self.folder / "data.jsonl"
@@ -139,7 +139,7 @@ def swapped_channels(case):
     noise = np.random.RandomState(0)
     for i, wave in enumerate(case.waves):
         pair = [wave, 0.003 * noise.randn(len(wave))]
-        case.waves[i] = np.stack(pair[::-1] if i % 2 else pair)
+        case.waves[i] = np.stack(pair[::-1] if i % 2 else pair, 1)
 
 
 def stop_at_the_wrong_end(case):
