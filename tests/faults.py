@@ -221,7 +221,7 @@ def told_by_report(prepared, code, err):
     for notice in report["notices"]:
         kinds[notice["kind"]] += 1
     for fault in report["dropped"]:
-        kinds["refused: " + fault["reason"].partition(";")[0][:60]] += 1
+        kinds["refused: " + fault["reason"].rpartition(": ")[2][:60]] += 1
     return ", ".join(f"{kind} ({n})" for kind, n in kinds.items())
 
 
