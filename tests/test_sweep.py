@@ -150,10 +150,16 @@ def test_a_failed_trial_ranks_last_is_tried_again_and_a_wrong_number_is_named(tm
 
 def test_who_ends_the_sweep_ends_the_run_which_may_save(tmp_path):
     """The child says that it listens by sending SIGINT to its parent; it must get SIGTERM and be waited for."""
-    child = ("import os, signal, sys\n"
+    child = ("import os, signal, sys, time\n"
              "def save(*_):\n    open(sys.argv[1], 'w').write('saved')\n    sys.exit(143)\n"
-             "signal.signal(signal.SIGTERM, save)\nos.kill(os.getppid(), signal.SIGINT)\nwhile True:\n    signal.pause()\n")
-    with pytest.raises(KeyboardInterrupt):
-        sweep.wait_for([sys.executable, "-c", child, str(tmp_path / "said")])
+             "signal.signal(signal.SIGTERM, save)\nos.kill(os.getppid(), signal.SIGINT)\n"
+             # not pause(): a signal that came just before it would wait for the next one
+             "while True:\n    time.sleep(0.01)\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it sends to the background deaf to it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep.wait_for([sys.executable, "-c", child, str(tmp_path / "said")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "said").read_text() == "saved"
     assert sweep.wait_for([sys.executable, "-c", "raise SystemExit(3)"]) == 3
