@@ -574,7 +574,8 @@ def write_page(cfg, columns, plan):
     """report.html: verdicts, numbers, what the adapters changed, and every clip, all in one file."""
     sound = []
     for column in columns:
-        sound.append([named(column), column.kind, verdict(column), "; ".join(column.doubts), "; ".join(column.notes)])
+        doubts, notes = "; ".join(column.doubts), "; ".join(column.notes)
+        sound.append([named(column), column.kind, verdict(column), doubts, notes])
     groups = [[named(column), *group] for column in columns for group in column.groups]
     note = page.text("* is the first of its row by that number alone. None of them is a quality.")
     pieces = [page.section("Sound?", page.table(["column", "kind", "verdict", "doubts", "notes"], sound)),

@@ -57,7 +57,8 @@ CROWD = 300
 VOICES = ("kal16", "awb", "rms")
 PITCHES = (100, 150, 200)  # Hz
 TRACTS = 0.92, 1.24
-BEYOND = 1.4  # shares of a blend may lie outside of 0 to 1: some voices are between the three, some further out
+# Shares of a blend may lie outside of 0 to 1: some voices are between the three, some further out.
+BEYOND = 1.4
 FAINT = 1e-3  # levels below are nothing; a blend takes logarithms
 TARGET = Robot("slt", 200)
 PACE = "kal16"  # all robots speak as fast as this voice does
@@ -182,8 +183,8 @@ def analysed_words(voice):
     for word, said in spoken_words(voice).items():
         pace = paces[word]
         if len(pace.bounds) != len(said.bounds):
-            raise Invalid(f"flite says {word!r} in other phones as {voice} than as {PACE}, so they cannot be aligned; "
-                          "was another version of it tried than 2.2?")
+            raise Invalid(f"flite says {word!r} in other phones as {voice} than as {PACE}, so they cannot be "
+                          "aligned; is it version 2.2?")
         blocks = max(1, round(pace.seconds / SPEED * RATE / robot.BLOCK))
         steps = blocks * robot.BLOCK // robot.HOP
         times = pace.bounds[0] + (np.arange(steps) + 0.5) * pace.seconds / steps
@@ -258,7 +259,8 @@ def clips_of(cfg):
     rng = random.Random(cfg.seed + 1)
     crowd = [anybody(rng) for _ in range(CROWD)]
     clips += [Clip(f"val{i:02d}", "val", text, *pick_robot(rng, crowd)) for i, text in enumerate(said["val"])]
-    clips += [Clip(f"first{i:05d}", "first", word_list(rng, SHORT_LIST), first, FIRST) for i in range(FIRST_CLIPS)]
+    for i in range(FIRST_CLIPS):
+        clips.append(Clip(f"first{i:05d}", "first", word_list(rng, SHORT_LIST), first, FIRST))
     for i, text in enumerate(said["base"]):
         words = text if i % 2 else word_list(rng, rng.choice((SHORT_LIST, LONGEST_LIST)))
         clips.append(Clip(f"base{i:05d}", "base", words, *pick_robot(rng, crowd)))

@@ -1,6 +1,6 @@
 """Faults that people make with their data, and which of our looks tells each: python -m tests.faults [FAULT ...] [--seeds 3]
 
-Each fault is put into clips of demo/voice, a third of them set aside by the seed. Then, as a user would: prepare_data.py (told:
+Each fault is put into 40 clips of demo/voice, which the seed chooses. Then, as a user would: prepare_data.py (told:
 rows refused or noticed in its report), train.py (told: the gate warns, or the run is refused) and, after some steps, validate.py
 on val.jsonl (told: problems or doubts). Prints a table in Markdown: of how many seeds each fault is told, by which of the three.
 `clean` must be told by none.

@@ -78,4 +78,7 @@ def test_long_tables_are_cut_and_counted_and_empty_ones_say_so():
     html = page.table(["a"], [[i] for i in range(1200)])
     assert html.count("<tr>") == 501 and "and 700 more" in html
     assert "nothing here" in page.table(["a"], [], "nothing here")
+    # texts to be read are given some width, short ones and ready pieces are not
+    assert 'class="t"' in page.table(["n"], [["short"], ["w " * 30]])
+    assert 'class="t"' not in page.table(["n"], [["short"], [page.Piece("<b>" + "w " * 30 + "</b>")]])
     assert 'class="n"' in page.table(["n"], [[1.5]]) and 'class="n"' not in page.table(["n"], [["1.5"]])

@@ -98,8 +98,10 @@ def table(headers, rows, empty="none"):
     css = []
     for column in zip(*shown):
         numbers = all(isinstance(value, (int, float)) for value in column)
-        words = any(isinstance(value, str) and not isinstance(value, Piece) and len(value) > LONG for value in column)
-        css.append('class="n"' if numbers else 'class="t"' if words else "")
+        longest = max(0 if isinstance(value, Piece) else len(str(value)) for value in column)
+        kind = "n" if numbers else ""
+        kind = "t" if longest > LONG else kind
+        css.append(f'class="{kind}"' if kind else "")
     head = "".join(f"<th {c}>{cell(title)}</th>" for c, title in zip(css, headers))
     body = ""
     for row in shown:
