@@ -30,7 +30,7 @@ import lora
 import models
 from demo.make_speech import FIRST, plain, vocabulary
 from demo.robot import RATE
-from models.parts import Invalid, audio, opt
+from models.parts import Invalid, audio, measures, opt
 
 # What must hold; the sentences that are printed with them are in `requirements`.
 POINTS_OVER_CODEC = 15  # of word errors; they are good to five points with 30 sentences
@@ -76,79 +76,6 @@ class Figures:
 
 
 # ------------------------------------------------------------------------------------------------ measures
-
-
-def word_errors(said, heard):
-    """Substitutions, deletions and insertions between two lists of words."""
-    row = list(range(len(heard) + 1))
-    for i, a in enumerate(said, 1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(heard, 1):
-            cheapest = min(diagonal + (a != b), row[j] + 1, row[j - 1] + 1)
-            diagonal, row[j] = row[j], cheapest
-    return row[-1]
-
-
-def cepstrum(wave, rate, order=24):
-    """(n,) -> mel cepstrum without its level, (T, order), a frame every 10 ms."""
-    M = 60
-    mel = audio.mel_spectrogram(wave, rate, n_fft=1024, hop=rate // 100, win=rate // 40, n_mels=M)  # (M, T)
-    angle = math.pi * torch.arange(1, order + 1)[:, None] * (torch.arange(M) + 0.5) / M
-    return (torch.cos(angle) * (2 / M) @ mel).T.numpy()
-
-
-def cepstral_distance(a, b):
-    """Mean distance in dB of two (T, order) cepstra along the path that minimises its sum (dynamic time
-    warping).
-    """
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)
-    squares = np.maximum(squares - 2 * a @ b.T, 0)
-    cost = 10 / math.log(10) * np.sqrt(2 * squares)
-    total, steps = np.full(cost.shape, np.inf), np.zeros(cost.shape)
-    for d in range(sum(cost.shape) - 1):  # along antidiagonals, each of which depends on the two before
-        first = max(0, d - cost.shape[1] + 1)
-        last = min(d, cost.shape[0] - 1)
-        i = np.arange(first, last + 1)
-        j = d - i
-        best = np.full(len(i), np.inf if d else 0.0)
-        length = np.zeros(len(i))
-        for di, dj in ((1, 1), (1, 0), (0, 1)):
-            inside = (i >= di) & (j >= dj)
-            before = np.where(inside, total[i - di, j - dj], np.inf)
-            better = before < best
-            best = np.where(better, before, best)
-            length = np.where(better, steps[i - di, j - dj], length)
-        total[i, j], steps[i, j] = best + cost[i, j], length + 1
-    return total[-1, -1] / steps[-1, -1]
-
-
-def pitches(wave, rate, low=60, high=400):
-    """F0 in Hz of the voiced frames, one every 10 ms: highest peak of the autocorrelation, corrected for
-    the window's own.
-
-    Twice the period repeats just as well as the period, so each octave down has to be better by 0.02 (as in
-    Praat).
-    """
-    size = rate // 16
-    if len(wave) < size:
-        return np.zeros(0)
-    samples = wave.numpy().astype(np.float64)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::rate // 100]
-    frames = frames[(frames**2).mean(1) > 1e-5]
-    frames = frames - frames.mean(1, keepdims=True)
-    window = np.hanning(size)
-    lags = np.arange(rate // high, rate // low)
-    r = autocorrelation(frames * window)[:, lags] / autocorrelation(window[None])[:, lags]
-    voiced = r.max(1, initial=0) > 0.5
-    best = (r - 0.02 * np.log2(lags)).argmax(1)
-    return rate / lags[best][voiced]
-
-
-def autocorrelation(frames):
-    """(T, n) -> (T, 4 n), one at lag zero."""
-    power = np.abs(np.fft.rfft(frames, 4 * frames.shape[1])) ** 2
-    r = np.fft.irfft(power)
-    return r / np.maximum(r[:, :1], 1e-12)
 
 
 def recognise(paths):
@@ -220,7 +147,7 @@ class Measure:
 
     def __init__(self, texts, target, folder):
         self.words = [plain(text).split() for text in texts]
-        self.target = [cepstrum(wave, RATE) for wave in target]
+        self.target = target
         self.folder = Path(folder)
 
     def __call__(self, rendering):
@@ -229,9 +156,10 @@ class Measure:
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         for path, wave in zip(paths, waves):
             audio.write(path, wave, RATE)
-        away = [cepstral_distance(cepstrum(wave, RATE), target) for wave, target in zip(waves, self.target)]
-        voiced = np.concatenate([pitches(wave, RATE) for wave in waves])
-        pitch = float(np.median(voiced)) if len(voiced) else 0.0
+        pairs = zip(waves, self.target)
+        away = [measures.mel_cepstral_distance(wave, RATE, target, RATE) for wave, target in pairs]
+        voiced = torch.cat([measures.pitch(wave, RATE) for wave in waves])
+        pitch = float(voiced.median()) if len(voiced) else 0.0
         seconds = float(np.median([len(wave) / RATE for wave in waves]))
         return Figures(self.words_wrong(paths), float(np.mean(away)), pitch, seconds, stopped, len(waves))
 
@@ -239,7 +167,7 @@ class Measure:
         results = recognise(paths)
         if results is None:
             return None
-        errors = sum(map(word_errors, self.words, results))
+        errors = sum(map(measures.errors, self.words, results))
         return 100 * errors / sum(map(len, self.words))
 
 
