@@ -1,13 +1,15 @@
-"""RepCodec, the semantic codec of MaskGCT and IndexTTS2: normalised w2v-BERT vectors to one code per frame, and back.
+"""RepCodec, the semantic codec of MaskGCT and IndexTTS2: w2v-BERT vectors to one code per frame, and back.
 
-    features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8)
+    normalised features (B, T, 1024) ─conv, 12 ConvNeXt blocks, Linear─▶ (B, T, 1024) ─in_project─▶ (B, T, 8)
     (B, T, 8) ─nearest of 8192─▶ codes (B, T) ─▶ codebook rows (B, T, 8) ─out_project─▶ vectors (B, T, 1024)
 
-Nearest means nearest in direction: the rows are normalised for the search alone, those that go on are the raw ones
-(arXiv 2110.04627). Paper: arXiv 2409.00750; checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
+Nearest means nearest in direction: the rows are normalised for the search alone, those that go on are the
+raw ones (arXiv 2110.04627).
+Paper: arXiv 2409.00750. Checkpoint: amphion/MaskGCT, semantic_codec/model.safetensors.
 Attributes bear the published names. Always float32, as every codec here.
 """
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,10 @@ def masked(x, mask):
 
 
 class ConvNext(nn.Module):
-    """ConvNeXt block (arXiv 2201.03545) in one dimension. (B, C, T); mask zeroes what lies behind the end of a row."""
+    """ConvNeXt block (arXiv 2201.03545) in one dimension. (B, C, T) -> (B, C, T)
+
+    mask: (B, 1, T), zero behind the end of a row.
+    """
 
     def __init__(self, width, inner, kernel):
         super().__init__()
@@ -41,14 +46,28 @@ class ConvNext(nn.Module):
         return x + y.transpose(1, 2)
 
 
+@dataclass
+class BackboneSize:
+    """What the shapes of a checkpoint tell of its Backbone."""
+
+    channels: int  # of the features
+    width: int
+    inner: int  # width inside a block
+    layers: int
+    kernel: int  # of the convolution in front of the blocks
+    block_kernel: int
+
+
 class Backbone(nn.Module):
     """(B, T, C) -> (B, T, width)"""
 
-    def __init__(self, channels, width, inner, layers, kernel, block_kernel):
+    def __init__(self, size):
         super().__init__()
-        self.embed = nn.Conv1d(channels, width, kernel, padding=kernel // 2)
+        width = size.width
+        self.embed = nn.Conv1d(size.channels, width, size.kernel, padding=size.kernel // 2)
         self.norm = nn.LayerNorm(width, EPS)
-        self.convnext = nn.ModuleList([ConvNext(width, inner, block_kernel) for _ in range(layers)])
+        self.convnext = nn.ModuleList(
+            ConvNext(width, size.inner, size.block_kernel) for _ in range(size.layers))
         self.final_layer_norm = nn.LayerNorm(width, EPS)
 
     def forward(self, x, mask):
@@ -68,15 +87,18 @@ class Quantizer(nn.Module):
         self.out_project = nn.Conv1d(size, channels, 1)
 
     def encode(self, x):
-        """(B, T, C) -> (B, T). Nearest in direction is the largest product; the length of z scales all of them alike."""
+        """(B, T, C) -> (B, T). Nearest in direction is the largest product; |z| scales all of them alike."""
         z = F.linear(x, self.in_project.weight[..., 0], self.in_project.bias)
-        return (z @ F.normalize(self.codebook.weight, dim=-1).T).argmax(-1)
+        directions = F.normalize(self.codebook.weight, dim=-1)
+        return (z @ directions.T).argmax(-1)
 
     def decode(self, codes):
-        return F.linear(self.codebook(codes), self.out_project.weight[..., 0], self.out_project.bias)
+        """(B, T) -> (B, T, C)"""
+        rows = self.codebook(codes)
+        return F.linear(rows, self.out_project.weight[..., 0], self.out_project.bias)
 
 
-class Quantizers(nn.Module):
+class Quantizers(nn.Module):  # the published names have one more level
     def __init__(self, *sizes):
         super().__init__()
         self.quantizers = nn.ModuleList([Quantizer(*sizes)])
@@ -86,8 +108,10 @@ class RepCodec(nn.Module):
     """quantize: (B, T, C) -> codes (B, T) int64 and vectors (B, T, C). vectors: codes (B, T) -> (B, T, C)."""
 
     def __init__(self, backbone, channels, bins, size):
+        """backbone: the fields of BackboneSize as a dict. size: width of a row of the codebook."""
         super().__init__()
-        self.encoder = nn.Sequential(Backbone(**backbone), nn.Linear(backbone["width"], channels))
+        backbone = BackboneSize(**backbone)
+        self.encoder = nn.Sequential(Backbone(backbone), nn.Linear(backbone.width, channels))
         self.quantizer = Quantizers(channels, bins, size)
         self.bins = bins
 
@@ -102,7 +126,8 @@ class RepCodec(nn.Module):
         mask = None
         if lengths is not None and min(lengths) < x.shape[1]:
             lengths = torch.as_tensor(lengths, device=self.device)
-            mask = (torch.arange(x.shape[1], device=self.device) < lengths[:, None])[:, None]  # (B, 1, T)
+            frames = torch.arange(x.shape[1], device=self.device)
+            mask = (frames < lengths[:, None])[:, None]  # (B, 1, T)
         backbone, out = self.encoder
         with exact(self.device):
             return out(backbone(x, mask))
@@ -114,28 +139,35 @@ class RepCodec(nn.Module):
     @torch.no_grad()
     def vectors(self, codes):
         """What upstream calls vq2emb, for any batch; upstream's call answers only for the first row."""
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.bins:
-            raise Invalid(f"semantic codes must lie in 0 ... {self.bins - 1}, got {int(codes.min())} ... "
-                          f"{int(codes.max())}. Cut at the stop code first.")
+        if codes.numel():
+            lowest, highest = int(codes.min()), int(codes.max())
+            if lowest < 0 or highest >= self.bins:
+                raise Invalid(f"semantic codes must lie in 0 ... {self.bins - 1}, "
+                              f"got {lowest} ... {highest}. Cut at the stop code first.")
         return self.quantizer.quantizers[0].decode(codes.to(self.device))
 
 
 def build(stored, what):
     """A codec on the meta device with the widths of the stored tensors."""
-    def size(name, axis):
+    def shape(name):
         if name not in stored:
-            raise Invalid(f"{what}: no tensor {name}. Is this semantic_codec/model.safetensors of amphion/MaskGCT? "
-                          f"Its names begin with {', '.join(sorted(stored)[:3])}.")
-        return stored[name].shape[axis]
+            raise Invalid(f"{what}: no tensor {name}. Is this semantic_codec/model.safetensors of "
+                          f"amphion/MaskGCT? Its names begin with {', '.join(sorted(stored)[:3])}.")
+        return stored[name].shape
 
-    block = "encoder.0.convnext.0."
-    backbone = dict(channels=size("encoder.0.embed.weight", 1), width=size("encoder.0.embed.weight", 0),
-                    inner=size(block + "pwconv1.weight", 0), kernel=size("encoder.0.embed.weight", 2),
-                    block_kernel=size(block + "dwconv.weight", 2),
-                    layers=sum(bool(re.fullmatch(r"encoder\.0\.convnext\.\d+\.gamma", name)) for name in stored))
-    bins, latent = (size("quantizer.quantizers.0.codebook.weight", axis) for axis in (0, 1))
+    embed = shape("encoder.0.embed.weight")
+    blocks = [name for name in stored if re.fullmatch(r"encoder\.0\.convnext\.\d+\.gamma", name)]
+    backbone = dict(
+        channels=embed[1],
+        width=embed[0],
+        inner=shape("encoder.0.convnext.0.pwconv1.weight")[0],
+        layers=len(blocks),
+        kernel=embed[2],
+        block_kernel=shape("encoder.0.convnext.0.dwconv.weight")[2])
+    codebook = shape("quantizer.quantizers.0.codebook.weight")
+    channels = shape("encoder.1.weight")[0]
     with torch.device("meta"):
-        return RepCodec(backbone, size("encoder.1.weight", 0), bins, latent)
+        return RepCodec(backbone, channels, bins=codebook[0], size=codebook[1])
 
 
 def load(path, device="cpu", allow_unused=False):

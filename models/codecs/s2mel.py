@@ -1,12 +1,12 @@
-"""IndexTTS2's semantic-to-mel model: codes of 50 Hz and the language model's states in, an 80-bin mel at 86 Hz out.
+"""IndexTTS2's semantic-to-mel model: 50 Hz codes and the language model's states in, an 86 Hz mel out.
 
     S = codebook vectors (B, n, 1024) + gpt_layer(states (B, n, 1280))
-      -> length regulator: stretched to floor(1.72 n) frames, four convolutions                     (B, T, 512)
-      -> behind the prompt's condition; a diffusion transformer predicts the flow from noise to mel,
-         25 Euler steps, each with and without the condition (guidance)                             (B, 80, T)
+      -> length regulator: stretched to floor(1.72 n) frames, four convolutions              (B, T, 512)
+      -> behind the prompt's condition; a diffusion transformer predicts the flow from noise
+         to mel, 25 Euler steps, each with and without the condition (guidance)              (B, 80, T)
 
-Reads s2mel.pth of IndexTeam/IndexTTS-2: only its weights, none of the optimizer state that makes up two thirds of
-the file. Flow matching: arXiv 2210.02747. Frozen here; nothing trains it.
+Reads s2mel.pth of IndexTeam/IndexTTS-2: only its weights, none of the optimizer state that makes up two
+thirds of the file. Flow matching: arXiv 2210.02747. Frozen here; nothing trains it.
 """
 import re
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Config:
     gpt_layer: tuple  # (1280, 256, 128, 1024)
 
 
-# ------------------------------------------------------------------------------------------------ length regulator
+# ------------------------------------------------------------------------------------ length regulator
 
 
 class Regulator(nn.Module):
@@ -49,24 +49,27 @@ class Regulator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.content_in_proj = nn.Linear(c.semantic, c.regulator)
+        width = config.regulator
+        self.content_in_proj = nn.Linear(config.semantic, width)
         stages = []
-        for _ in range(c.regulator_convs):
-            stages += [nn.Conv1d(c.regulator, c.regulator, 3, padding=1), nn.GroupNorm(1, c.regulator), nn.Mish()]
-        self.model = nn.Sequential(*stages, nn.Conv1d(c.regulator, c.content, 1))
+        for _ in range(config.regulator_convs):
+            stages.append(nn.Conv1d(width, width, 3, padding=1))
+            stages.append(nn.GroupNorm(1, width))
+            stages.append(nn.Mish())
+        self.model = nn.Sequential(*stages, nn.Conv1d(width, config.content, 1))
 
     def forward(self, x, frames):
-        x = F.interpolate(self.content_in_proj(x).transpose(1, 2), size=frames, mode="nearest")
+        x = self.content_in_proj(x).transpose(1, 2)
+        x = F.interpolate(x, size=frames, mode="nearest")
         return self.model(x).transpose(1, 2)
 
 
 def frames_for(codes, ratio=1.72):
-    """How many mel frames a number of codes becomes. 22050 / 256 / 50 would be 1.7227; the published code says 1.72."""
+    """How many mel frames codes become. 22050 / 256 / 50 would be 1.7227; the published code says 1.72."""
     return int(codes * ratio)
 
 
-# ------------------------------------------------------------------------------------------------ diffusion transformer
+# ------------------------------------------------------------------------------------ diffusion transformer
 
 
 class TimeEmbedding(nn.Module):
@@ -99,13 +102,17 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)  # q | k | v; q and k in half-split order after loading
+        # q | k | v; q and k in half-split order after loading
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
 
     def forward(self, x, rope, mask):
         B, T, C = x.shape
-        q, k, v = self.wqkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, attn_mask=mask)
+        qkv = self.wqkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -123,11 +130,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, receives):
         super().__init__()
-        self.skip_in_linear = nn.Linear(2 * config.width, config.width) if receives else None
-        self.attention_norm = AdaptiveNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
-        self.ffn_norm = AdaptiveNorm(config.width)
-        self.feed_forward = FeedForward(config.width, config.hidden)
+        width = config.width
+        self.skip_in_linear = nn.Linear(2 * width, width) if receives else None
+        self.attention_norm = AdaptiveNorm(width)
+        self.attention = Attention(width, config.heads)
+        self.ffn_norm = AdaptiveNorm(width)
+        self.feed_forward = FeedForward(width, config.hidden)
 
     def forward(self, x, time, rope, mask):
         x = x + self.attention(self.attention_norm(x, time), rope, mask)
@@ -135,20 +143,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Full attention; the first half of the blocks hands its outputs to the second half, last out first in."""
+    """Full attention; the first half of the blocks hands its outputs to the second, last out first in."""
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList([Block(config, i > config.depth // 2) for i in range(config.depth)])
+        half = config.depth // 2
+        self.layers = nn.ModuleList([Block(config, receives=i > half) for i in range(config.depth)])
         self.norm = AdaptiveNorm(config.width)
 
     def forward(self, x, time, rope, mask):
+        half = len(self.layers) // 2
         handed = []
         for i, block in enumerate(self.layers):
             if block.skip_in_linear is not None:
                 x = block.skip_in_linear(torch.cat([x, handed.pop()], -1))
             x = block(x, time, rope, mask)
-            if i < len(self.layers) // 2:
+            if i < half:
                 handed.append(x)
         return self.norm(x, time)
 
@@ -161,18 +171,23 @@ class WaveNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, n, self.reach = config.wavenet, config.wavenet_layers, config.wavenet_kernel // 2
+        C, n, kernel = config.wavenet, config.wavenet_layers, config.wavenet_kernel
+        self.reach = kernel // 2
         self.cond_layer = nn.Conv1d(C, 2 * C * n, 1)
-        self.in_layers = nn.ModuleList([nn.Conv1d(C, 2 * C, config.wavenet_kernel) for _ in range(n)])
-        self.res_skip_layers = nn.ModuleList([nn.Conv1d(C, 2 * C if i < n - 1 else C, 1) for i in range(n)])
+        self.in_layers = nn.ModuleList([nn.Conv1d(C, 2 * C, kernel) for _ in range(n)])
+        outs = [2 * C] * (n - 1) + [C]  # residual and skip; the last layer has no residual
+        self.res_skip_layers = nn.ModuleList([nn.Conv1d(C, out, 1) for out in outs])
 
     def forward(self, x, time, lengths):
         conditions = self.cond_layer(time[..., None]).chunk(len(self.in_layers), 1)
+        last = len(self.in_layers) - 1
         skipped = 0
-        for i, (conv, out, condition) in enumerate(zip(self.in_layers, self.res_skip_layers, conditions)):
-            a, b = (conv(self.reflect(x, lengths)) + condition).chunk(2, 1)
+        layers = zip(self.in_layers, self.res_skip_layers, conditions)
+        for i, (conv, out, condition) in enumerate(layers):
+            both = conv(self.reflect(x, lengths)) + condition
+            a, b = both.chunk(2, 1)
             y = out(torch.tanh(a) * torch.sigmoid(b))
-            if i < len(self.in_layers) - 1:
+            if i < last:
                 residual, y = y.chunk(2, 1)
                 x = x + residual
             skipped = skipped + y
@@ -194,7 +209,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, time):
         shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, -1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return self.linear(x * (1 + scale) + shift)
 
 
 class DiT(nn.Module):
@@ -217,21 +233,28 @@ class DiT(nn.Module):
 
     def forward(self, x, prompt, lengths, t, style, content):
         """x, prompt (B, M, T), lengths (B,), t (B,), style (B, S), content (B, T, C) -> (B, M, T)"""
-        T, x, head = x.shape[-1], x.transpose(1, 2), self.config.width // self.config.heads
-        frames = torch.arange(T, device=x.device)
-        mask = None if bool((lengths == T).all()) else (frames < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
-        rope = rotary(frames, rotary_frequencies(head, 10000.0).to(x.device))
+        T, device = x.shape[-1], x.device
+        frames = torch.arange(T, device=device)
+        mask = None  # whole rows need none, and attention is faster without
+        if not (lengths == T).all():
+            mask = (frames < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+        frequencies = rotary_frequencies(self.config.width // self.config.heads, 10000.0)
+        rope = rotary(frames, frequencies.to(device))
         time = self.t_embedder(t)
+        x = x.transpose(1, 2)
         speaker = style[:, None].expand(-1, T, -1)
-        h = self.cond_x_merge_linear(torch.cat([x, prompt.transpose(1, 2), self.cond_projection(content), speaker], -1))
+        inputs = [x, prompt.transpose(1, 2), self.cond_projection(content), speaker]
+        h = self.cond_x_merge_linear(torch.cat(inputs, -1))
         h = self.transformer(h, time, rope, mask)
         h = self.skip_linear(torch.cat([h, x], -1))
-        y = self.wavenet(self.conv1(h).transpose(1, 2), self.t_embedder2(t), lengths)
-        y = self.final_layer(y.transpose(1, 2) + self.res_projection(h), time)
+        y = self.conv1(h).transpose(1, 2)
+        y = self.wavenet(y, self.t_embedder2(t), lengths)
+        y = y.transpose(1, 2) + self.res_projection(h)
+        y = self.final_layer(y, time)
         return self.conv2(y.transpose(1, 2))
 
 
-# ------------------------------------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------------------------ the whole
 
 
 class S2Mel(nn.Module):
@@ -239,13 +262,14 @@ class S2Mel(nn.Module):
         super().__init__()
         self.config = config
         # no activation between them
-        self.gpt_layer = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(config.gpt_layer, config.gpt_layer[1:])])
+        sizes = zip(config.gpt_layer, config.gpt_layer[1:])
+        self.gpt_layer = nn.Sequential(*[nn.Linear(a, b) for a, b in sizes])
         self.length_regulator = Regulator(config)
         self.cfm = nn.ModuleDict({"estimator": DiT(config)})
 
     @torch.no_grad()
     def content(self, vectors, states=None, frames=None):
-        """Codebook vectors (B, n, semantic), for generated codes with their states (B, n, gpt) -> (B, frames, content).
+        """Codebook vectors (B, n, semantic), with states (B, n, gpt) if generated -> (B, frames, content).
 
         Rows have equal length. For a prompt: no states, and as many frames as its mel has.
         """
@@ -255,55 +279,88 @@ class S2Mel(nn.Module):
 
     @torch.no_grad()
     def solve(self, content, prompt, style, noise, lengths=None, prompt_lengths=None, steps=25, cfg_rate=0.7):
-        """The mel that the noise flows to, prompt and target together; cut the prompt's frames off. -> (B, M, T)
+        """The mel (B, M, T) that the noise flows to, prompt and target together; cut the prompt's frames off.
 
-        content (B, T, C): the prompt's first, then the target's; prompt (B, M, Tp); style (B, S); noise (B, M, T),
-        standard normal. lengths, prompt_lengths (B,): frames of each row where they differ. A row comes out the same
-        alone and in a batch. The prompt's columns are zero at the start and after every step: the model sees the
-        prompt as a condition, not in x. cfg_rate 0 asks for no guidance and half the work.
+        content (B, T, C): the prompt's first, then the target's; prompt (B, M, Tp); style (B, S); noise
+        (B, M, T), standard normal. lengths, prompt_lengths (B,): frames of each row where they differ. A row
+        comes out the same alone and in a batch. The prompt's columns are zero at the start and after every
+        step: the model sees the prompt as a condition, not in x. cfg_rate 0 asks for no guidance and half the
+        work.
         """
         B, T = content.shape[:2]
-        if noise.shape != (B, self.config.mels, T):
-            raise Invalid(f"noise is {list(noise.shape)}, expected [{B}, {self.config.mels}, {T}]: one column for each of the "
-                          f"{prompt.shape[-1]} prompt frames and of the target frames")
-        device, reach = content.device, self.cfm["estimator"].wavenet.reach
-        lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
-        if int(lengths.min()) <= reach:
-            raise Invalid(f"prompt and target have {int(lengths.min())} mel frames together, at least {reach + 1} are needed")
-        ends = torch.as_tensor([prompt.shape[-1]] * B if prompt_lengths is None else prompt_lengths, device=device)
-        own = torch.arange(T, device=device) >= ends[:, None, None]  # (B, 1, T), False within the prompt
+        estimator, device = self.cfm["estimator"], content.device
+        self.check_noise(noise, content, prompt)
+        if lengths is None:
+            lengths = [T] * B
+        if prompt_lengths is None:
+            prompt_lengths = [prompt.shape[-1]] * B
+        lengths = torch.as_tensor(lengths, device=device)
+        self.check_lengths(lengths)
+        ends = torch.as_tensor(prompt_lengths, device=device)
+        frames = torch.arange(T, device=device)
+        own = frames >= ends[:, None, None]  # (B, 1, T), False within the prompt
+        inside = frames < lengths[:, None, None]  # False in the padding
         prompt = F.pad(prompt, (0, T - prompt.shape[-1])) * ~own
         x = noise * own
+        guided = cfg_rate > 0
+        if guided:  # the second half sees no prompt, speaker or content, only zeros
+            conditions = (style, content, prompt)
+            style, content, prompt = (torch.cat([v, torch.zeros_like(v)]) for v in conditions)
+            lengths = lengths.repeat(2)
         times = torch.linspace(0, 1, steps + 1, device=device)
         t = times[0]
-        if cfg_rate > 0:  # the second half sees no prompt, speaker or content, only zeros
-            style, content, prompt = (torch.cat([v, torch.zeros_like(v)]) for v in (style, content, prompt))
-            lengths = lengths.repeat(2)
         for i in range(steps):
             step = times[i + 1] - times[i]
-            if cfg_rate > 0:
-                flow = self.cfm["estimator"](torch.cat([x, x]), prompt, lengths, t.expand(2 * B), style, content)
+            rows = torch.cat([x, x]) if guided else x
+            flow = estimator(rows, prompt, lengths, t.expand(len(rows)), style, content)
+            if guided:
                 given, free = flow.chunk(2)
                 flow = (1 + cfg_rate) * given - cfg_rate * free
-            else:
-                flow = self.cfm["estimator"](x, prompt, lengths, t.expand(B), style, content)
             x = (x + step * flow) * own
             t = t + step
-        return x * (torch.arange(T, device=device) < lengths[:B, None, None])
+        return x * inside
+
+    def check_noise(self, noise, content, prompt):
+        B, T = content.shape[:2]
+        mels = self.config.mels
+        if noise.shape != (B, mels, T):
+            raise Invalid(f"noise is {list(noise.shape)}, expected [{B}, {mels}, {T}]: one column for each "
+                          f"of the {prompt.shape[-1]} prompt frames and of the target frames")
+
+    def check_lengths(self, lengths):
+        shortest = int(lengths.min())
+        least = self.cfm["estimator"].wavenet.reach + 1  # an edge and what is reflected at it
+        if shortest < least:
+            raise Invalid(f"prompt and target have {shortest} mel frames together, "
+                          f"at least {least} are needed")
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------ loading
 
 FIXED = {  # what the published config says and this file computes
-    "dit_type": "DiT", "length_regulator.is_discrete": False, "length_regulator.vector_quantize": False,
-    "length_regulator.f0_condition": False, "length_regulator.n_codebooks": 1, "DiT.style_condition": True,
-    "DiT.final_layer_type": "wavenet", "DiT.is_causal": False, "DiT.long_skip_connection": True,
-    "DiT.uvit_skip_connection": True, "DiT.time_as_token": False, "DiT.style_as_token": False,
-    "DiT.zero_prompt_speech_token": False, "wavenet.style_condition": True, "wavenet.dilation_rate": 1}
+    "dit_type": "DiT",
+    "length_regulator.is_discrete": False,
+    "length_regulator.vector_quantize": False,
+    "length_regulator.f0_condition": False,
+    "length_regulator.n_codebooks": 1,
+    "DiT.style_condition": True,
+    "DiT.final_layer_type": "wavenet",
+    "DiT.is_causal": False,
+    "DiT.long_skip_connection": True,
+    "DiT.uvit_skip_connection": True,
+    "DiT.time_as_token": False,
+    "DiT.style_as_token": False,
+    "DiT.zero_prompt_speech_token": False,
+    "wavenet.style_condition": True,
+    "wavenet.dilation_rate": 1,
+}
 
 
 def mel_settings(config):
-    """Arguments for audio.mel_spectrogram from the `s2mel:` section of config.yaml. No upper limit is the text "None" there."""
+    """Arguments for audio.mel_spectrogram from the `s2mel:` section of config.yaml.
+
+    No upper limit is the text "None" there.
+    """
     numbers = need(an_object(config, "config.yaml: s2mel"), "preprocess_params", dict)
     spect = need(numbers, "spect_params", dict)
     fixed(spect, {"fmax": ("None", None)})
@@ -311,58 +368,82 @@ def mel_settings(config):
     def size(record, key):
         return need(record, key, int, at_least=1, at_most=LARGEST)
 
-    return dict(rate=size(numbers, "sr"), n_fft=size(spect, "n_fft"), hop=size(spect, "hop_length"), win=size(spect, "win_length"),
-                n_mels=size(spect, "n_mels"), fmin=need(spect, "fmin", float, 0.0, at_least=0))
+    return dict(
+        rate=size(numbers, "sr"),
+        n_fft=size(spect, "n_fft"),
+        hop=size(spect, "hop_length"),
+        win=size(spect, "win_length"),
+        n_mels=size(spect, "n_mels"),
+        fmin=need(spect, "fmin", float, 0.0, at_least=0))
 
 
 def config_of(stored, section, what="checkpoint"):
-    """The widths from the shapes of the tensors, the number of heads from the `s2mel:` section of config.yaml."""
-    def setting(name):
-        value = section
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
+    """The widths from the shapes of the tensors, the heads from `section`: `s2mel:` of config.yaml."""
     def shape(name):
         if name not in stored:
             raise Invalid(f"{what} has no tensor {name}. Is this s2mel.pth of IndexTTS-2?")
         return stored[name].shape
 
     def count(pattern):
-        return len({m[1] for m in (re.match(pattern, name) for name in stored) if m})
+        return len({m[1] for name in stored if (m := re.match(pattern, name))})
 
-    for name, value in FIXED.items():
-        if setting(name) not in (None, value):
-            raise Invalid(f"config.yaml: s2mel.{name} is {shown(written(setting(name)))}; only {value!r} was ever published and is supported")
-    heads = need(need(an_object(section, "config.yaml: s2mel"), "DiT", dict), "num_heads", int, at_least=1)
-    e, blocks = "cfm.estimator.", "cfm.estimator.transformer.layers."
-    width, mels = shape(blocks + "0.attention.wqkv.weight")[1], shape(e + "conv2.weight")[0]
+    check_published(section)
+    dit = need(an_object(section, "config.yaml: s2mel"), "DiT", dict)
+    heads = need(dit, "num_heads", int, at_least=1)
+    estimator = "cfm.estimator."
+    block = estimator + "transformer.layers.0."
+    width = shape(block + "attention.wqkv.weight")[1]
+    mels = shape(estimator + "conv2.weight")[0]
     if width % (2 * heads):
-        raise Invalid(f"config.yaml: s2mel.DiT.num_heads is {shown(written(heads))}, which does not divide the width {width} of {what}")
-    convs = count(r"length_regulator\.model\.(\d+)\.weight") // 2  # each has a norm beside it; the last one has none
+        raise Invalid(f"config.yaml: s2mel.DiT.num_heads is {shown(written(heads))}, which does not divide "
+                      f"the width {width} of {what}")
+    # each convolution has a norm beside it but for the last, which Config does not count
+    convs = count(r"length_regulator\.model\.(\d+)\.weight") // 2
     linears = [shape(f"gpt_layer.{i}.weight") for i in range(count(r"gpt_layer\.(\d+)\."))]
+    regulator_in = "length_regulator.content_in_proj.weight"
     return Config(
-        heads=heads, mels=mels, content=shape(e + "cond_projection.weight")[1],
-        style=shape(e + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
-        width=width, hidden=shape(blocks + "0.feed_forward.w1.weight")[0], depth=count(re.escape(blocks) + r"(\d+)\."),
-        frequencies=shape(e + "t_embedder.freqs")[0], wavenet=shape(e + "conv1.weight")[0],
-        wavenet_layers=count(re.escape(e) + r"wavenet\.in_layers\.(\d+)\."),
-        wavenet_kernel=shape(e + "wavenet.in_layers.0.conv.conv.weight")[2],
-        semantic=shape("length_regulator.content_in_proj.weight")[1], regulator=shape("length_regulator.content_in_proj.weight")[0],
-        regulator_convs=convs, gpt_layer=(shape("gpt_layer.0.weight")[1], *(s[0] for s in linears)))
+        heads=heads,
+        mels=mels,
+        content=shape(estimator + "cond_projection.weight")[1],
+        style=shape(estimator + "cond_x_merge_linear.weight")[1] - 2 * mels - width,
+        width=width,
+        hidden=shape(block + "feed_forward.w1.weight")[0],
+        depth=count(r"cfm\.estimator\.transformer\.layers\.(\d+)\."),
+        frequencies=shape(estimator + "t_embedder.freqs")[0],
+        wavenet=shape(estimator + "conv1.weight")[0],
+        wavenet_layers=count(r"cfm\.estimator\.wavenet\.in_layers\.(\d+)\."),
+        wavenet_kernel=shape(estimator + "wavenet.in_layers.0.conv.conv.weight")[2],
+        semantic=shape(regulator_in)[1],
+        regulator=shape(regulator_in)[0],
+        regulator_convs=convs,
+        gpt_layer=(shape("gpt_layer.0.weight")[1], *(s[0] for s in linears)))
+
+
+def check_published(section):
+    """Invalid where the `s2mel:` section of config.yaml states another value than FIXED does."""
+    for path, value in FIXED.items():
+        stated = section
+        for key in path.split("."):
+            stated = stated.get(key) if isinstance(stated, dict) else None
+        if stated not in (None, value):
+            raise Invalid(f"config.yaml: s2mel.{path} is {shown(written(stated))}; only {value!r} was ever "
+                          "published and is supported")
 
 
 def unused(depth):
     """Published tensors that no output depends on."""
+    estimator = r"cfm\.estimator\."
     early = "|".join(str(i) for i in range(depth // 2 + 1))
+    skip = rf"transformer\.layers\.({early})\.skip_in_linear\..*"
     return {
-        r"cfm\.estimator\.input_pos": "the positions 0 to 16383, counted here when they are needed",
-        r"cfm\.estimator\.x_embedder\..*": "the noisy mel enters through cond_x_merge_linear",
-        r"cfm\.estimator\.cond_embedder\..*": "for codes instead of vectors",
-        r"cfm\.estimator\.content_mask_embedder\..*": "left over from an earlier form of condition dropping",
-        rf"cfm\.estimator\.transformer\.layers\.({early})\.skip_in_linear\..*": "only the later blocks receive a skip",
+        estimator + r"input_pos": "the positions 0 to 16383, counted here when they are needed",
+        estimator + r"x_embedder\..*": "the noisy mel enters through cond_x_merge_linear",
+        estimator + r"cond_embedder\..*": "for codes instead of vectors",
+        estimator + r"content_mask_embedder\..*": "left over from an earlier form of condition dropping",
+        estimator + skip: "only the later blocks receive a skip",
         r"length_regulator\.embedding\..*": "for codes instead of vectors",
-        r"length_regulator\.mask_token": "for codes instead of vectors"}
+        r"length_regulator\.mask_token": "for codes instead of vectors",
+    }
 
 
 def rename(name):
@@ -370,10 +451,21 @@ def rename(name):
 
 
 def half_split(weight, heads):
-    """Rows of the published q | k | v, where rotary pairs are neighbours, into the order that layers.rotate turns."""
+    """Rows of the published q | k | v, whose rotary pairs are neighbours, in the order of layers.rotate."""
+    def halves(rows):
+        pairs = rows.unflatten(0, (heads, -1, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
+
     q, k, v = weight.chunk(3)
-    q, k = (w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) for w in (q, k))
-    return torch.cat([q, k, v])
+    return torch.cat([halves(q), halves(k), v])
+
+
+def half_split_later(published, heads):
+    """The same of a published tensor when it will be read."""
+    def load():
+        return half_split(published.load(), heads)
+
+    return checkpoint.Stored(published.shape, published.dtype, load)
 
 
 def load(path, section, device="cpu", allow_unused=False):
@@ -381,10 +473,11 @@ def load(path, section, device="cpu", allow_unused=False):
     stored = {name.removeprefix("net."): value for name, value in checkpoint.read(path).items()}
     stored = checkpoint.fold_weight_norm(stored)
     config = config_of(stored, section, path)
-    for name, old in stored.items():
+    for name, value in stored.items():
         if name.endswith("attention.wqkv.weight"):
-            stored[name] = checkpoint.Stored(old.shape, old.dtype, lambda old=old: half_split(old.load(), config.heads))
+            stored[name] = half_split_later(value, config.heads)
     with torch.device("meta"):
         model = S2Mel(config)
-    checkpoint.fill(model, stored, rename, unused(config.depth), device=device, allow_unused=allow_unused, what=str(path))
+    listed = unused(config.depth)
+    checkpoint.fill(model, stored, rename, listed, device=device, allow_unused=allow_unused, what=str(path))
     return model.eval().requires_grad_(False)

@@ -2,14 +2,15 @@
 
     features (T, 160) ─LayerNorm, Linear─▶ state 0 ─layer 0─▶ state 1 ─ ... ─layer 16─▶ state 17 (T, 1024)
 
-The features are those of audio.w2vbert_features. IndexTTS2 takes hidden state 17 of 24, so the layers behind it are not
-even built. A layer is half a feed-forward, attention, convolution, half a feed-forward, each added to its input, and a
-norm. Attention knows positions only by a learned vector for each distance, at most 64 back and 8 ahead; the convolution
-sees no later frame. Papers: arXiv 2108.06209 and 2312.05187; checkpoint: facebook/w2v-bert-2.0. Attributes bear the
-published names.
+The features are those of audio.w2vbert_features. IndexTTS2 takes hidden state 17 of 24, so the layers behind
+it are not even built. A layer is half a feed-forward, attention, convolution, half a feed-forward, each added
+to its input, and a norm. Attention knows positions only by a learned vector for each distance, at most 64
+back and 8 ahead; the convolution sees no later frame. Papers: arXiv 2108.06209 and 2312.05187; checkpoint:
+facebook/w2v-bert-2.0. Attributes bear the published names.
 
-B batch, T frames of 50 Hz, C channels, H heads, D head size.
+Letters: B batch, T frames of 50 Hz, C channels, H heads, D head size.
 """
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,26 @@ from models.parts.plain import as_record, fixed, need
 FIXED = dict(hidden_act=("swish", "silu"), position_embeddings_type="relative_key", add_adapter=False)
 
 
+class LayerSize(NamedTuple):
+    """The comments are the published values."""
+
+    width: int  # 1024
+    inner: int  # 4096
+    heads: int  # 16
+    left: int  # 64, the distances that attention tells apart
+    right: int  # 8
+    kernel: int  # 31
+    eps: float  # 1e-5
+
+
 class Attention(nn.Module):
     """scores = (q·k + q·E[distance]) / sqrt(D), where distance = key - query clamped to [-left, right]."""
 
     def __init__(self, width, heads, left, right):
         super().__init__()
-        self.heads, self.left, self.right = heads, left, right
+        self.heads = heads
+        self.left = left
+        self.right = right
         self.linear_q = nn.Linear(width, width)
         self.linear_k = nn.Linear(width, width)
         self.linear_v = nn.Linear(width, width)
@@ -37,11 +52,16 @@ class Attention(nn.Module):
         distances = torch.empty(left + right + 1, width // heads)
         self.distance_embedding = nn.Embedding.from_pretrained(distances, freeze=False)
 
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+
     def forward(self, x, rows, mask):
-        """rows: (T, T), the row of the embedding for each query and key. mask: (B, T) bool over keys, or None."""
-        parts = (self.linear_q, self.linear_k, self.linear_v)
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, D)
-        by_distance = q @ self.distance_embedding.weight.T * q.shape[-1] ** -0.5  # (B, H, T, left + right + 1)
+        """rows: (T, T), of the embedding for each query and key. mask: (B, T) bool over keys, or None."""
+        q = self.split(self.linear_q(x))
+        k = self.split(self.linear_k(x))
+        v = self.split(self.linear_v(x))
+        scale = q.shape[-1] ** -0.5
+        by_distance = q @ self.distance_embedding.weight.T * scale  # (B, H, T, left + right + 1)
         bias = by_distance.gather(-1, rows.expand(*q.shape[:2], -1, -1))  # (B, H, T, T)
         if mask is not None:
             bias = bias.masked_fill_(~mask[:, None, None], float("-inf"))
@@ -64,22 +84,26 @@ class ConvModule(nn.Module):
         x = self.layer_norm(x)
         if mask is not None:
             x = x * mask[..., None]
-        x = F.glu(F.linear(x, self.pointwise_conv1.weight[..., 0]), -1)  # a kernel of 1 is a Linear
-        x = self.depthwise_conv(F.pad(x.transpose(1, 2), (self.depthwise_conv.kernel_size[0] - 1, 0)))
-        x = F.silu(self.depthwise_layer_norm(x.transpose(1, 2)))
+        x = F.linear(x, self.pointwise_conv1.weight[..., 0])  # a kernel of 1 is a Linear
+        x = F.glu(x, -1)
+        past = self.depthwise_conv.kernel_size[0] - 1
+        x = F.pad(x.transpose(1, 2), (past, 0))
+        x = self.depthwise_conv(x).transpose(1, 2)
+        x = F.silu(self.depthwise_layer_norm(x))
         return F.linear(x, self.pointwise_conv2.weight[..., 0])
 
 
 class Layer(nn.Module):
-    def __init__(self, width, inner, heads, left, right, kernel, eps):
+    def __init__(self, size):
         super().__init__()
+        width, eps = size.width, size.eps
         self.ffn1_layer_norm = nn.LayerNorm(width, eps)
-        self.ffn1 = FeedForward(width, inner, F.silu)
+        self.ffn1 = FeedForward(width, size.inner, F.silu)
         self.self_attn_layer_norm = nn.LayerNorm(width, eps)
-        self.self_attn = Attention(width, heads, left, right)
-        self.conv_module = ConvModule(width, kernel, eps)
+        self.self_attn = Attention(width, size.heads, size.left, size.right)
+        self.conv_module = ConvModule(width, size.kernel, eps)
         self.ffn2_layer_norm = nn.LayerNorm(width, eps)
-        self.ffn2 = FeedForward(width, inner, F.silu)
+        self.ffn2 = FeedForward(width, size.inner, F.silu)
         self.final_layer_norm = nn.LayerNorm(width, eps)
 
     def forward(self, x, rows, mask):
@@ -91,19 +115,21 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers, **sizes):
+    def __init__(self, layers, size):
         super().__init__()
-        self.layers = nn.ModuleList([Layer(**sizes) for _ in range(layers)])
+        self.layers = nn.ModuleList(Layer(size) for _ in range(layers))
 
 
 class W2vBert(nn.Module):
-    """features (B, T, 160) -> hidden state `layers`, (B, T, C)"""
+    """features (B, T, 160) -> hidden state `layers`, (B, T, C). sizes: those of LayerSize"""
 
     def __init__(self, features, layers, **sizes):
         super().__init__()
-        self.feature_projection = FeatureProjection(features, sizes["width"], sizes["eps"])
-        self.encoder = Encoder(layers, **sizes)
-        self.left, self.right = sizes["left"], sizes["right"]
+        size = LayerSize(**sizes)
+        self.feature_projection = FeatureProjection(features, size.width, size.eps)
+        self.encoder = Encoder(layers, size)
+        self.left = size.left
+        self.right = size.right
 
     @property
     def device(self):
@@ -111,18 +137,21 @@ class W2vBert(nn.Module):
 
     @torch.no_grad()
     def forward(self, features, lengths=None):
-        """lengths: how many frames of each row attention may look at (see audio.w2vbert_valid); all without it.
+        """lengths: how many frames of each row attention may look at (audio.w2vbert_valid); all without it.
 
-        A row comes out as it would alone. Frames behind its length are computed as well: of an odd number of filter
-        bank frames the last row is such a one, and IndexTTS2 keeps it.
+        A row comes out as it would alone. Frames behind its length are computed as well: of an odd number of
+        filter bank frames the last row is such a one, and IndexTTS2 keeps it.
         """
         x = self.feature_projection(features.to(self.device, torch.float32))
-        T, mask = x.shape[1], None
+        T = x.shape[1]
         at = torch.arange(T, device=self.device)
+        mask = None
         if lengths is not None and min(lengths) < T:
-            mask = at < torch.as_tensor(lengths, device=self.device)[:, None]  # (B, T)
+            ends = torch.as_tensor(lengths, device=self.device)[:, None]
+            mask = at < ends  # (B, T)
             x = x * mask[..., None]
-        rows = (at - at[:, None]).clamp(-self.left, self.right) + self.left
+        rows = at - at[:, None]  # from a query to a key
+        rows = rows.clamp(-self.left, self.right) + self.left
         with exact(self.device):
             for layer in self.encoder.layers:
                 x = layer(x, rows, mask)
@@ -132,45 +161,61 @@ class W2vBert(nn.Module):
 def build(stored, config, layers, what):
     """A model on the meta device with the widths of the stored tensors and `layers` layers.
 
-    config.json need only say what shapes cannot tell: 64 distances back, 8 ahead and eps 1e-5 are assumed without it.
+    config.json need only say what shapes cannot tell: 64 distances back, 8 ahead and eps 1e-5 are assumed
+    without it.
     """
     def size(name, axis):
         if name not in stored:
+            begin = ", ".join(sorted(stored)[:3])
             raise Invalid(f"{what}: no tensor {name}. Is this facebook/w2v-bert-2.0? "
-                          f"Its names begin with {', '.join(sorted(stored)[:3])}.")
+                          f"Its names begin with {begin}.")
         return stored[name].shape[axis]
 
     config = as_record(config, f"{what}, its config.json")
     fixed(config, FIXED)
     first = "encoder.layers.0."
     width = size(first + "self_attn.linear_q.weight", 0)
-    distances, head_size = (size(first + "self_attn.distance_embedding.weight", axis) for axis in (0, 1))
+    distances = size(first + "self_attn.distance_embedding.weight", 0)
+    head_size = size(first + "self_attn.distance_embedding.weight", 1)
     left = need(config, "left_max_position_embeddings", int, 64, at_least=0)
     right = need(config, "right_max_position_embeddings", int, 8, at_least=0)
-    held = next(i for i in range(len(stored) + 1) if f"encoder.layers.{i}.ffn1_layer_norm.weight" not in stored)
+    held = 0
+    while f"encoder.layers.{held}.ffn1_layer_norm.weight" in stored:
+        held += 1
     if held < layers:
-        raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted; facebook/w2v-bert-2.0 has 24")
+        raise Invalid(f"{what} has {held} layers, hidden state {layers} is wanted; "
+                      "facebook/w2v-bert-2.0 has 24")
     if left + right + 1 != distances:
-        raise Invalid(f"{what}: {distances} distances are stored, config.json speaks of {left} back and {right} ahead")
+        raise Invalid(f"{what}: {distances} distances are stored, "
+                      f"config.json speaks of {left} back and {right} ahead")
     with torch.device("meta"):
-        return W2vBert(size("feature_projection.layer_norm.weight", 0), layers, width=width, left=left, right=right,
-                       inner=size(first + "ffn1.intermediate_dense.weight", 0), eps=need(config, "layer_norm_eps", float, 1e-5, at_least=0),
-                       heads=width // head_size,
-                       kernel=size(first + "conv_module.depthwise_conv.weight", 2))
+        return W2vBert(
+            size("feature_projection.layer_norm.weight", 0), layers,
+            width=width,
+            left=left,
+            right=right,
+            inner=size(first + "ffn1.intermediate_dense.weight", 0),
+            eps=need(config, "layer_norm_eps", float, 1e-5, at_least=0),
+            heads=width // head_size,
+            kernel=size(first + "conv_module.depthwise_conv.weight", 2))
 
 
 def unused(stored, layers):
     """Names that nobody reads when the model stops at hidden state `layers`, with the reasons."""
     held = {int(name.split(".")[2]) for name in stored if name.startswith("encoder.layers.")}
-    behind = {rf"encoder\.layers\.{i}\..*": f"lies behind hidden state {layers}" for i in held if i >= layers}
-    return {"masked_spec_embed": "stands for masked frames in training", **behind}
+    reasons = {"masked_spec_embed": "stands for masked frames in training"}
+    for i in held:
+        if i >= layers:
+            reasons[rf"encoder\.layers\.{i}\..*"] = f"lies behind hidden state {layers}"
+    return reasons
 
 
 def load(path, layers=17, device="cpu", allow_unused=False):
-    """w2v-BERT up to hidden state `layers`, from its folder or weight file; config.json is looked for beside it."""
+    """w2v-BERT up to hidden state `layers`, from its folder or weight file; config.json may lie beside it."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     path = checkpoint.find(path, names, "a copy of facebook/w2v-bert-2.0")
-    config = checkpoint.read_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    beside = path.parent / "config.json"
+    config = checkpoint.read_object(beside) if beside.is_file() else {}
     stored = checkpoint.read(path)
     model = build(stored, config, layers, str(path))
     known = unused(stored, layers)

@@ -48,8 +48,7 @@ class ResamplerSize(NamedTuple):
 
 
 class Positions(nn.Module):
-    """A stored table. It is a sinusoid, but rounded in at least one published file, so it is never computed
-    here."""
+    """A stored table. It is a sinusoid, but rounded in a published file, so it is never computed here."""
 
     def __init__(self, rows, width):
         super().__init__()
@@ -57,13 +56,13 @@ class Positions(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """(B, T, F) -> (B, (T - 1) // 2, C), times sqrt(C). No position is added: the table goes to the
-    attention."""
+    """(B, T, F) -> (B, (T - 1) // 2, C), times sqrt(C). No position is added: attention takes the table."""
 
     def __init__(self, features, width, rows):
         super().__init__()
+        columns = width * halved(features)
         self.conv = nn.Sequential(nn.Conv2d(1, width, 3, 2), nn.ReLU())
-        self.out = nn.Sequential(nn.Linear(width * halved(features), width))
+        self.out = nn.Sequential(nn.Linear(columns, width))
         self.pos_enc = Positions(rows, width)
 
     def forward(self, x):
@@ -73,8 +72,11 @@ class Subsampling(nn.Module):
 
 
 class Attention(nn.Module):
-    """scores = ((q + u) k + (q + v) p) / sqrt(D). p belongs to the key's place in the clip, not to a
-    distance: nothing is shifted, unlike in Transformer-XL, from which u and v come."""
+    """scores = ((q + u) k + (q + v) p) / sqrt(D).
+
+    p belongs to the key's place in the clip, not to a distance: nothing is shifted, unlike in Transformer-XL,
+    from which u and v come.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -96,8 +98,7 @@ class Attention(nn.Module):
         k = self.split(self.linear_k(x))
         v = self.split(self.linear_v(x))
         p = self.split(self.linear_pos(table))
-        # Written out: the fused kernel is another one where the bias is trained, and its last bits are
-        # others.
+        # Written out: where the bias is trained, the fused kernel is another one with other last bits.
         by_content = (q + self.pos_bias_u[:, None]) @ k.transpose(-1, -2)
         by_place = (q + self.pos_bias_v[:, None]) @ p.transpose(-1, -2)
         scores = (by_content + by_place) * q.shape[-1] ** -0.5
@@ -117,12 +118,12 @@ class ConvModule(nn.Module):
 
     def forward(self, x, mask):
         x = F.glu(self.pointwise_conv1(x * mask[..., None]), -1)
-        # Behind the end of a clip stands a bias by now, and the wide kernel would carry it into the clip.
-        # The original
-        # lets that happen in a padded batch; zeroed again, a clip comes out as the original computes it
-        # alone.
+        # Behind the end of a clip stands a bias by now, and the wide kernel would carry it into the clip. The
+        # original lets that happen in a padded batch; zeroed again, a clip comes out as the original computes
+        # it alone.
         x = self.depthwise_conv((x * mask[..., None]).transpose(1, 2)).transpose(1, 2)
-        return self.pointwise_conv2(F.silu(self.norm(x))) * mask[..., None]
+        x = self.pointwise_conv2(F.silu(self.norm(x)))
+        return x * mask[..., None]
 
 
 class FeedForward(nn.Module):
@@ -154,8 +155,10 @@ class Block(nn.Module):
 
 
 class Conformer(nn.Module):
-    """features (B, T, F) and lengths (B,) -> (B, T', C) and which of its frames are real (B, T'). A clip
-    comes out the same alone and beside longer ones."""
+    """features (B, T, F) and lengths (B,) -> (B, T', C) and which of its frames are real (B, T').
+
+    A clip comes out the same alone and beside longer ones.
+    """
 
     def __init__(self, size):
         super().__init__()
@@ -185,10 +188,15 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * heads * HEAD_SIZE, bias=False)
         self.to_out = nn.Linear(heads * HEAD_SIZE, width, bias=False)
 
+    def split(self, x):
+        return x.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)  # (B, H, L, HEAD_SIZE)
+
     def forward(self, latents, frames, mask):
-        keys, values = self.to_kv(torch.cat([latents, frames], 1)).chunk(2, -1)
-        parts = (self.to_q(latents), keys, values)
-        q, k, v = (part.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for part in parts)
+        both = torch.cat([latents, frames], 1)
+        keys, values = self.to_kv(both).chunk(2, -1)
+        q = self.split(self.to_q(latents))
+        k = self.split(keys)
+        v = self.split(values)
         mask = F.pad(mask, (latents.shape[1], 0), value=True)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         y = y.transpose(1, 2).flatten(2)
@@ -226,7 +234,8 @@ class Resampler(nn.Module):
             widen = nn.Linear(size.width, 2 * size.inner)
             narrow = nn.Linear(size.inner, size.width)
             attention = CrossAttention(size.width, size.heads)
-            self.layers.append(nn.ModuleList([attention, nn.Sequential(widen, Gate(), narrow)]))
+            feed_forward = nn.Sequential(widen, Gate(), narrow)
+            self.layers.append(nn.ModuleList([attention, feed_forward]))
         self.norm = RootNorm(size.width)
 
     def forward(self, frames, mask):
@@ -258,7 +267,8 @@ def conformer_size(shapes, prefix):
 
 def count(shapes, stack):
     """How many layers a stack has."""
-    return len({name.removeprefix(stack).split(".")[0] for name in shapes if name.startswith(stack)})
+    below = [name.removeprefix(stack) for name in shapes if name.startswith(stack)]
+    return len({name.split(".")[0] for name in below})
 
 
 def resampler_size(shapes, prefix):

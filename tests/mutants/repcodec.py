@@ -9,8 +9,8 @@ def m(item, old, new, test=GOLDEN):
 
 
 MUTANTS = [
-    m(13, "F.normalize(self.codebook.weight, dim=-1).T", "self.codebook.weight.T"),
-    m(13, "return F.linear(self.codebook(codes),", "return F.linear(F.normalize(self.codebook(codes), dim=-1),"),
+    m(13, "F.normalize(self.codebook.weight, dim=-1)", "self.codebook.weight"),
+    m(13, "rows = self.codebook(codes)", "rows = F.normalize(self.codebook(codes), dim=-1)"),
     m(13, ".T).argmax(-1)", ".T).argmin(-1)"),
     (13, "models/parts/checkpoint.py", "if size == 1]", "if i > 1]", GOLDEN),
     (13, "models/parts/checkpoint.py", "dim=axes, keepdim=True", "dim=0, keepdim=True", GOLDEN),
@@ -24,12 +24,12 @@ MUTANTS = [
     m(0, "return self.final_layer_norm(x.transpose(1, 2))", "return x.transpose(1, 2)"),
     m(0, "y = self.norm(self.dwconv(masked(x, mask)).transpose(1, 2))", "y = self.dwconv(masked(x, mask)).transpose(1, 2)"),
     m(0, "padding=kernel // 2, groups=width", "padding=\"same\", padding_mode=\"replicate\", groups=width"),
-    m(0, "nn.Conv1d(channels, width, kernel, padding=kernel // 2)", "nn.Conv1d(channels, width, kernel, padding=kernel // 2, padding_mode=\"replicate\")"),
+    m(0, "padding=size.kernel // 2)", "padding=size.kernel // 2, padding_mode=\"replicate\")"),
     m(0, "for block in self.convnext:", "for block in self.convnext[1:]:"),
     m(0, "self.dwconv(masked(x, mask))", "self.dwconv(x)", BATCH),
     m(0, "self.embed(masked(x.transpose(1, 2), mask))", "self.embed(x.transpose(1, 2))", BATCH),
     m(0, "return self.quantizer.quantizers[0].decode(codes.to(self.device))",
       "return self.quantizer.quantizers[0].decode(codes.to(self.device)[:1]).expand(len(codes), -1, -1)", "tests/test_repcodec.py -k every_row"),
-    m(0, "layers=sum(bool(re.fullmatch(", "layers=1 + 0 * sum(bool(re.fullmatch(", "tests/test_repcodec.py"),
-    m(0, "if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.bins:", "if False:", "tests/test_repcodec.py -k said"),
+    m(0, "layers=len(blocks)", "layers=1", "tests/test_repcodec.py"),
+    m(0, "if lowest < 0 or highest >= self.bins:", "if False:", "tests/test_repcodec.py -k said"),
 ]
