@@ -56,7 +56,7 @@ FIRST = "Alpha"
 CROWD = 300
 VOICES = ("kal16", "awb", "rms")
 PITCHES = (100, 150, 200)  # Hz
-TRACTS = 0.92, 1.24
+TRACTS = 0.92, 1.4
 # Shares of a blend may lie outside of 0 to 1: some voices are between the three, some further out.
 BEYOND = 1.4
 FAINT = 1e-3  # levels below are nothing; a blend takes logarithms

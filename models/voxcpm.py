@@ -400,7 +400,8 @@ def blur(latents, most, generator):
     """Latents (A, P, D) with noise of a strength drawn for the clip, up to `most` deviations of each channel.
 
     Speaking freely, a model hears its own patches, never true ones; after a training on true ones it is soon
-    lost.
+    lost. A model that learns from scratch under strong noise (2) takes the words from its text and not from
+    the sound before, so that an adapter to a voice unlike all that it knows keeps them.
     """
     strength = most * torch.rand(1, generator=generator)
     deviation = latents.std((0, 1), correction=0)
