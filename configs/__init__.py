@@ -105,7 +105,8 @@ def convert_union(value, kind):
             return convert(value, k)
         except ValueError:
             pass
-    raise ValueError(" or ".join(EXPECTED.get(typing.get_origin(k) or k, str(k)) for k in members(kind)))
+    wanted = [EXPECTED.get(typing.get_origin(k) or k, str(k)) for k in members(kind)]
+    raise ValueError(" or ".join(wanted))
 
 
 def convert_undeclared(value):
@@ -485,7 +486,9 @@ def listed(values, where, errors):
         return values
     if values[0].startswith("[") and values[0].endswith("]"):  # [qk]_proj is a regex
         return flow(values[0], where, errors)
-    return [Plain(v.strip()) for v in values[0].split(",")] if values[0] else []
+    if not values[0]:
+        return []
+    return [Plain(value.strip()) for value in values[0].split(",")]
 
 
 def flow(text, where, errors):

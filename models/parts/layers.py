@@ -70,7 +70,8 @@ class Packing(NamedTuple):
     L: int
 
     def unpack(self, x):  # (1, H, P, D) -> (B, H, L, D), zero in the padding
-        out = x.new_zeros(self.B * self.L, x.shape[1], x.shape[3])
+        heads, size = x.shape[1], x.shape[3]
+        out = x.new_zeros(self.B * self.L, heads, size)
         out = out.index_copy(0, self.place, x[0].transpose(0, 1))
         return out.unflatten(0, (self.B, self.L)).transpose(1, 2)
 
@@ -147,7 +148,8 @@ def multiply_few(W, x):
     columns = x.contiguous().t()  # numbers of a row side by side: the other way round takes a slow kernel
     if len(x) == 1 and len(W) % 2 == 0:
         halves = W.view(2, -1, W.shape[1])
-        return torch.bmm(halves, columns.expand(2, -1, -1)).view(1, -1)
+        twice = columns.expand(2, -1, -1)
+        return torch.bmm(halves, twice).view(1, -1)
     return torch.mm(W, columns).t()
 
 

@@ -80,7 +80,8 @@ def _where_noise_begins(levels, loud):
     """The block at which the noise begins that these blocks end with; their number where there is none."""
     end = len(levels)
     click = _behind_the_last(~loud)  # where the last stretch without silence begins
-    if 0 < end - click <= CLICK and not loud[max(0, click - GAP) : click].any():
+    gap = loud[max(0, click - GAP) : click]
+    if 0 < end - click <= CLICK and not gap.any():
         return click
     tail = levels[-STEADY:]
     if end < STEADY or tail.max() - tail.min() > SPREAD_DB:
@@ -193,8 +194,10 @@ def aligned(costs):
 
 def mel_cepstral_distance(wave, rate, other, other_rate):
     """Mean distance of spectral envelopes in dB after time alignment, levels left out (Kubichek 1993)."""
-    a, b = cepstra(wave, rate), cepstra(other, other_rate)
-    return 10 / math.log(10) * math.sqrt(2) * aligned(torch.cdist(a, b).numpy())
+    a = cepstra(wave, rate)
+    b = cepstra(other, other_rate)
+    decibels = 10 / math.log(10) * math.sqrt(2)
+    return decibels * aligned(torch.cdist(a, b).numpy())
 
 
 # ------------------------------------------------------------------------------------------------ words
