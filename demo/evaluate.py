@@ -47,7 +47,8 @@ class Evaluate:
     ckpt_dir: str = opt("demo/base", "folder of the base")
     lora: str = opt("", "adapter that was fine-tuned on the target voice")
     shuffled: str = opt("", "adapter that was fine-tuned on the same clips with shuffled texts")
-    test_dir: str = opt("runs/demo/speech", "what demo/make_speech.py made: test.jsonl, test_target.jsonl and their clips")
+    test_dir: str = opt("runs/demo/speech", "what demo/make_speech.py made: manifests and their clips")
+    part: str = opt("test", "the 30 sentences of the test, or dev: 60 others, to choose settings by", choices=("test", "dev"))
     output_dir: str = opt("runs/demo/evaluation", "folder for the wav files, table.md and figures.json")
     cfg_value: float = opt(1.5, "guidance")
     noise_scale: float = opt(0.5, "factor of the solver's starting noise")
@@ -232,8 +233,8 @@ def main():
     model = models.load(cfg.ckpt_dir)
     if model.sample_rate != RATE:
         raise Invalid(f"{cfg.ckpt_dir} speaks at {model.sample_rate} Hz, the robots at {RATE}")
-    texts, first = spoken(cfg.test_dir, "test.jsonl")
-    _, target = spoken(cfg.test_dir, "test_target.jsonl")
+    texts, first = spoken(cfg.test_dir, f"{cfg.part}.jsonl")
+    _, target = spoken(cfg.test_dir, f"{cfg.part}_target.jsonl")
     measure, figures = Measure(texts, target, folder), {}
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|---|---|---|"]
     print("\n".join(lines))

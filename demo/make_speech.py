@@ -227,6 +227,7 @@ def speak(text, who):
 
 
 VOICE_CLIPS = 60
+DEV_CLIPS = 60
 POOL = 400  # sentences from which those of the target voice are chosen
 CROWD_SHARE = 0.65  # of base's clips: one of the crowd, without a name in front
 FIRST_SHARE = 0.15  # the first robot; the rest is shared by all six
@@ -256,6 +257,12 @@ def clips_of(cfg):
         return clips
     clips = [Clip(f"test{i:02d}", "test", text, first) for i, text in enumerate(said["test"])]
     clips += [Clip(f"target{i:02d}", "test_target", text, TARGET) for i, text in enumerate(said["test"])]
+    # More unseen sentences, to choose settings by, so that those of the test stay out of it.
+    spoken = covering(said["pool"], VOICE_CLIPS)
+    unseen = [text for text in said["pool"] if text not in spoken][:DEV_CLIPS]
+    for i, text in enumerate(unseen):
+        clips.append(Clip(f"dev{i:02d}", "dev", text, first))
+        clips.append(Clip(f"dev_target{i:02d}", "dev_target", text, TARGET))
     rng = random.Random(cfg.seed + 1)
     crowd = [anybody(rng) for _ in range(CROWD)]
     clips += [Clip(f"val{i:02d}", "val", text, *pick_robot(rng, crowd)) for i, text in enumerate(said["val"])]
